@@ -1,0 +1,196 @@
+// What a launcher is handed: plain data, no torch, no Python. CUDA and CPU launchers of an op take the same struct.
+//
+// Strides are in elements, the innermost dimension is contiguous. T is the compute type (Dtype), R the residual type:
+// R is T or float32. All arithmetic is float32; every output is rounded once unless a kernel's formula says otherwise.
+#pragma once
+
+#include <cstdint>
+
+namespace lingbot {
+
+enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+constexpr int kMaxRotaryPairs = 128;  // head_dim <= 256
+
+// A [batch, tokens, D] operand whose tokens lie `token_stride` apart; a null pointer means "absent".
+struct Rows {
+  const void* ptr;
+  int64_t batch_stride;
+  int64_t token_stride;
+};
+
+// The same, written to. Head h of a token goes to group h / heads_per_group, `group_stride` apart: one group for a plain
+// [batch, tokens, D] tensor, one group a rank for the packed all-to-all buffer.
+struct OutRows {
+  void* ptr;
+  int64_t batch_stride;
+  int64_t token_stride;
+  int64_t group_stride;
+};
+
+// K/V ring with a pinned sink. Token i of the chunk has position p = chunk_start + i, counted from the first token the
+// cache received; slot(p) = p < sink ? p : sink + (p - sink) % (capacity - sink). `cursor`, where not null, points to
+// device memory and replaces chunk_start: a captured graph then follows the ring.
+struct Ring {
+  int64_t chunk_start;
+  const int32_t* cursor;
+  int64_t sink;
+  int64_t capacity;
+};
+
+struct Cache {  // [batch, capacity, heads, head_dim]; a token's heads are contiguous
+  void* ptr;
+  int64_t batch_stride;
+  int64_t token_stride;
+};
+
+// out[i] = cos | sin of token n = token_start + i at (t, h, w) = (n / frame_stride, n % frame_stride / width, n % width).
+struct RopeCosSinParams {
+  float* out;  // [num_tokens, head_dim]
+  int64_t num_tokens;
+  int64_t token_start;
+  int64_t frame_stride;
+  int64_t width;
+  int32_t head_dim;
+  double theta;
+};
+
+// q_out = rope(rms_norm(q)); ring slot of K = rope(rms_norm(k)); ring slot of V = v.
+// q.ptr null: write-only. v.ptr null: V is already in its slot.
+struct QkNormRopeKvWriteParams {
+  Rows q, k, v;
+  const void* q_weight;  // [D], T
+  const void* k_weight;
+  const float* cos_sin;  // [tokens, head_dim], shared by the batch
+  OutRows q_out;         // group_stride unused
+  Cache k_cache, v_cache;
+  Ring ring;
+  int64_t batch, tokens;
+  int32_t heads, head_dim;
+  Dtype dtype;
+  float eps;
+};
+
+// The same norm and rotation, written into one all-to-all buffer: out is [ranks, tokens, batch, parts, heads / ranks, head_dim]
+// with parts = (q, k, v), or (k, v) when q.ptr is null.
+struct QkNormRopePackParams {
+  Rows q, k, v;
+  const void* q_weight;
+  const void* k_weight;
+  const float* cos_sin;
+  void* out;
+  int64_t batch, tokens;
+  int32_t heads, head_dim, ranks;
+  Dtype dtype;
+  float eps;
+};
+
+// K and V of a received all-to-all buffer [tokens, batch, parts, heads, head_dim] go to their ring slots (heads are this rank's).
+struct QkvUnpackKvWriteParams {
+  const void* packed;
+  int32_t parts;  // 3: q, k, v; 2: k, v
+  Cache k_cache, v_cache;
+  Ring ring;
+  int64_t batch, tokens;
+  int32_t heads, head_dim;
+  Dtype dtype;
+};
+
+// y = rms_norm(x) * weight over the whole row, rounded to T twice: after the normalisation and after the weight.
+struct RmsNormParams {
+  Rows x;
+  const void* weight;  // [dim], T
+  void* y;             // [batch, tokens, dim], T
+  int64_t batch, tokens;
+  int32_t dim;
+  Dtype dtype;
+  float eps;
+};
+
+// A per-channel float32 vector [dim]; batch_stride 0 shares it over the batch. Null: absent.
+struct Modulation {
+  const float* ptr;
+  int64_t batch_stride;
+};
+
+// y = layer_norm(x) * (1 + scale) + shift, no affine parameters.
+struct LayerNormModulateParams {
+  const void* x;  // [batch, tokens, dim], R
+  Modulation shift, scale;
+  void* y;  // T
+  int64_t batch, tokens;
+  int32_t dim;
+  Dtype residual_dtype, dtype;
+  float eps;
+};
+
+// x_out = x + delta * gate (gate null: 1), rounded to R; y = layer_norm(x_out) * (1 + scale) + shift.
+struct ResidualNormModulateParams {
+  const void* x;      // R
+  const void* delta;  // T
+  Modulation gate, shift, scale;
+  void* x_out;  // R
+  void* y;      // T
+  int64_t batch, tokens;
+  int32_t dim;
+  Dtype residual_dtype, dtype;
+  float eps;
+};
+
+// x1 = x + delta * gate; x_out = (1 + cam_scale) * x1 + cam_shift, rounded to R once (cam_* null: x_out = x1);
+// y = layer_norm(x_out) * weight + bias.
+struct GatedResidualCameraNormParams {
+  const void* x;      // R
+  const void* delta;  // T
+  Modulation gate;
+  const void* cam_scale;  // [batch, tokens, dim], T, or null (both)
+  const void* cam_shift;
+  const void* weight;  // [dim], T
+  const void* bias;    // [dim], T
+  void* x_out;         // R
+  void* y;             // T
+  int64_t batch, tokens;
+  int32_t dim;
+  Dtype residual_dtype, dtype;
+  float eps;
+};
+
+// x_out = x + delta * gate (gate null: 1), rounded to R.
+struct GatedResidualParams {
+  const void* x;      // R
+  const void* delta;  // T
+  Modulation gate;
+  void* x_out;  // R
+  int64_t batch, tokens;
+  int32_t dim;
+  Dtype residual_dtype, dtype;
+};
+
+// A launcher returns null, or a static message of what it can't serve or what failed. It never aborts.
+using Status = const char*;
+
+namespace cpu {
+Status rope_cos_sin(const RopeCosSinParams&, int threads);
+Status qk_norm_rope_kv_write(const QkNormRopeKvWriteParams&, int threads);
+Status qk_norm_rope_pack(const QkNormRopePackParams&, int threads);
+Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams&, int threads);
+Status rms_norm(const RmsNormParams&, int threads);
+Status layer_norm_modulate(const LayerNormModulateParams&, int threads);
+Status residual_norm_modulate(const ResidualNormModulateParams&, int threads);
+Status gated_residual_camera_norm(const GatedResidualCameraNormParams&, int threads);
+Status gated_residual(const GatedResidualParams&, int threads);
+}  // namespace cpu
+
+namespace cuda {  // stream is a cudaStream_t
+Status rope_cos_sin(const RopeCosSinParams&, void* stream);
+Status qk_norm_rope_kv_write(const QkNormRopeKvWriteParams&, void* stream);
+Status qk_norm_rope_pack(const QkNormRopePackParams&, void* stream);
+Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams&, void* stream);
+Status rms_norm(const RmsNormParams&, void* stream);
+Status layer_norm_modulate(const LayerNormModulateParams&, void* stream);
+Status residual_norm_modulate(const ResidualNormModulateParams&, void* stream);
+Status gated_residual_camera_norm(const GatedResidualCameraNormParams&, void* stream);
+Status gated_residual(const GatedResidualParams&, void* stream);
+}  // namespace cuda
+
+}  // namespace lingbot
