@@ -1,0 +1,117 @@
+"""Argument checks shared by the ops: each error names the argument, what it was and what it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)} on {value.device}"
+    return repr(value)
+
+
+def tokens(name: str, x: Tensor, like: Tensor | None = None) -> None:
+    """x must be a float [B, S, D] tensor with unit inner stride; like `like` in shape, dtype and device where given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, must be a tensor [B, S, D]")
+    if x.dim() != 3:
+        raise ValueError(f"{name}: got {describe(x)}, must be [B, S, D]")
+    if like is None:
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name}: got {x.dtype}, must be one of bfloat16, float16, float32, float64")
+    elif x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
+        raise (TypeError if x.shape == like.shape else ValueError)(f"{name}: got {describe(x)}, must be {describe(like)}")
+    if x.stride(2) != 1 and x.shape[2] > 1:
+        raise ValueError(f"{name}: got inner stride {x.stride(2)}, must be 1")
+
+
+def weight(name: str, w: Tensor, dim: int, like: Tensor) -> None:
+    """w must be a contiguous [dim] tensor of like's dtype and device."""
+    if w.shape != (dim,):
+        raise ValueError(f"{name}: got shape {list(w.shape)}, must be [{dim}]")
+    if w.dtype != like.dtype or w.device != like.device:
+        raise TypeError(f"{name}: got {describe(w)}, must be {like.dtype} on {like.device}")
+    if not w.is_contiguous():
+        raise ValueError(f"{name}: got stride {w.stride()}, must be contiguous")
+
+
+def modulation(name: str, m: Tensor, x: Tensor) -> None:
+    """m must be a [D] or [B, D] vector for x [B, S, D]: float32, or float64 where x is."""
+    batch, _, dim = x.shape
+    if m.shape != (dim,) and m.shape != (batch, dim):
+        raise ValueError(f"{name}: got shape {list(m.shape)}, must be [{dim}] or [{batch}, {dim}]")
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if m.dtype != wanted or m.device != x.device:
+        raise TypeError(f"{name}: got {describe(m)}, must be {wanted} on {x.device}")
+    if m.stride(-1) != 1 and dim > 1:
+        raise ValueError(f"{name}: got inner stride {m.stride(-1)}, must be 1")
+
+
+def residual(name: str, x: Tensor, delta_name: str, delta: Tensor) -> None:
+    """x [B, S, D] is a contiguous residual stream in delta's dtype or a wider one; delta has its shape and is contiguous."""
+    tokens(name, x)
+    tokens(delta_name, delta)
+    if delta.shape != x.shape or delta.device != x.device:
+        raise ValueError(f"{delta_name}: got {describe(delta)}, must have the shape and device of {name}, {describe(x)}")
+    if x.dtype != delta.dtype and x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: got {x.dtype}, must be {delta.dtype} or float32")
+    contiguous(name, x)
+    contiguous(delta_name, delta)
+
+
+def contiguous(name: str, x: Tensor) -> None:
+    if not x.is_contiguous():
+        raise ValueError(f"{name}: got strides {x.stride()} for shape {list(x.shape)}, must be contiguous")
+
+
+def caches(k_cache: Tensor, v_cache: Tensor, like: Tensor) -> None:
+    """Both caches must be [B, capacity, heads, head_dim] of like's dtype and device, a token's heads contiguous, apart in memory."""
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dim() != 4:
+            raise ValueError(f"{name}: got {describe(cache)}, must be [B, capacity, heads, head_dim]")
+        if cache.dtype != like.dtype or cache.device != like.device:
+            raise TypeError(f"{name}: got {describe(cache)}, must be {like.dtype} on {like.device}")
+        if cache.stride(3) != 1 or cache.stride(2) != cache.shape[3]:
+            raise ValueError(f"{name}: got strides {cache.stride()}, a token's heads must be contiguous")
+    if k_cache.shape != v_cache.shape:
+        raise ValueError(f"v_cache: got shape {list(v_cache.shape)}, must be k_cache's {list(k_cache.shape)}")
+
+
+def ring(batch: int, num_tokens: int, k_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int) -> None:
+    """The chunk must fit the ring: sink < capacity, and at most capacity - sink tokens, so that no slot is written twice."""
+    capacity = k_cache.shape[1]
+    if k_cache.shape[0] != batch:
+        raise ValueError(f"k_cache: got batch {k_cache.shape[0]}, must be {batch}")
+    if not 0 <= sink < capacity:
+        raise ValueError(f"ring: got sink {sink}, must be from 0 to capacity - 1 = {capacity - 1}")
+    if num_tokens > capacity - sink:
+        raise ValueError(f"ring: got a chunk of {num_tokens} tokens, must be at most capacity - sink = {capacity - sink}")
+    if chunk_start < 0:
+        raise ValueError(f"ring: got chunk_start {chunk_start}, must be 0 or more")
+    if cursor is not None and (cursor.dtype != torch.int32 or cursor.numel() != 1 or cursor.device != k_cache.device):
+        raise TypeError(f"ring: got cursor {describe(cursor)}, must be int32 [1] on {k_cache.device}")
+
+
+def extent(x: Tensor) -> tuple[int, int]:
+    """First byte of x in memory and the byte after its last."""
+    if x.numel() == 0:
+        return (0, 0)
+    start = x.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (start, start + (last + 1) * x.element_size())
+
+
+def disjoint(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor | None]]) -> None:
+    """No written tensor may share memory with another argument."""
+    spans = [(name, *extent(x)) for name, x in written]
+    others = spans + [(name, *extent(x)) for name, x in read if x is not None]
+    for i, (name, start, stop) in enumerate(spans):
+        for other, other_start, other_stop in others[i + 1 :]:
+            if start < other_stop and other_start < stop:
+                raise ValueError(f"{name} and {other}: share memory, must be apart (the op writes {name})")
