@@ -1,0 +1,35 @@
+"""Every op in plain torch, any dtype up to float64: what tests and benches compare with.
+
+Arithmetic is float64 for float64 inputs, else float32; in bf16 and f16 it rounds where the official formulation does.
+"""
+
+from lingbot_kernels.reference.gated_residual import gated_residual
+from lingbot_kernels.reference.gated_residual_camera_norm import gated_residual_camera_norm
+from lingbot_kernels.reference.k_norm_rope_kv_write import k_norm_rope_kv_write
+from lingbot_kernels.reference.layer_norm_modulate import layer_norm_modulate
+from lingbot_kernels.reference.linear_gelu import linear_gelu
+from lingbot_kernels.reference.qk_norm_rope_kv_write import qk_norm_rope_kv_write
+from lingbot_kernels.reference.qk_norm_rope_pack import qk_norm_rope_pack
+from lingbot_kernels.reference.qkv_unpack_kv_write import qkv_unpack_kv_write
+from lingbot_kernels.reference.residual_norm_modulate import residual_norm_modulate
+from lingbot_kernels.reference.rms_norm import rms_norm
+from lingbot_kernels.reference.rope_cos_sin import apply_rope, rope_cos_sin, rope_frequencies
+from lingbot_kernels.reference.windowed_attention import windowed_attention, windowed_attention_with_lse
+
+__all__ = [
+    "apply_rope",
+    "gated_residual",
+    "gated_residual_camera_norm",
+    "k_norm_rope_kv_write",
+    "layer_norm_modulate",
+    "linear_gelu",
+    "qk_norm_rope_kv_write",
+    "qk_norm_rope_pack",
+    "qkv_unpack_kv_write",
+    "residual_norm_modulate",
+    "rms_norm",
+    "rope_cos_sin",
+    "rope_frequencies",
+    "windowed_attention",
+    "windowed_attention_with_lse",
+]
