@@ -26,7 +26,9 @@ def tokens(name: str, x: Tensor, like: Tensor | None = None) -> None:
         if x.dtype not in FLOATS:
             raise TypeError(f"{name}: got {x.dtype}, must be one of bfloat16, float16, float32, float64")
     elif x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
-        raise (TypeError if x.shape == like.shape else ValueError)(f"{name}: got {describe(x)}, must be {describe(like)}")
+        raise (TypeError if x.shape == like.shape else ValueError)(
+            f"{name}: got {describe(x)}, must be {describe(like)}"
+        )
     if x.stride(2) != 1 and x.shape[2] > 1:
         raise ValueError(f"{name}: got inner stride {x.stride(2)}, must be 1")
 
@@ -54,11 +56,15 @@ def modulation(name: str, m: Tensor, x: Tensor) -> None:
 
 
 def residual(name: str, x: Tensor, delta_name: str, delta: Tensor) -> None:
-    """x [B, S, D] is a contiguous residual stream in delta's dtype or a wider one; delta has its shape and is contiguous."""
+    """x [B, S, D] is a contiguous residual stream in delta's dtype or a wider one; delta has its shape and is
+    contiguous.
+    """
     tokens(name, x)
     tokens(delta_name, delta)
     if delta.shape != x.shape or delta.device != x.device:
-        raise ValueError(f"{delta_name}: got {describe(delta)}, must have the shape and device of {name}, {describe(x)}")
+        raise ValueError(
+            f"{delta_name}: got {describe(delta)}, must have the shape and device of {name}, {describe(x)}"
+        )
     if x.dtype != delta.dtype and x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name}: got {x.dtype}, must be {delta.dtype} or float32")
     contiguous(name, x)
@@ -71,7 +77,9 @@ def contiguous(name: str, x: Tensor) -> None:
 
 
 def caches(k_cache: Tensor, v_cache: Tensor, like: Tensor) -> None:
-    """Both caches must be [B, capacity, heads, head_dim] of like's dtype and device, a token's heads contiguous, apart in memory."""
+    """Both caches must be [B, capacity, heads, head_dim] of like's dtype and device, a token's heads contiguous,
+    apart in memory.
+    """
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.dim() != 4:
             raise ValueError(f"{name}: got {describe(cache)}, must be [B, capacity, heads, head_dim]")
@@ -84,14 +92,18 @@ def caches(k_cache: Tensor, v_cache: Tensor, like: Tensor) -> None:
 
 
 def ring(batch: int, num_tokens: int, k_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int) -> None:
-    """The chunk must fit the ring: sink < capacity, and at most capacity - sink tokens, so that no slot is written twice."""
+    """The chunk must fit the ring: sink < capacity, and at most capacity - sink tokens, so that no slot is written
+    twice.
+    """
     capacity = k_cache.shape[1]
     if k_cache.shape[0] != batch:
         raise ValueError(f"k_cache: got batch {k_cache.shape[0]}, must be {batch}")
     if not 0 <= sink < capacity:
         raise ValueError(f"ring: got sink {sink}, must be from 0 to capacity - 1 = {capacity - 1}")
     if num_tokens > capacity - sink:
-        raise ValueError(f"ring: got a chunk of {num_tokens} tokens, must be at most capacity - sink = {capacity - sink}")
+        raise ValueError(
+            f"ring: got a chunk of {num_tokens} tokens, must be at most capacity - sink = {capacity - sink}"
+        )
     if chunk_start < 0:
         raise ValueError(f"ring: got chunk_start {chunk_start}, must be 0 or more")
     if cursor is not None and (cursor.dtype != torch.int32 or cursor.numel() != 1 or cursor.device != k_cache.device):

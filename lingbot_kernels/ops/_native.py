@@ -1,4 +1,6 @@
-"""The compiled core `lingbot_kernels._C`: whether it is there, what it was built with, and how tensors are handed to it."""
+"""The compiled core `lingbot_kernels._C`: whether it is there, what it was built with, and how tensors are handed to
+it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def why_not_cuda() -> str | None:
 
 
 def launch(backend: str, op: str, device: torch.device, *args: Any) -> None:
-    """Call op's launcher with the fields of its parameter struct, on the current stream or with the default thread count.
+    """Call op's launcher with the fields of its parameter struct, on the current stream or with the default thread
+    count.
 
     Raises RuntimeError with the launcher's message when it refuses or the launch fails.
     """

@@ -1,0 +1,38 @@
+"""The public ops: each checks its arguments, allocates its outputs and dispatches to a backend.
+
+Tensors are token-major: x [B, S, D] with the heads inside D; K/V caches are [B, capacity, heads, head_dim].
+"""
+
+from lingbot_kernels.ops._dispatch import BACKENDS, BackendUnavailable, use_backend
+from lingbot_kernels.ops.gated_residual import gated_residual
+from lingbot_kernels.ops.gated_residual_camera_norm import gated_residual_camera_norm
+from lingbot_kernels.ops.k_norm_rope_kv_write import k_norm_rope_kv_write
+from lingbot_kernels.ops.layer_norm_modulate import layer_norm_modulate
+from lingbot_kernels.ops.linear_gelu import linear_gelu
+from lingbot_kernels.ops.qk_norm_rope_kv_write import qk_norm_rope_kv_write
+from lingbot_kernels.ops.qk_norm_rope_pack import qk_norm_rope_pack
+from lingbot_kernels.ops.qkv_unpack_kv_write import qkv_unpack_kv_write
+from lingbot_kernels.ops.residual_norm_modulate import residual_norm_modulate
+from lingbot_kernels.ops.ring import RingPosition
+from lingbot_kernels.ops.rms_norm import rms_norm
+from lingbot_kernels.ops.rope_cos_sin import rope_cos_sin
+from lingbot_kernels.ops.windowed_attention import windowed_attention
+
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailable",
+    "RingPosition",
+    "gated_residual",
+    "gated_residual_camera_norm",
+    "k_norm_rope_kv_write",
+    "layer_norm_modulate",
+    "linear_gelu",
+    "qk_norm_rope_kv_write",
+    "qk_norm_rope_pack",
+    "qkv_unpack_kv_write",
+    "residual_norm_modulate",
+    "rms_norm",
+    "rope_cos_sin",
+    "use_backend",
+    "windowed_attention",
+]

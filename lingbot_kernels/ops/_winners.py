@@ -1,0 +1,28 @@
+"""Measured winners on CUDA: which of the two kernel backends `auto` takes for an op and shape.
+
+`lingbot-kernels bench kernels --update-winners` regenerates the table below from its rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Winners:
+    """`default` unless a rule (op, least tokens, least dim, backend) applies; of those that apply the last one
+    counts.
+    """
+
+    default: str
+    rules: tuple[tuple[str, int, int, str], ...] = ()
+
+    def pick(self, op: str, tokens: int, dim: int) -> str:
+        chosen = self.default
+        for rule_op, least_tokens, least_dim, backend in self.rules:
+            if rule_op == op and tokens >= least_tokens and dim >= least_dim:
+                chosen = backend
+        return chosen
+
+
+CUDA_WINNERS = Winners(default="cuda", rules=())

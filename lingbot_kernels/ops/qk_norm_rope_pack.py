@@ -1,0 +1,86 @@
+"""RMSNorm + RoPE of Q and K, and V, written into the one buffer of a sequence-parallel all-to-all exchange."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lingbot_kernels import reference
+from lingbot_kernels.ops import _check, _dispatch, _native
+from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops.qk_norm_rope_kv_write import check_table
+
+
+def _shape(q: Tensor | None, k: Tensor, cos_sin: Tensor, ranks: int) -> tuple[int, ...]:
+    head_dim = cos_sin.shape[1]
+    return (ranks, k.shape[1], k.shape[0], 2 if q is None else 3, k.shape[2] // head_dim // ranks, head_dim)
+
+
+def _run(
+    q: Tensor | None, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor, ranks: int,
+    eps: float, backend: str,
+) -> Tensor:  # fmt: skip
+    _check.tokens("k", k)
+    _check.tokens("v", v, k)
+    batch, num_tokens, dim = k.shape
+    head_dim = cos_sin.shape[-1]
+    check_table(cos_sin, num_tokens, head_dim, k)
+    if dim % head_dim or ranks < 1 or dim // head_dim % ranks:
+        raise ValueError(f"ranks: got {ranks}, must divide the heads, D / head_dim = {dim} / {head_dim}")
+    if (q is None) != (q_weight is None):
+        raise ValueError("q, q_weight: got one of them, must be both or neither")
+    if q is not None and q_weight is not None:
+        _check.tokens("q", q, k)
+        _check.weight("q_weight", q_weight, dim, k)
+    _check.weight("k_weight", k_weight, dim, k)
+    if backend == "reference":
+        return reference.qk_norm_rope_pack(q, k, v, q_weight, k_weight, cos_sin, ranks, eps)
+    packed = k.new_empty(_shape(q, k, cos_sin, ranks))
+    if backend == "triton":
+        from lingbot_kernels.triton import qk_norm_rope_pack as kernel
+
+        kernel.qk_norm_rope_pack(q, k, v, q_weight, k_weight, cos_sin, packed, eps)
+    else:
+        _native.launch(
+            backend, "qk_norm_rope_pack", k.device,
+            *_native.rows(q), *_native.rows(k), *_native.rows(v), _native.pointer(q_weight), k_weight.data_ptr(),
+            cos_sin.data_ptr(), packed.data_ptr(), batch, num_tokens, dim // head_dim, head_dim, ranks,
+            _native.DTYPE_CODES[k.dtype], eps,
+        )  # fmt: skip
+    return packed
+
+
+_op = register(
+    "qk_norm_rope_pack(Tensor? q, Tensor k, Tensor v, Tensor? q_weight, Tensor k_weight, Tensor cos_sin, int ranks, "
+    "float eps, str backend) -> Tensor",
+    _run,
+    lambda q, k, v, q_weight, k_weight, cos_sin, ranks, eps, backend: k.new_empty(_shape(q, k, cos_sin, ranks)),
+)
+
+
+def qk_norm_rope_pack(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor,
+    cos_sin: Tensor,
+    ranks: int,
+    eps: float,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """This shard's Q, K, V in the layout of one all-to-all: [ranks, S, B, parts, heads / ranks, head_dim], contiguous.
+
+    Slice r goes to rank r: its heads of rope(rms_norm(q)), rope(rms_norm(k)) and v (parts = 3), or without q and
+    q_weight of the last two (parts = 2). Norm, rotation and rounding are those of `qk_norm_rope_kv_write`.
+
+    Args:
+        q, k, v: [B, S, D], strided views serve; S tokens of this shard.
+        cos_sin: float32 [S, head_dim] of the shard's own tokens.
+        ranks: ranks of the exchange; must divide the heads.
+
+    Raises:
+        ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
+    """
+    chosen = _dispatch.resolve("qk_norm_rope_pack", backend, k.device.type, k.dtype, k.shape[1], k.shape[2])
+    return _op(q, k, v, q_weight, k_weight, cos_sin, ranks, eps, chosen)

@@ -1,0 +1,67 @@
+"""K and V of a received all-to-all buffer into their ring slots; Q is used where it lies."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lingbot_kernels import reference
+from lingbot_kernels.ops import _check, _dispatch, _native
+from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops.ring import RingPosition
+
+
+def _run(
+    packed: Tensor, k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int, backend: str
+) -> None:
+    if packed.dim() != 5 or packed.shape[2] not in (2, 3):
+        raise ValueError(f"packed: got {_check.describe(packed)}, must be [S, B, 2 or 3, heads, head_dim]")
+    _check.contiguous("packed", packed)
+    _check.caches(k_cache, v_cache, packed)
+    num_tokens, batch, parts, heads, head_dim = packed.shape
+    if k_cache.shape[2:] != packed.shape[3:]:
+        raise ValueError(f"k_cache: got {list(k_cache.shape)}, must hold {heads} heads of {head_dim}")
+    _check.ring(batch, num_tokens, k_cache, chunk_start, cursor, sink)
+    _check.disjoint((("k_cache", k_cache), ("v_cache", v_cache)), (("packed", packed),))
+    if backend == "reference":
+        reference.qkv_unpack_kv_write(packed, k_cache, v_cache, RingPosition(chunk_start, sink, cursor))
+    elif backend == "triton":
+        from lingbot_kernels.triton import qkv_unpack_kv_write as kernel
+
+        kernel.qkv_unpack_kv_write(packed, k_cache, v_cache, chunk_start, cursor, sink)
+    else:
+        _native.launch(
+            backend, "qkv_unpack_kv_write", packed.device,
+            packed.data_ptr(), parts,
+            k_cache.data_ptr(), k_cache.stride(0), k_cache.stride(1),
+            v_cache.data_ptr(), v_cache.stride(0), v_cache.stride(1),
+            chunk_start, _native.pointer(cursor), sink, k_cache.shape[1],
+            batch, num_tokens, heads, head_dim, _native.DTYPE_CODES[packed.dtype],
+        )  # fmt: skip
+
+
+_op = register(
+    "qkv_unpack_kv_write(Tensor packed, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt chunk_start, Tensor? cursor, "
+    "SymInt sink, str backend) -> ()",
+    _run,
+    lambda *arguments: None,
+)
+
+
+def qkv_unpack_kv_write(
+    packed: Tensor, k_cache: Tensor, v_cache: Tensor, ring: RingPosition, *, backend: str | None = None
+) -> Tensor | None:
+    """K and V of `packed` go to their ring slots. Returns Q as a view [B, S, heads, head_dim], None where there is
+    none.
+
+    Args:
+        packed: [S, B, parts, heads, head_dim], contiguous: all the chunk's tokens for this rank's heads, as the
+            exchange of `qk_norm_rope_pack` buffers leaves them; parts = (q, k, v) or (k, v).
+        k_cache, v_cache: [B, capacity, heads, head_dim], this rank's ring.
+
+    Raises:
+        ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
+    """
+    dim = packed.shape[-2] * packed.shape[-1]
+    chosen = _dispatch.resolve("qkv_unpack_kv_write", backend, packed.device.type, packed.dtype, packed.shape[0], dim)
+    _op(packed, k_cache, v_cache, ring.chunk_start, ring.cursor, ring.sink, chosen)
+    return packed[:, :, 0].transpose(0, 1) if packed.shape[2] == 3 else None

@@ -1,0 +1,51 @@
+"""RMSNorm over the whole row: the norm of cross-attention's Q and K."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lingbot_kernels import reference
+from lingbot_kernels.ops import _check, _dispatch, _native
+from lingbot_kernels.ops._library import register
+
+
+def _run(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
+    _check.tokens("x", x)
+    batch, num_tokens, dim = x.shape
+    _check.weight("weight", weight, dim, x)
+    if backend == "reference":
+        return reference.rms_norm(x, weight, eps)
+    y = x.new_empty(x.shape)
+    if backend == "triton":
+        from lingbot_kernels.triton import rms_norm as kernel
+
+        kernel.rms_norm(x, weight, y, eps)
+    else:
+        _native.launch(
+            backend, "rms_norm", x.device,
+            *_native.rows(x), weight.data_ptr(), y.data_ptr(), batch, num_tokens, dim, _native.DTYPE_CODES[x.dtype],
+            eps,
+        )  # fmt: skip
+    return y
+
+
+_op = register(
+    "rms_norm(Tensor x, Tensor weight, float eps, str backend) -> Tensor",
+    _run,
+    lambda x, weight, eps, backend: x.new_empty(x.shape),
+)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
+    """y = T(T(x32 * rsqrt(mean(x32^2) + eps)) * weight) [B, S, D]: RMSNorm (Zhang and Sennrich 2019) with the two
+    roundings of the official model.
+
+    Args:
+        x: [B, S, D], bfloat16, float16 or float32 (float64 by the reference), unit inner stride.
+        weight: [D], of x's dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
+    """
+    chosen = _dispatch.resolve("rms_norm", backend, x.device.type, x.dtype, x.shape[1], x.shape[-1])
+    return _op(x, weight, eps, chosen)

@@ -1,0 +1,202 @@
+"""Attention of a chunk's queries over the visible slots of a K/V ring, by the best library at hand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lingbot_kernels import reference
+from lingbot_kernels.ops import _check, _dispatch
+from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops.ring import RingPosition
+
+Segments = Sequence[tuple[int, int]]
+LIBRARIES = ("fa4", "cudnn", "sdpa", "reference")
+
+
+@functools.cache
+def _flash_attention_4() -> Callable[..., tuple[Tensor, Tensor]] | str:
+    """flash-attn-4's forward, or the reason why it isn't there."""
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ImportError as error:
+        return f"flash-attn-4 is not importable ({error}); install lingbot-kernels[fa4]"
+    return flash_attn_func
+
+
+def why_not(library: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where this attention library can serve, else what is missing."""
+    if library in ("sdpa", "reference"):
+        return None
+    if device_type != "cuda":
+        return f"serves CUDA tensors, not {device_type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"serves bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if head_dim % 8 or head_dim > 128:
+        return f"serves head_dim up to 128, a multiple of 8, not {head_dim}"
+    if library == "cudnn":
+        return None if torch.backends.cudnn.is_available() else "torch was built without cuDNN"
+    if torch.cuda.get_device_capability()[0] < 9:
+        return "flash-attn-4 needs compute capability 9.0 or more"
+    found = _flash_attention_4()
+    return found if isinstance(found, str) else None
+
+
+@functools.lru_cache(maxsize=256)
+def resolve_library(requested: str | None, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The attention library for these tensors: the one asked for, else the first of fa4, cudnn, sdpa that can serve.
+
+    Raises ValueError for an unknown name, BackendUnavailable where the one asked for can't serve.
+    """
+    if requested in (None, "auto"):
+        return next(name for name in LIBRARIES if why_not(name, device_type, dtype, head_dim) is None)
+    if requested not in LIBRARIES:
+        if requested in _dispatch.BACKENDS:
+            _dispatch.resolve("windowed_attention", requested, device_type, dtype)
+        raise ValueError(f"backend: got {requested!r}, must be auto or one of {', '.join(LIBRARIES)}")
+    reason = why_not(requested, device_type, dtype, head_dim)
+    if reason is not None:
+        raise _dispatch.BackendUnavailable(f"windowed_attention: {requested!r} can't serve: {reason}")
+    return requested
+
+
+def visible_segments(
+    ring: RingPosition, num_tokens: int, capacity: int, num_visible: int, recent: int
+) -> list[tuple[int, int]]:
+    """Slot ranges of the sink and the `recent` latest tokens (the chunk's own included), in slot order, neighbours
+    merged.
+
+    `ring` must hold its position as an int: which slots are recent decides how many calls are made.
+    """
+    if ring.cursor is not None:
+        raise ValueError("ring: got a device cursor, must hold an int position when `recent` is given")
+    if recent < num_tokens:
+        raise ValueError(f"recent: got {recent}, must be at least the chunk's {num_tokens} tokens")
+    sink, turn = ring.sink, capacity - ring.sink
+    end = ring.chunk_start + num_tokens
+    first = max(end - recent, end - turn, min(sink, end))
+    ranges = [(0, min(sink, num_visible))] if sink else []
+    if end > sink:
+        low, high = (first - sink) % turn, (end - 1 - sink) % turn + 1
+        ranges += [(sink + low, sink + high)] if low < high else [(sink, sink + high), (sink + low, capacity)]
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, library: str, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """(out [B, S, heads, head_dim], log-sum-exp [B, heads, S] or None) of q, k, v [B, tokens, heads, head_dim]."""
+    if library == "fa4":
+        out, lse = _flash_attention_4()(q, k, v, return_lse=with_lse)[:2]  # type: ignore[operator]
+        return out, lse
+    queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
+    if library == "cudnn":
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(queries, keys, values, None, with_lse)[:2]
+        return out.transpose(1, 2), lse.squeeze(-1) if with_lse else None
+    if not with_lse:
+        return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2), None
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values)[:2]
+    elif q.is_cuda:
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(queries, keys, values, None, True)[:2]
+        lse = lse[..., : q.shape[1]]
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values)[:2]
+    return out.transpose(1, 2), lse
+
+
+def merge_by_lse(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention over the union of disjoint key sets, from each set's (out [B, S, heads, head_dim], lse [B, heads, S]).
+
+    softmax over a union weighs each part by exp(lse_i - logsumexp_j(lse_j)); float32 weights (float64 for float64
+    parts).
+    """
+    lse = torch.stack([part_lse for _, part_lse in parts])
+    weights = torch.softmax(lse.to(torch.promote_types(lse.dtype, torch.float32)), dim=0)
+    merged = sum(
+        out.to(weights.dtype) * weight.transpose(1, 2).unsqueeze(-1)
+        for (out, _), weight in zip(parts, weights, strict=True)
+    )
+    return merged.to(parts[0][0].dtype)  # type: ignore[union-attr]
+
+
+def _run(q: Tensor, k_cache: Tensor, v_cache: Tensor, segments: Sequence[int], library: str) -> Tensor:
+    heads, head_dim = k_cache.shape[2:]
+    ranges = list(zip(segments[::2], segments[1::2], strict=True))
+    queries = q if q.dim() == 4 else q.unflatten(-1, (heads, head_dim))
+    if library == "reference":
+        return reference.windowed_attention(queries, k_cache, v_cache, max(b for _, b in ranges), segments=ranges)
+    parts = [
+        _attend(queries, k_cache[:, start:stop], v_cache[:, start:stop], library, len(ranges) > 1)
+        for start, stop in ranges
+    ]
+    out = parts[0][0] if len(parts) == 1 else merge_by_lse(parts)  # type: ignore[arg-type]
+    return out.contiguous().flatten(-2)
+
+
+_op = register(
+    "windowed_attention(Tensor q, Tensor k_cache, Tensor v_cache, SymInt[] segments, str library) -> Tensor",
+    _run,
+    lambda q, k_cache, v_cache, segments, library: q.new_empty(
+        (q.shape[0], q.shape[1], k_cache.shape[2] * k_cache.shape[3])
+    ),
+)
+
+
+def windowed_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_visible: int,
+    *,
+    ring: RingPosition | None = None,
+    recent: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v over slots 0 .. num_visible of the ring, without a mask or a copy: [B, S, D].
+
+    K is rotated already, so the order of the slots does not matter.
+
+    Args:
+        q: [B, S, D], or a strided [B, S, heads, head_dim].
+        k_cache, v_cache: [B, capacity, heads, head_dim], whole buffers, of q's dtype.
+        num_visible: slots in use, from the front; capacity once the ring is full.
+        ring, recent: where `recent` is given, only the sink and the `recent` latest tokens are seen, the chunk's own
+            included: up to three slot ranges, attended apart and merged by log-sum-exp. `ring` then says where the
+                chunk is.
+        backend: "fa4" (flash-attn-4), "cudnn", "sdpa", "reference" or "auto", which takes the first that can serve.
+
+    Raises:
+        ValueError, TypeError: naming the argument. BackendUnavailable: the library asked for by name can't serve.
+    """
+    if k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"k_cache, v_cache: got {list(k_cache.shape)} and {list(v_cache.shape)}, "
+            "must both be [B, capacity, heads, head_dim]"
+        )
+    batch, capacity, heads, head_dim = k_cache.shape
+    if tuple(q.shape) not in ((batch, q.shape[1], heads * head_dim), (batch, q.shape[1], heads, head_dim)):
+        raise ValueError(f"q: got shape {list(q.shape)}, must be [{batch}, S, {heads * head_dim}]")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dtype != q.dtype or cache.device != q.device:
+            raise TypeError(f"{name}: got {_check.describe(cache)}, must be {q.dtype} on {q.device}")
+    if not 0 < num_visible <= capacity:
+        raise ValueError(f"num_visible: got {num_visible}, must be from 1 to the capacity, {capacity}")
+    if recent is None:
+        segments = [(0, num_visible)]
+    elif ring is None:
+        raise ValueError("ring: got None, must say where the chunk is when `recent` is given")
+    else:
+        segments = visible_segments(ring, q.shape[1], capacity, num_visible, recent)
+    if backend is None and _dispatch.requested_backend() == "reference":
+        backend = "reference"
+    library = resolve_library(backend, q.device.type, q.dtype, head_dim)
+    return _op(q, k_cache, v_cache, [bound for segment in segments for bound in segment], library)
