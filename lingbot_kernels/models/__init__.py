@@ -1,0 +1,1 @@
+"""The model, assembled from the ops in the order data flows."""

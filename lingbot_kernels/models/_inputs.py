@@ -1,0 +1,59 @@
+"""Checks of what a chunk's forward is given; each error names the argument, what it was and what it must be."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from lingbot_kernels.config import LingBotConfig
+
+
+def check_chunk(
+    cfg: LingBotConfig,
+    device: torch.device,
+    latents: Tensor,
+    text: Tensor,
+    timestep: float,
+    start_frame: int,
+    camera: Tensor | None,
+    step_index: int,
+) -> None:
+    """Raise TypeError or ValueError unless the arguments of `CausalLingBotTransformer.forward` fit the model."""
+    if isinstance(timestep, Tensor) or not isinstance(timestep, Real) or not math.isfinite(timestep):
+        raise TypeError(
+            f"timestep: got {type(timestep).__name__} {timestep if isinstance(timestep, Real) else ''}, "
+            "must be one finite Python float for the chunk (reading a tensor would wait for the device)"
+        )
+    for name, value, least in (("start_frame", start_frame, 0), ("step_index", step_index, -1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: got {value!r}, must be an int of {least} or more")
+    _check_tensor("latents", latents, device, f"[B, {cfg.in_channels}, F, H, W]", 5)
+    batch, channels, frames, height, width = latents.shape
+    pt, ph, pw = cfg.patch_size
+    if channels != cfg.in_channels or min(latents.shape) < 1 or frames % pt or height % ph or width % pw:
+        raise ValueError(
+            f"latents: got {list(latents.shape)}, must be [B, {cfg.in_channels}, F, H, W] with F, H, W multiples of "
+            f"{pt}, {ph}, {pw}"
+        )
+    _check_tensor("text", text, device, f"[{batch}, L <= {cfg.text_len}, {cfg.text_dim}]", 3)
+    if text.shape[0] != batch or not 0 < text.shape[1] <= cfg.text_len or text.shape[2] != cfg.text_dim:
+        raise ValueError(f"text: got {list(text.shape)}, must be [{batch}, L <= {cfg.text_len}, {cfg.text_dim}]")
+    if camera is not None:
+        wanted = [batch, cfg.camera_channels, frames, height, width]
+        if not cfg.camera:
+            raise ValueError(f"camera: got {list(camera.shape)}, must be None: the model has no camera layers")
+        _check_tensor("camera", camera, device, str(wanted), 5)
+        if list(camera.shape) != wanted:
+            raise ValueError(f"camera: got {list(camera.shape)}, must be {wanted}")
+
+
+def _check_tensor(name: str, x: Tensor, device: torch.device, shape: str, dims: int) -> None:
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        raise TypeError(f"{name}: got {x.dtype if isinstance(x, Tensor) else type(x).__name__}, must be a float tensor")
+    if x.dim() != dims:
+        raise ValueError(f"{name}: got shape {list(x.shape)}, must be {shape}")
+    if x.device != device:
+        raise ValueError(f"{name}: got device {x.device}, must be the model's, {device}")

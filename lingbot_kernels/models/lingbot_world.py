@@ -1,0 +1,412 @@
+"""LingBot-World's causal video DiT: transformer, block and self-attention, in the order data flows.
+
+A chunk of frames attends to the sink, the recent window and itself through a K/V ring that belongs to the session.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lingbot_kernels import ops
+from lingbot_kernels.config import LingBotConfig
+from lingbot_kernels.models import checkpoint
+from lingbot_kernels.models._inputs import check_chunk
+from lingbot_kernels.models.embeddings import (
+    PatchEmbedding,
+    TextEmbedding,
+    linear_in,
+    patchify,
+    timestep_embedding,
+    unpatchify,
+)
+from lingbot_kernels.models.fused_linear import FusedLinear, FusedLinearOwner
+from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPosition, CrossAttentionCache
+from lingbot_kernels.realtime.runtime_cache import TensorIdentity
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TimeEmbeddings:
+    """What a timestep contributes, float32: blocks [L, 6, d] (shift, scale, gate of attention, then of the MLP), head [2, d]."""
+
+    blocks: Tensor
+    head: Tensor
+
+    @property
+    def layers(self) -> list[Tensor]:
+        return [self.blocks, self.head]
+
+
+class PerBlock:
+    """A value for each block, computed when the block asks: what stands in for a cache that is turned off."""
+
+    def __init__(self, compute: Callable[[int], KeyValue]) -> None:
+        self._compute = compute
+
+    def __getitem__(self, index: int) -> KeyValue:
+        return self._compute(index)
+
+
+class RMSNorm(nn.Module):
+    """Full-width RMSNorm with the official model's two roundings: weight [d]."""
+
+    def __init__(self, dim: int, eps: float, **factory: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class CausalLingBotSelfAttention(FusedLinearOwner):
+    """Self-attention of a chunk over the K/V ring: project, normalise and rotate into the ring, attend, project."""
+
+    def __init__(self, cfg: LingBotConfig, **factory: Any) -> None:
+        super().__init__()
+        self.qkv = FusedLinear(cfg.dim, cfg.dim, ("q", "k", "v"), **factory)
+        self.o = nn.Linear(cfg.dim, cfg.dim, **factory)
+        self.norm_q = RMSNorm(cfg.dim, cfg.eps, **factory)
+        self.norm_k = RMSNorm(cfg.dim, cfg.eps, **factory)
+
+    def forward(
+        self, x: Tensor, cos_sin: Tensor, kv: KeyValue, position: ChunkPosition, update_cache_only: bool = False
+    ) -> Tensor | None:
+        """x [B, S, d] -> [B, S, d], with the chunk's K and V left in the ring `kv`.
+
+        With `update_cache_only` K and V are projected and written, and nothing else: returns None.
+        """
+        norm_q, norm_k = self.norm_q, self.norm_k
+        if update_cache_only:
+            k, v = self.qkv("k", "v", x=x)
+            ops.k_norm_rope_kv_write(k, v, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps)
+            return None
+        q, k, v = self.qkv("q", "k", "v", x=x)
+        q = ops.qk_norm_rope_kv_write(
+            q, k, v, norm_q.weight, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps
+        )  # K and V now lie in the ring
+        return self.o(ops.windowed_attention(q, *kv, position.num_visible))
+
+
+class LingBotCrossAttention(nn.Module):
+    """Attention to the text: K and V come from the session's cache, made once a prompt."""
+
+    def __init__(self, cfg: LingBotConfig, **factory: Any) -> None:
+        super().__init__()
+        self.num_heads = cfg.num_heads
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, nn.Linear(cfg.dim, cfg.dim, **factory))
+        self.norm_q = RMSNorm(cfg.dim, cfg.eps, **factory)
+        self.norm_k = RMSNorm(cfg.dim, cfg.eps, **factory)
+
+    def project_text(self, context: Tensor) -> KeyValue:
+        """context [B, text_len, d] -> K (normalised) and V, [B, text_len, heads, head_dim] each."""
+        k, v = self.norm_k(self.k(context)), self.v(context)
+        return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
+
+    def forward(self, x: Tensor, text_kv: KeyValue) -> Tensor:
+        """x [B, S, d] -> [B, S, d]."""
+        q = self.norm_q(self.q(x))
+        return self.o(ops.windowed_attention(q, *text_kv, text_kv[0].shape[1]))
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU(tanh) in its epilogue, Linear."""
+
+    def __init__(self, cfg: LingBotConfig, **factory: Any) -> None:
+        super().__init__(
+            nn.Linear(cfg.dim, cfg.ffn_dim, **factory),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(cfg.ffn_dim, cfg.dim, **factory),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, _, down = self
+        return down(ops.linear_gelu(x, up.weight, up.bias))
+
+
+class LingBotTransformerBlock(nn.Module):
+    """Self-attention, camera modulation, cross-attention, MLP; between two matrix products one fused pass."""
+
+    def __init__(self, cfg: LingBotConfig, **factory: Any) -> None:
+        super().__init__()
+        self.eps = cfg.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim, **factory) / cfg.dim**0.5)
+        self.self_attn = CausalLingBotSelfAttention(cfg, **factory)
+        self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps, **factory)
+        self.cross_attn = LingBotCrossAttention(cfg, **factory)
+        self.ffn = FeedForward(cfg, **factory)
+        if cfg.camera:
+            for name in ("cam_injector_layer1", "cam_injector_layer2", "cam_scale_layer", "cam_shift_layer"):
+                setattr(self, name, nn.Linear(cfg.dim, cfg.dim, **factory))
+
+    def camera_modulation(self, embedding: Tensor) -> KeyValue:
+        """Camera embedding [B, S, d] -> this block's (scale, shift), [B, S, d] each."""
+        h = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(embedding))) + embedding
+        return self.cam_scale_layer(h), self.cam_shift_layer(h)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        cos_sin: Tensor,
+        kv: KeyValue,
+        position: ChunkPosition,
+        text_kv: KeyValue,
+        camera: KeyValue | None = None,
+        update_cache_only: bool = False,
+    ) -> Tensor | None:
+        """One block over a chunk.
+
+        Args:
+            x: residual stream [B, S, d].
+            modulation: float32 [6, d]: shift, scale, gate of self-attention, then of the MLP.
+            cos_sin: float32 [S, head_dim].
+            kv: this layer's ring, K and V [B, capacity, heads, head_dim], written in the chunk's slots.
+            text_kv: this layer's text K and V.
+            camera: this layer's (scale, shift) [B, S, d], or None.
+            update_cache_only: stop after the K/V write and return None.
+        """
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(0)
+        y = ops.layer_norm_modulate(x, shift_sa, scale_sa, self.eps, out_dtype=self.modulation.dtype)
+        attended = self.self_attn(y, cos_sin, kv, position, update_cache_only)
+        if attended is None:
+            return None
+        norm3, (cam_scale, cam_shift) = self.norm3, camera or (None, None)
+        x, y = ops.gated_residual_camera_norm(
+            x, attended, gate_sa, cam_scale, cam_shift, norm3.weight, norm3.bias, self.eps
+        )
+        x, y = ops.residual_norm_modulate(x, self.cross_attn(y, text_kv), shift_ffn, scale_ffn, self.eps)
+        return ops.gated_residual(x, self.ffn(y), gate_ffn)
+
+
+class Head(nn.Module):
+    """Modulated layer norm and the projection to a token's output channels, (pt, ph, pw, c) order."""
+
+    def __init__(self, cfg: LingBotConfig, **factory: Any) -> None:
+        super().__init__()
+        self.eps = cfg.eps
+        self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim, **factory) / cfg.dim**0.5)
+        self.head = nn.Linear(cfg.dim, cfg.out_channels * cfg.patch_volume, **factory)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x [B, S, d], modulation float32 [2, d] (shift, scale) -> [B, S, pt * ph * pw * out_channels]."""
+        shift, scale = modulation.unbind(0)
+        return self.head(ops.layer_norm_modulate(x, shift, scale, self.eps, out_dtype=self.modulation.dtype))
+
+
+def _renew_weights(model: nn.Module, _: object = None) -> None:
+    """A new identity for new weights, so that a session made with the old ones can tell."""
+    model._weights = object()  # type: ignore[assignment]
+
+
+class CausalLingBotTransformer(nn.Module):
+    """The causal video DiT. `state_dict()` has the official checkpoint's keys; sessions live in `RealtimeCausalDiTState`.
+
+    Inference only: the ops have no gradients.
+    """
+
+    def __init__(
+        self,
+        cfg: LingBotConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Random weights in `dtype` (torch's default where None) on `device`."""
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.cfg = cfg
+        d = cfg.dim
+        self.patch_embedding = PatchEmbedding(cfg.in_channels, d, cfg.patch_size, **factory)
+        self.text_embedding = TextEmbedding(cfg.text_dim, d, cfg.text_len, **factory)
+        self.time_embedding = nn.Sequential(
+            nn.Linear(cfg.freq_dim, d, **factory), nn.SiLU(), nn.Linear(d, d, **factory)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d, **factory))
+        if cfg.camera:
+            self.patch_embedding_wancamctrl = nn.Linear(cfg.camera_channels * cfg.patch_volume, d, **factory)
+            self.c2ws_hidden_states_layer1 = nn.Linear(d, d, **factory)
+            self.c2ws_hidden_states_layer2 = nn.Linear(d, d, **factory)
+        self.blocks = nn.ModuleList(LingBotTransformerBlock(cfg, **factory) for _ in range(cfg.num_layers))
+        self.head = Head(cfg, **factory)
+        _renew_weights(self)
+        self.register_load_state_dict_post_hook(_renew_weights)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        cfg: LingBotConfig | None = None,
+    ) -> CausalLingBotTransformer:
+        """The model of a checkpoint folder (safetensors shards in any of the three namings), in `dtype` on `device`.
+
+        The configuration is `cfg`, or the folder's config.json, or read off the shapes. Weights go from the mapped file
+        straight into the parameters: memory stays near one copy. dtype None: bfloat16.
+
+        Raises:
+            CheckpointError: naming every missing, unexpected, wrongly shaped or unreadable entry, in one message.
+        """
+        cfg = cfg or checkpoint.infer_config(folder)
+        with torch.device("meta"):
+            model = cls(cfg, dtype=dtype or torch.bfloat16)
+        model.to_empty(device=device)
+        checkpoint.load_checkpoint(model, folder)
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the weights under their official names as safetensors shards with an index, and config.json."""
+        checkpoint.save_checkpoint(self, folder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.modulation.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.modulation.device
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """Dtype of the residual stream: the configured one, or the model's own where that is wider."""
+        return torch.promote_types(self.dtype, getattr(torch, self.cfg.residual_dtype))
+
+    @torch.no_grad()
+    def forward(
+        self,
+        latents: Tensor,
+        text: Tensor,
+        timestep: float,
+        *,
+        state: RealtimeCausalDiTState,
+        start_frame: int,
+        camera: Tensor | None = None,
+        step_index: int = 0,
+        update_cache_only: bool = False,
+    ) -> Tensor | None:
+        """One forward of a chunk: a denoise step, or the context update.
+
+        Args:
+            latents: [B, in_channels, F, H, W]: noisy latents, then mask and image condition.
+            text: [B, L <= text_len, text_dim] text embeddings; zero-padded to text_len inside.
+            timestep: one value for the chunk, a Python float; a tensor is refused, since reading it would wait.
+            state: the session; its ring takes the chunk's K and V.
+            start_frame: absolute index of the chunk's first latent frame; the next one, or the current chunk's.
+            camera: [B, 384, F, H, W] Pluecker embedding, 8 x 8 pixels folded into channels; None: no camera.
+            step_index: index in the denoising loop; -1 in the context update.
+            update_cache_only: write K/V, skip all that only the output needs, and return None.
+
+        Returns:
+            Flow prediction, float32 [B, out_channels, F, H, W] (float64 from a float64 model), or None.
+
+        Raises:
+            ValueError, TypeError: naming the argument; the session is then as it was.
+        """
+        check_chunk(self.cfg, self.device, latents, text, timestep, start_frame, camera, step_index)
+        batch, _, frames, height, width = latents.shape
+        _, ph, pw = self.cfg.patch_size
+        layout = self.cache_layout(batch, (height // ph, width // pw))
+        plan = state.plan_chunk(self._weights, layout, start_frame, frames)
+        assert state.kv_cache is not None
+        cos_sin = self._prepare_cached_rope_for_sequence_shard(state, plan.tokens, plan.start)
+        time = self._prepare_cached_time_embeddings(state, float(timestep), step_index)
+        text_kv = self._prepare_cached_text(state, text)
+        cameras = None if camera is None else self._prepare_cached_camera_modulation(state, camera)
+        x = self.patch_embedding(latents.to(self.dtype)).to(self.residual_dtype)
+
+        state.kv_cache.ring.commit(plan)
+        position = state.kv_cache.position(plan)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = block(
+                x,
+                time.blocks[i],
+                cos_sin,
+                state.kv_cache.layers[i],
+                position,
+                text_kv[i],
+                None if cameras is None else cameras[i],
+                update_cache_only=update_cache_only and i == last,
+            )
+        if update_cache_only:
+            return None
+        out = unpatchify(self.head(x, time.head), self.cfg.patch_size, frames, height, width)
+        return out.to(torch.promote_types(self.dtype, torch.float32))
+
+    def cache_layout(self, batch: int, grid: tuple[int, int]) -> CacheLayout:
+        """The K/V ring of a session of `batch` videos with `grid` (rows, columns) tokens a frame."""
+        cfg = self.cfg
+        return CacheLayout(
+            cfg.num_layers, batch, cfg.num_heads, cfg.head_dim, grid, cfg.window_frames, cfg.sink_frames,
+            self.dtype, self.device,
+        )  # fmt: skip
+
+    def _prepare_cached_rope_for_sequence_shard(
+        self, state: RealtimeCausalDiTState, num_tokens: int, token_start: int
+    ) -> Tensor:
+        """cos‖sin [num_tokens, head_dim] of the tokens from absolute index `token_start`; made once a chunk."""
+        assert state.kv_cache is not None
+        grid, device, cfg = state.kv_cache.layout.grid, self.device, self.cfg
+        key = (num_tokens, token_start, grid[0] * grid[1], grid[1], cfg.head_dim, cfg.rope_theta)
+        return state.runtime_cache["rope"].get_or_compute(
+            (*key, device), lambda: ops.rope_cos_sin(*key, device)
+        )
+
+    def _prepare_cached_time_embeddings(
+        self, state: RealtimeCausalDiTState, timestep: float, step_index: int
+    ) -> TimeEmbeddings:
+        """What `timestep` adds to every block's modulation and the head's; made once a step of the schedule."""
+        key = (step_index, timestep, (self.cfg.num_layers, self.cfg.dim), self.dtype, self.device)
+        return state.runtime_cache["time_embeddings"].get_or_compute(key, lambda: self._embed_time(timestep))
+
+    def _prepare_cached_text(self, state: RealtimeCausalDiTState, text: Tensor) -> list[KeyValue] | PerBlock:
+        """Every block's text K and V; made once a prompt."""
+        store = state.runtime_cache["text"]
+
+        def compute() -> CrossAttentionCache | PerBlock:
+            context = self.text_embedding(text)
+            if not store.enabled:
+                return PerBlock(lambda i: self.blocks[i].cross_attn.project_text(context))
+            return CrossAttentionCache([block.cross_attn.project_text(context) for block in self.blocks])
+
+        found = store.get_or_compute(TensorIdentity(text), compute)
+        return found.layers if isinstance(found, CrossAttentionCache) else found
+
+    def _prepare_cached_camera_modulation(
+        self, state: RealtimeCausalDiTState, camera: Tensor
+    ) -> list[KeyValue] | PerBlock:
+        """Every block's camera (scale, shift); made once a chunk and reused by its forwards."""
+        store = state.runtime_cache["camera_modulation"]
+
+        def compute() -> list[KeyValue] | PerBlock:
+            embedding = self._embed_camera(camera)
+            if not store.enabled:
+                return PerBlock(lambda i: self.blocks[i].camera_modulation(embedding))
+            return [block.camera_modulation(embedding) for block in self.blocks]
+
+        return store.get_or_compute(TensorIdentity(camera), compute)
+
+    def _embed_time(self, timestep: float) -> TimeEmbeddings:
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        first, _, last = self.time_embedding
+        embedding = timestep_embedding(timestep, self.cfg.freq_dim, self.device).to(dtype)
+        e = linear_in(F.silu(linear_in(embedding, first, dtype)), last, dtype)
+        e0 = linear_in(F.silu(e), self.time_projection[1], dtype).unflatten(0, (6, -1))
+        blocks = torch.cat([block.modulation for block in self.blocks]).to(dtype) + e0
+        return TimeEmbeddings(blocks, self.head.modulation[0].to(dtype) + e)
+
+    def _embed_camera(self, camera: Tensor) -> Tensor:
+        embedding = self.patch_embedding_wancamctrl(patchify(camera.to(self.dtype), self.cfg.patch_size))
+        return embedding + self.c2ws_hidden_states_layer2(F.silu(self.c2ws_hidden_states_layer1(embedding)))

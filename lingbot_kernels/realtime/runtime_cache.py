@@ -1,0 +1,136 @@
+"""Named, bounded and counted stores for what several forwards of a chunk, or several chunks, share."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested tuples, lists and dicts, each tensor object counted once."""
+    seen: dict[int, int] = {}
+
+    def visit(item: Any) -> None:
+        if isinstance(item, Tensor):
+            seen[id(item)] = item.numel() * item.element_size()
+        elif hasattr(item, "layers"):
+            visit(item.layers)
+        elif isinstance(item, dict):
+            for inner in item.values():
+                visit(inner)
+        elif isinstance(item, (tuple, list)):
+            for inner in item:
+                visit(inner)
+
+    visit(value)
+    return sum(seen.values())
+
+
+class TensorIdentity:
+    """A key that equals itself only for the same, unchanged tensor.
+
+    It holds the tensor alive, and its storage apart from it, so that neither the object's id nor the address can be
+    reused while the key exists; the version counter tells of changes in place. A tensor made under
+    `torch.inference_mode` has no version counter: it equals nothing, since a change to it could not be seen.
+    """
+
+    __slots__ = ("_address", "_storage", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._storage = tensor.untyped_storage()
+        self._address = tensor.data_ptr()
+        self._version = None if tensor.is_inference() else tensor._version
+
+    def __hash__(self) -> int:
+        return id(self._tensor)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, TensorIdentity)
+            and self._tensor is other._tensor
+            and self._version is not None
+            and self._version == other._version
+            and self._address == other._address
+        )
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """Counts since the store was made or cleared; bytes held now."""
+
+    hits: int
+    misses: int
+    entries: int
+    bytes: int
+
+
+class Store:
+    """At most `max_entries` values by key, the least recently used one evicted first. A disabled store keeps nothing."""
+
+    def __init__(self, max_entries: int, enabled: bool = True) -> None:
+        if max_entries < 1:
+            raise ValueError(f"max_entries: got {max_entries}, must be 1 or more")
+        self.max_entries = max_entries
+        self.enabled = enabled
+        self.clear()
+
+    def get_or_compute(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """The value of `key`, from the store or from `compute`.
+
+        On a miss, room is made before `compute` runs, so that two generations of a large value never coexist; where
+        it raises, nothing is stored.
+        """
+        if key in self._entries:
+            self.hits += 1
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        self.misses += 1
+        if not self.enabled:
+            return compute()
+        while len(self._entries) >= self.max_entries:
+            self._entries.popitem(last=False)
+        value = self._entries[key] = compute()
+        return value
+
+    def values(self) -> Iterator[Any]:
+        return iter(self._entries.values())
+
+    def clear(self) -> None:
+        self._entries: OrderedDict[Hashable, Any] = OrderedDict()
+        self.hits = 0
+        self.misses = 0
+
+    def nbytes(self) -> int:
+        return sum(tensor_bytes(value) for value in self._entries.values())
+
+    def stats(self) -> StoreStats:
+        return StoreStats(self.hits, self.misses, len(self._entries), self.nbytes())
+
+
+class RuntimeCache:
+    """The stores of one session by name: "rope", "time_embeddings", "camera_modulation" and "text"."""
+
+    def __init__(self, **stores: Store) -> None:
+        self._stores = stores
+
+    def __getitem__(self, name: str) -> Store:
+        return self._stores[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stores)
+
+    def clear(self) -> None:
+        for store in self._stores.values():
+            store.clear()
+
+    def nbytes(self) -> int:
+        return sum(store.nbytes() for store in self._stores.values())
+
+    def stats(self) -> dict[str, StoreStats]:
+        return {name: store.stats() for name, store in self._stores.items()}
+
