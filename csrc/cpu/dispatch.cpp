@@ -1,0 +1,86 @@
+#include <atomic>
+#include <cstring>
+
+#include "ops.h"
+
+namespace lingbot::cpu {
+
+#define DECLARE(op, Params) Status op(const Params&, int threads);
+namespace generic {
+LINGBOT_CPU_OPS(DECLARE)
+}
+#if defined(LINGBOT_X86_VARIANTS)
+namespace avx2 {
+LINGBOT_CPU_OPS(DECLARE)
+}
+namespace avx512 {
+LINGBOT_CPU_OPS(DECLARE)
+}
+#endif
+#undef DECLARE
+
+namespace {
+
+struct Table {
+  const char* name;
+  bool (*supported)();
+#define FIELD(op, Params) Status (*op)(const Params&, int);
+  LINGBOT_CPU_OPS(FIELD)
+#undef FIELD
+};
+
+constexpr Table kTables[] = {
+#if defined(LINGBOT_X86_VARIANTS)
+#define ENTRY(op, Params) avx512::op,
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     },
+     LINGBOT_CPU_OPS(ENTRY)},
+#undef ENTRY
+#define ENTRY(op, Params) avx2::op,
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }, LINGBOT_CPU_OPS(ENTRY)},
+#undef ENTRY
+#endif
+#define ENTRY(op, Params) generic::op,
+    {"generic", [] { return true; }, LINGBOT_CPU_OPS(ENTRY)},
+#undef ENTRY
+};
+static_assert(sizeof(kTables) / sizeof(Table) <= kMaxIsas);
+
+const Table* best() {
+  for (const Table& table : kTables)
+    if (table.supported()) return &table;
+  return nullptr;  // not reached: generic always is
+}
+
+std::atomic<const Table*> g_active{best()};
+
+}  // namespace
+
+const char* const* available_isas() {
+  static const char* names[kMaxIsas + 1] = {};
+  int count = 0;
+  for (const Table& table : kTables)
+    if (table.supported()) names[count++] = table.name;
+  return names;
+}
+
+const char* active_isa() { return g_active.load()->name; }
+
+bool set_isa(const char* name) {
+  for (const Table& table : kTables) {
+    if (std::strcmp(table.name, name) != 0 || !table.supported()) continue;
+    g_active = &table;
+    return true;
+  }
+  return false;
+}
+
+#define FORWARD(op, Params) \
+  Status op(const Params& p, int threads) { return g_active.load(std::memory_order_relaxed)->op(p, threads); }
+LINGBOT_CPU_OPS(FORWARD)
+#undef FORWARD
+
+}  // namespace lingbot::cpu

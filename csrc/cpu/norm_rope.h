@@ -1,0 +1,86 @@
+// RMSNorm over a whole row, then RoPE on the pairs (2i, 2i + 1) of each head: what the K/V write and the pack share.
+#pragma once
+
+#include "dtype.h"
+
+namespace lingbot::cpu::LINGBOT_ISA {
+namespace {
+
+constexpr int kRopeSegment = 256;  // channels of a head whose table is spread at a time
+
+struct Rope {
+  const float* cos_sin;  // [head_dim] of this token: cos | sin
+  int heads, head_dim;
+};
+
+template <class T>
+struct NormRopeRow {
+  const T* x;
+  const T* weight;
+  T* out;  // head h at out + h / heads_per_group * group_stride + h % heads_per_group * head_dim
+  int64_t group_stride;
+  int heads_per_group;
+};
+
+template <class T>
+LINGBOT_INLINE const T* row(const Rows& rows, int64_t batch, int64_t token) {
+  return static_cast<const T*>(rows.ptr) + batch * rows.batch_stride + token * rows.token_stride;
+}
+
+template <class T>
+LINGBOT_INLINE float inverse_rms(const T* x, int n, float eps) {
+  const float squares = sum_blocks(n, [&](int i, int count) LINGBOT_LAMBDA {
+    const Lanes v = load(x + i, count);
+    return v * v;
+  });
+  return 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + eps);
+}
+
+// T(T(x * inverse_rms) * weight)
+template <class T>
+LINGBOT_INLINE Lanes normalise(const T* x, const T* weight, float inverse, int count) {
+  return round_to<T>(round_to<T>(load(x, count) * inverse) * load(weight, count));
+}
+
+// Rotates `rows` (1 or 2 of them) of one token.
+template <class T>
+LINGBOT_INLINE void norm_rope(const NormRopeRow<T>* rows, int num_rows, const Rope& rope, float eps) {
+  float inverse[2];
+  for (int r = 0; r < num_rows; ++r) inverse[r] = inverse_rms(rows[r].x, rope.heads * rope.head_dim, eps);
+  float cosine[kRopeSegment], sine[kRopeSegment];  // cos_i twice; -sin_i, sin_i
+  for (int first = 0; first < rope.head_dim; first += kRopeSegment) {
+    const int rest = rope.head_dim - first;
+    const int width = rest < kRopeSegment ? rest : kRopeSegment;
+    const float* c = rope.cos_sin + first / 2;
+    const float* s = c + rope.head_dim / 2;
+    for (int i = 0; i < width / 2; ++i) {
+      cosine[2 * i] = cosine[2 * i + 1] = c[i];
+      sine[2 * i] = -s[i];
+      sine[2 * i + 1] = s[i];
+    }
+    for (int r = 0; r < num_rows; ++r) {
+      const NormRopeRow<T>& row = rows[r];
+      for (int head = 0; head < rope.heads; ++head) {
+        const int64_t channel = int64_t{head} * rope.head_dim + first;
+        const T* x = row.x + channel;
+        const T* weight = row.weight + channel;
+        T* out = row.out + head / row.heads_per_group * row.group_stride +
+                 int64_t{head % row.heads_per_group} * rope.head_dim + first;
+        each_block(width, [&](int i, int count) LINGBOT_LAMBDA {
+          const Lanes v = normalise(x + i, weight + i, inverse[r], count);
+          const Lanes rotated = v * load(cosine + i, count) + swap_pairs(v) * load(sine + i, count);
+          store(out + i, rotated, count);
+        });
+      }
+    }
+  }
+}
+
+inline Status check_heads(int heads, int head_dim) {
+  if (heads < 1) return "heads must be at least 1";
+  if (head_dim < 2 || head_dim % 2 != 0) return "head_dim must be even and at least 2";
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace lingbot::cpu::LINGBOT_ISA

@@ -1,0 +1,28 @@
+// The operations compiled once for each instruction set, and the choice between them.
+#pragma once
+
+#include "../params.h"
+
+#define LINGBOT_CPU_OPS(X)                                      \
+  X(qk_norm_rope_kv_write, QkNormRopeKvWriteParams)             \
+  X(qk_norm_rope_pack, QkNormRopePackParams)                    \
+  X(qkv_unpack_kv_write, QkvUnpackKvWriteParams)                \
+  X(rms_norm, RmsNormParams)                                    \
+  X(layer_norm_modulate, LayerNormModulateParams)               \
+  X(residual_norm_modulate, ResidualNormModulateParams)         \
+  X(gated_residual_camera_norm, GatedResidualCameraNormParams)  \
+  X(gated_residual, GatedResidualParams)
+
+namespace lingbot::cpu {
+
+constexpr int kMaxIsas = 3;
+
+// Names of the instruction sets that were compiled and that this processor runs, best first; null after the last.
+const char* const* available_isas();
+
+const char* active_isa();
+
+// False, and nothing changes, when `name` is not available.
+bool set_isa(const char* name);
+
+}  // namespace lingbot::cpu

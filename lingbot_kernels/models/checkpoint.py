@@ -1,0 +1,491 @@
+"""Checkpoints of LingBot-World in safetensors files: three namings in, the official one out.
+Everything is checked from the headers first; weights then go tensor by tensor from a memory map into the parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from lingbot_kernels.config import PLUECKER_CHANNELS, LingBotConfig
+
+NAMINGS = ("official", "fastvideo", "diffusers")
+
+_WEIGHT_BIAS, _WEIGHT, _PARAMETER = (".weight", ".bias"), (".weight",), ("",)
+
+_Row = tuple[str, str, str | None, tuple[str, ...]]
+_TEXT, _TIME = "condition_embedder.text_embedder.", "condition_embedder.time_embedder."
+
+# (official, FastVideo / sglang, diffusers Wan, suffixes). None: the naming has no such key.
+_TOP_LEVEL: tuple[_Row, ...] = (
+    ("patch_embedding", "patch_embedding.proj", "patch_embedding", _WEIGHT_BIAS),
+    ("patch_embedding_wancamctrl", "patch_embedding_wancamctrl.proj", None, _WEIGHT_BIAS),
+    ("c2ws_hidden_states_layer1", "c2ws_mlp.fc_in", None, _WEIGHT_BIAS),
+    ("c2ws_hidden_states_layer2", "c2ws_mlp.fc_out", None, _WEIGHT_BIAS),
+    ("text_embedding.0", _TEXT + "fc_in", _TEXT + "linear_1", _WEIGHT_BIAS),
+    ("text_embedding.2", _TEXT + "fc_out", _TEXT + "linear_2", _WEIGHT_BIAS),
+    ("time_embedding.0", _TIME + "mlp.fc_in", _TIME + "linear_1", _WEIGHT_BIAS),
+    ("time_embedding.2", _TIME + "mlp.fc_out", _TIME + "linear_2", _WEIGHT_BIAS),
+    ("time_projection.1", "condition_embedder.time_modulation.linear", "condition_embedder.time_proj", _WEIGHT_BIAS),
+    ("head.head", "proj_out", "proj_out", _WEIGHT_BIAS),
+    ("head.modulation", "scale_shift_table", "scale_shift_table", _PARAMETER),
+)
+_BLOCK: tuple[_Row, ...] = (
+    ("modulation", "scale_shift_table", "scale_shift_table", _PARAMETER),
+    ("self_attn.q", "to_q", "attn1.to_q", _WEIGHT_BIAS),
+    ("self_attn.k", "to_k", "attn1.to_k", _WEIGHT_BIAS),
+    ("self_attn.v", "to_v", "attn1.to_v", _WEIGHT_BIAS),
+    ("self_attn.o", "to_out", "attn1.to_out.0", _WEIGHT_BIAS),
+    ("self_attn.norm_q", "norm_q", "attn1.norm_q", _WEIGHT),
+    ("self_attn.norm_k", "norm_k", "attn1.norm_k", _WEIGHT),
+    ("norm3", "self_attn_residual_norm.norm", "norm2", _WEIGHT_BIAS),
+    ("cross_attn.q", "attn2.to_q", "attn2.to_q", _WEIGHT_BIAS),
+    ("cross_attn.k", "attn2.to_k", "attn2.to_k", _WEIGHT_BIAS),
+    ("cross_attn.v", "attn2.to_v", "attn2.to_v", _WEIGHT_BIAS),
+    ("cross_attn.o", "attn2.to_out", "attn2.to_out.0", _WEIGHT_BIAS),
+    ("cross_attn.norm_q", "attn2.norm_q", "attn2.norm_q", _WEIGHT),
+    ("cross_attn.norm_k", "attn2.norm_k", "attn2.norm_k", _WEIGHT),
+    ("ffn.0", "ffn.fc_in", "ffn.net.0.proj", _WEIGHT_BIAS),
+    ("ffn.2", "ffn.fc_out", "ffn.net.2", _WEIGHT_BIAS),
+    ("cam_injector_layer1", "cam_conditioner.cam_injector.fc_in", None, _WEIGHT_BIAS),
+    ("cam_injector_layer2", "cam_conditioner.cam_injector.fc_out", None, _WEIGHT_BIAS),
+    ("cam_scale_layer", "cam_conditioner.cam_scale_layer", None, _WEIGHT_BIAS),
+    ("cam_shift_layer", "cam_conditioner.cam_shift_layer", None, _WEIGHT_BIAS),
+)
+_CAMERA_KEY = re.compile(r"(blocks\.\d+\.cam_|c2ws_hidden_states_layer|patch_embedding_wancamctrl)")
+_BLOCK_INDEX = re.compile(r"^blocks\.(0|[1-9]\d*)\.")
+
+# Some publishers save a wrapper around the network: all keys then start with one of these.
+_WRAPPERS = ("model.diffusion_model.", "model.", "module.", "transformer.")
+
+_STEMS = ("diffusion_pytorch_model", "model")
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+# A shard is mapped anew after this many bytes, so that pages already copied do not count as memory in use.
+_MAPPED_BYTES = 64 * 2**20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; `problems` has one line for each thing wrong with it."""
+
+    def __init__(self, path: Path, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n  ".join([f"{path}: {count}", *self.problems]))
+
+
+def _name_tables() -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+    """(to official, from official), each by naming; a block's index is replaced by "*" in the keys."""
+    to_official: dict[str, dict[str, str]] = {naming: {} for naming in NAMINGS}
+    from_official: dict[str, dict[str, str]] = {naming: {} for naming in NAMINGS}
+    for prefix, rows in (("", _TOP_LEVEL), ("blocks.*.", _BLOCK)):
+        for official, fastvideo, diffusers, suffixes in rows:
+            for naming, name in zip(NAMINGS, (official, fastvideo, diffusers), strict=True):
+                if name is None:
+                    continue
+                for suffix in suffixes:
+                    to_official[naming][prefix + name + suffix] = prefix + official + suffix
+                    from_official[naming][prefix + official + suffix] = prefix + name + suffix
+    return to_official, from_official
+
+
+_TO_OFFICIAL, _FROM_OFFICIAL = _name_tables()
+
+
+def _look_up(table: dict[str, str], key: str) -> str | None:
+    block = _BLOCK_INDEX.match(key)
+    if block is None:
+        return table.get(key) if "*" not in key else None
+    found = table.get("blocks.*." + key[block.end() :])
+    return None if found is None else found.replace("*", block[1], 1)
+
+
+def official_name(key: str, naming: str | None = None) -> str | None:
+    """The official name of a checkpoint key, or None where the naming has no such key.
+
+    Args:
+        key: without a wrapper's prefix.
+        naming: one of NAMINGS; None tries all three, which never disagree.
+    """
+    for candidate in NAMINGS if naming is None else (naming,):
+        name = _look_up(_TO_OFFICIAL[candidate], key)
+        if name is not None:
+            return name
+    return None
+
+
+def rename(key: str, naming: str) -> str:
+    """The key under which `naming` stores the parameter with the official name `key`. KeyError where it stores none."""
+    name = _look_up(_FROM_OFFICIAL[naming], key)
+    if name is None:
+        raise KeyError(f"{naming} naming has no key for {key!r}")
+    return name
+
+
+def detect_naming(keys: Iterable[str]) -> str:
+    """The naming that knows most of the keys; the official one where none knows more."""
+    keys = list(keys)
+    return max(NAMINGS, key=lambda naming: sum(official_name(key, naming) is not None for key in keys))
+
+
+def parameter_shapes(config: LingBotConfig) -> dict[str, tuple[int, ...]]:
+    """Official name -> shape of every parameter of the network, in the order of the official state dict."""
+    d, f = config.dim, config.ffn_dim
+    widths = {
+        "text_embedding.0": (d, config.text_dim),
+        "time_embedding.0": (d, config.freq_dim),
+        "time_projection.1": (6 * d, d),
+        "patch_embedding": (d, config.in_channels, *config.patch_size),
+        "patch_embedding_wancamctrl": (d, PLUECKER_CHANNELS * config.patch_volume),
+        "head.head": (config.out_channels * config.patch_volume, d),
+        "ffn.0": (f, d),
+        "ffn.2": (d, f),
+    }
+    blocks = [f"blocks.{index}." for index in range(config.num_layers)]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, rows in [("", _TOP_LEVEL), *((block, _BLOCK) for block in blocks)]:
+        for name, _, _, suffixes in rows:
+            if _CAMERA_KEY.match(prefix + name) and not config.camera:
+                continue
+            weight = (d,) if ".norm_" in name or name == "norm3" else widths.get(name, (d, d))
+            for suffix in suffixes:
+                shapes[prefix + name + suffix] = {".weight": weight, ".bias": weight[:1]}.get(
+                    suffix, (1, 2 if prefix == "" else 6, d)
+                )
+    return shapes
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a checkpoint, as the header of its file describes it."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return {"F64": 8, "F32": 4}.get(self.dtype, 2) * math.prod(self.shape)
+
+
+@dataclass
+class _Headers:
+    """What the files of a checkpoint hold, by stored key, and what is wrong with them."""
+
+    entries: dict[str, _Entry]
+    problems: list[str]
+    unreadable: set[str]  # keys that the index puts in a file that cannot be read
+    complete: bool  # False: an unreadable file may hold keys that nothing tells
+
+
+def load_checkpoint(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> None:
+    """Copy a checkpoint into a model, converting to the parameters' dtype and device on the way.
+
+    `model.state_dict()` must return tensors under official names that are views of the live parameters, so a fused
+    projection is filled through its parts. A model on the meta device is given memory first. Memory in use stays near
+    one copy of the weights: a file is memory-mapped, and one tensor of it is converted at a time.
+
+    Args:
+        model: what to fill.
+        folder: a folder of safetensors shards, with or without an index, or one safetensors file; in any of NAMINGS.
+        dtype: of all parameters; None leaves each as it is.
+        device: of all parameters; None leaves them where they are, and means the CPU for a model on the meta device.
+
+    Raises:
+        CheckpointError: missing, unexpected or wrongly shaped keys, damaged or missing files, an index that does not
+            fit them: all of them in one error, before anything in the model is changed.
+    """
+    path = Path(folder)
+    headers = _read_headers(path)
+    matches, problems = _match(headers, {name: tuple(slot.shape) for name, slot in model.state_dict().items()})
+    if problems := headers.problems + problems:
+        raise CheckpointError(path, problems)
+    _place(model, dtype, device)
+    slots = model.state_dict()
+    with torch.no_grad():
+        for group in _groups(matches):
+            with safe_open(group[0][1].file, framework="pt", device="cpu") as shard:
+                for name, entry in group:
+                    slots[name].copy_(shard.get_tensor(entry.key).view(slots[name].shape))
+
+
+def save_checkpoint(model: nn.Module, folder: str | Path, *, max_shard_bytes: int = 5 * 2**30) -> None:
+    """Write `model.state_dict()` under official names, and `model.config` as config.json.
+
+    One file `diffusion_pytorch_model.safetensors`, or numbered shards and an index. Files are written under temporary
+    names and renamed at the end; those of an earlier checkpoint are then removed. Memory in use grows by one shard.
+
+    Args:
+        model: with `state_dict()` as for `load_checkpoint`, and `config`, a LingBotConfig.
+        folder: created where it does not exist.
+        max_shard_bytes: of tensor data in a file; a larger tensor has a file of its own.
+    """
+    if max_shard_bytes <= 0:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}, must be positive")
+    config: Any = model.config
+    shapes = parameter_shapes(config)
+    slots = {name: slot.detach() for name, slot in model.state_dict().items()}
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, slot in slots.items():
+        if slot.nbytes > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= slot.nbytes
+    stem, count = _STEMS[0], len(shards)
+    files = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        files = [f"{stem}.safetensors"]
+    texts = {"config.json": config.to_dict()}
+    if count > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        size = sum(slot.nbytes for slot in slots.values())
+        texts[f"{stem}.safetensors.index.json"] = {"metadata": {"total_size": size}, "weight_map": weight_map}
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = {name: folder / f".{name}.partial" for name in [*files, *texts]}
+    try:
+        for file, names in zip(files, shards, strict=True):
+            tensors = {
+                name: slots[name].to("cpu", copy=True).reshape(shapes.get(name, slots[name].shape)) for name in names
+            }
+            save_file(tensors, partial[file], metadata={"format": "pt"})
+        for name, content in texts.items():
+            partial[name].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name, source in partial.items():
+            os.replace(source, folder / name)
+    finally:
+        for source in partial.values():
+            source.unlink(missing_ok=True)
+    for old in [*folder.glob(f"{stem}*.safetensors"), folder / f"{stem}.safetensors.index.json"]:
+        if old.name not in partial:
+            old.unlink(missing_ok=True)
+
+
+def infer_config(folder: str | Path) -> LingBotConfig:
+    """The configuration of a checkpoint: from its config.json where there is one, else from the shapes it holds.
+
+    Whether there are camera layers is read from the keys, unless config.json says so. Shapes do not tell the number of
+    heads: it is taken as dim / 128, as in the whole Wan family; nor the window, text_len, eps and rope_theta: defaults.
+
+    Raises:
+        CheckpointError: the files cannot be read, or the shapes are not those of such a network.
+    """
+    path = Path(folder)
+    headers = _read_headers(path)
+    if headers.problems:
+        raise CheckpointError(path, headers.problems)
+    shapes = {name: entry.shape for name, entry in _translate(headers)[0].items()}
+    camera = any(_CAMERA_KEY.match(name) for name in shapes)
+    description = (path if path.is_dir() else path.parent) / "config.json"
+    if description.is_file():
+        config = LingBotConfig.from_json(description)
+        states_camera = "camera" in json.loads(description.read_text(encoding="utf-8"))
+        return config if states_camera else dataclasses.replace(config, camera=camera)
+    needed = ("patch_embedding.weight", "blocks.0.ffn.0.weight", "text_embedding.0.weight", "time_embedding.0.weight")
+    absent = [name for name in (*needed, "head.head.weight") if len(shapes.get(name, ())) < 2]
+    if absent:
+        raise CheckpointError(path, [f"no config.json, and no {name} to read sizes from" for name in absent])
+    patch = shapes["patch_embedding.weight"]
+    frames, rows, columns = patch[2:] if len(patch) == 5 else (1, 2, 2)
+    patch_volume = frames * rows * columns
+    dim = patch[0]
+    if dim % 128:
+        raise CheckpointError(path, [f"no config.json, and dim {dim} is no multiple of 128: num_heads is unknown"])
+    try:
+        return LingBotConfig(
+            dim=dim,
+            num_heads=dim // 128,
+            num_layers=1 + max(int(block[1]) for name in shapes if (block := _BLOCK_INDEX.match(name))),
+            ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+            in_channels=patch[1] if len(patch) == 5 else patch[1] // patch_volume,
+            out_channels=shapes["head.head.weight"][0] // patch_volume,
+            patch_size=(frames, rows, columns),
+            text_dim=shapes["text_embedding.0.weight"][1],
+            freq_dim=shapes["time_embedding.0.weight"][1],
+            camera=camera,
+        )
+    except ValueError as error:
+        raise CheckpointError(path, [f"the shapes give no valid configuration: {error}"]) from error
+
+
+def _read_headers(path: Path) -> _Headers:
+    """Read the header of every file of a checkpoint, and the index; no tensor data."""
+    problems: list[str] = []
+    index, files = _find_files(path, problems)
+    headers = _Headers({}, problems, set(), bool(files))
+    for file in files:
+        if not file.is_file():
+            headers.problems.append(f"{file.name}: no such file")
+            _give_up(headers, file, index)
+            continue
+        try:
+            with safe_open(file, framework="pt", device="cpu") as shard:
+                for key in shard.keys():  # noqa: SIM118, not a mapping
+                    view = shard.get_slice(key)
+                    _add(headers, _Entry(file, key, tuple(view.get_shape()), view.get_dtype()), index)
+        except SafetensorError as error:
+            headers.problems.append(f"{file.name}: truncated or damaged: {error}")
+            _give_up(headers, file, index)
+    for key, name in (index or {}).items():
+        if key not in headers.entries and key not in headers.unreadable:
+            headers.problems.append(f"{key}: the index puts it in {name}, which does not hold it")
+            headers.unreadable.add(key)
+    return headers
+
+
+def _find_files(path: Path, problems: list[str]) -> tuple[dict[str, str] | None, list[Path]]:
+    """The index's key -> file name, where there is an index, and all files to read."""
+    if not path.is_dir():
+        if path.suffix == ".safetensors" and path.is_file():
+            return None, [path]
+        problems.append("neither a folder nor a .safetensors file")
+        return None, []
+    for stem in _STEMS:
+        index_file = path / f"{stem}.safetensors.index.json"
+        if index_file.is_file():
+            return _read_index(index_file, problems)
+        if (path / f"{stem}.safetensors").is_file():
+            return None, [path / f"{stem}.safetensors"]
+    files = {file.name: file for file in sorted(path.glob("*.safetensors"))}
+    for shard in [match for name in files if (match := _SHARD.fullmatch(name))]:
+        for number in range(1, int(shard["count"]) + 1):
+            name = f"{shard['stem']}-{number:05d}-of-{shard['count']}.safetensors"
+            files.setdefault(name, path / name)
+    if not files:
+        hint = "; its subfolder transformer has some" if list(path.glob("transformer/*.safetensors")) else ""
+        problems.append(f"no .safetensors files in this folder{hint}")
+    return None, list(files.values())
+
+
+def _read_index(index_file: Path, problems: list[str]) -> tuple[dict[str, str] | None, list[Path]]:
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        names = dict.fromkeys(index.values())
+        plain = all(isinstance(name, str) and Path(name).name == name for name in names)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        problems.append(f'{index_file.name}: must be a JSON object with "weight_map": {type(error).__name__}: {error}')
+        return None, []
+    if not plain:
+        problems.append(
+            f"{index_file.name}: weight_map must give names of files in the same folder, gives {list(names)}"
+        )
+        return None, []
+    return index, [index_file.parent / name for name in names]
+
+
+def _give_up(headers: _Headers, file: Path, index: dict[str, str] | None) -> None:
+    if index is None:
+        headers.complete = False
+    else:
+        headers.unreadable.update(key for key, name in index.items() if name == file.name)
+
+
+def _add(headers: _Headers, entry: _Entry, index: dict[str, str] | None) -> None:
+    if entry.dtype not in _FLOATS:
+        headers.problems.append(f"{entry.key}: stored as {entry.dtype} in {entry.file.name}, must be one of {_FLOATS}")
+    if index is not None and entry.key not in index:
+        headers.problems.append(f"{entry.key}: in {entry.file.name}, but not in the index")
+    elif index is not None and index[entry.key] != entry.file.name:
+        return  # the index prefers another file, which is reported if it lacks the key
+    if entry.key in headers.entries:
+        first = headers.entries[entry.key].file.name
+        headers.problems.append(f"{entry.key}: in both {first} and {entry.file.name}")
+    headers.entries[entry.key] = entry
+
+
+def _translate(headers: _Headers) -> tuple[dict[str, _Entry], set[str], list[str], str]:
+    """(entries by official name, official names of unreadable keys, problems, naming)."""
+    keys = [*headers.entries, *headers.unreadable]
+    wrapper = next((prefix for prefix in _WRAPPERS if keys and all(key.startswith(prefix) for key in keys)), "")
+    naming = detect_naming(key.removeprefix(wrapper) for key in keys)
+    found: dict[str, _Entry] = {}
+    problems = []
+    for key, entry in headers.entries.items():
+        name = official_name(key.removeprefix(wrapper), naming)
+        if name is None:
+            problems.append(f"{key}: unexpected, in {entry.file.name} ({naming} naming)")
+        else:
+            found[name] = entry
+    unreadable = {official_name(key.removeprefix(wrapper), naming) or key for key in headers.unreadable}
+    return found, unreadable, problems, naming
+
+
+def _match(headers: _Headers, slots: dict[str, tuple[int, ...]]) -> tuple[dict[str, _Entry], list[str]]:
+    """Pair the model's slots (official name -> shape) with the checkpoint's entries; say what does not fit."""
+    found, unreadable, problems, naming = _translate(headers)
+    missing = [name for name in slots if name not in found and name not in unreadable]
+    if not headers.complete:
+        missing = []
+    problems += [f"{name}: missing ({naming} key {_stored_as(name, naming)})" for name in missing]
+    unexpected = [name for name in found if name not in slots]
+    problems += [f"{found[name].key}: unexpected, in {found[name].file.name}" for name in unexpected]
+    for name, entry in found.items():
+        if name in slots and not _same_values(name, entry.shape, slots[name]):
+            problems.append(f"{entry.key}: shape {list(entry.shape)} in {entry.file.name}, must be {list(slots[name])}")
+    if found and not any(map(_CAMERA_KEY.match, found)) and any(_CAMERA_KEY.match(name) for name in missing):
+        problems.append("the checkpoint has no camera keys: it needs a model with config.camera = False")
+    if any(_CAMERA_KEY.match(name) for name in unexpected) and not any(_CAMERA_KEY.match(name) for name in slots):
+        problems.append("the checkpoint has camera keys: it needs a model with config.camera = True")
+    return {name: entry for name, entry in found.items() if name in slots}, problems
+
+
+def _stored_as(name: str, naming: str) -> str:
+    return _look_up(_FROM_OFFICIAL[naming], name) or "none: this naming has no such parameter"
+
+
+def _same_values(name: str, stored: tuple[int, ...], slot: tuple[int, ...]) -> bool:
+    """Whether a stored shape holds a slot's values in the same order.
+
+    A patch embedding is a Conv3d or a Linear over (channel, frame, row, column); a modulation may lack its batch axis.
+    """
+    if name.startswith("patch_embedding") and name.endswith(".weight"):
+        return len(stored) > 1 and stored[:1] == slot[:1] and math.prod(stored) == math.prod(slot)
+    if name.endswith("modulation"):
+        return [n for n in stored if n != 1] == [n for n in slot if n != 1]
+    return stored == slot
+
+
+def _place(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        buffers = [name for name, _ in model.named_buffers()]
+        if buffers:
+            raise ValueError(f"model is on the meta device and has buffers that no checkpoint fills: {buffers}")
+        model.to(dtype=dtype).to_empty(device=device or "cpu")
+    else:
+        model.to(dtype=dtype, device=device)
+
+
+def _groups(matches: dict[str, _Entry]) -> Iterator[list[tuple[str, _Entry]]]:
+    """The matched tensors in groups of one file and at most _MAPPED_BYTES (or one tensor)."""
+    group: list[tuple[str, _Entry]] = []
+    nbytes = 0
+    for name, entry in sorted(matches.items(), key=lambda item: item[1].file.name):
+        if group and (group[0][1].file != entry.file or nbytes + entry.nbytes > _MAPPED_BYTES):
+            yield group
+            group, nbytes = [], 0
+        group.append((name, entry))
+        nbytes += entry.nbytes
+    if group:
+        yield group
