@@ -112,6 +112,11 @@ class LingBotConfig:
         return math.prod(self.patch_size)
 
     @property
+    def camera_channels(self) -> int:
+        """Channels of the Pluecker input on the latent grid: 6 a pixel, 8 x 8 pixels a latent position."""
+        return 6 * 8 * 8
+
+    @property
     def rope_split(self) -> tuple[int, int, int]:
         """Channels of a head that RoPE rotates by frame, row and column; each is even."""
         spatial = 2 * (self.head_dim // 6)

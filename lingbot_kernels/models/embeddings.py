@@ -12,7 +12,9 @@ from lingbot_kernels import ops
 
 
 def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
-    """[B, C, F, H, W] -> tokens [B, S, C * pt * ph * pw] in (frame, row, column) order, channels in (c, pt, ph, pw) order."""
+    """[B, C, F, H, W] -> tokens [B, S, C * pt * ph * pw] in (frame, row, column) order, channels in (c, pt, ph, pw)
+    order.
+    """
     batch, channels, frames, height, width = x.shape
     pt, ph, pw = patch_size
     x = x.reshape(batch, channels, frames // pt, pt, height // ph, ph, width // pw, pw)

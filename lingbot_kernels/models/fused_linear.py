@@ -13,7 +13,8 @@ from torch import Tensor, nn
 class FusedLinear(nn.Module):
     """Linear layers `names`, [out_features, in_features] each, kept as the rows of one weight: there is no second copy.
 
-    The module that owns it, a `FusedLinearOwner`, shows the rows in its state dict as `<name>.weight` and `<name>.bias`.
+    The module that owns it, a `FusedLinearOwner`, shows the rows in its state dict as `<name>.weight` and
+    `<name>.bias`.
     """
 
     def __init__(self, in_features: int, out_features: int, names: tuple[str, ...], **factory: Any) -> None:
@@ -48,7 +49,9 @@ class FusedLinear(nn.Module):
 
 
 class FusedLinearOwner(nn.Module):
-    """A module whose `FusedLinear` children appear in its state dict as the single layers, directly under its own prefix."""
+    """A module whose `FusedLinear` children appear in its state dict as the single layers, directly under its own
+    prefix.
+    """
 
     def _fused(self) -> list[tuple[str, FusedLinear]]:
         return [(name, child) for name, child in self._modules.items() if isinstance(child, FusedLinear)]

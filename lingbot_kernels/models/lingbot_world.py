@@ -36,7 +36,9 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class TimeEmbeddings:
-    """What a timestep contributes, float32: blocks [L, 6, d] (shift, scale, gate of attention, then of the MLP), head [2, d]."""
+    """What a timestep contributes, float32: blocks [L, 6, d] (shift, scale, gate of attention, then of the MLP), head
+    [2, d].
+    """
 
     blocks: Tensor
     head: Tensor
@@ -210,7 +212,8 @@ def _renew_weights(model: nn.Module, _: object = None) -> None:
 
 
 class CausalLingBotTransformer(nn.Module):
-    """The causal video DiT. `state_dict()` has the official checkpoint's keys; sessions live in `RealtimeCausalDiTState`.
+    """The causal video DiT. `state_dict()` has the official checkpoint's keys; sessions live in
+    `RealtimeCausalDiTState`.
 
     Inference only: the ops have no gradients.
     """
@@ -225,7 +228,7 @@ class CausalLingBotTransformer(nn.Module):
         """Random weights in `dtype` (torch's default where None) on `device`."""
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.cfg = cfg
+        self.config = cfg
         d = cfg.dim
         self.patch_embedding = PatchEmbedding(cfg.in_channels, d, cfg.patch_size, **factory)
         self.text_embedding = TextEmbedding(cfg.text_dim, d, cfg.text_len, **factory)
@@ -262,8 +265,7 @@ class CausalLingBotTransformer(nn.Module):
         cfg = cfg or checkpoint.infer_config(folder)
         with torch.device("meta"):
             model = cls(cfg, dtype=dtype or torch.bfloat16)
-        model.to_empty(device=device)
-        checkpoint.load_checkpoint(model, folder)
+        checkpoint.load_checkpoint(model, folder, device=device)
         return model
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -281,7 +283,7 @@ class CausalLingBotTransformer(nn.Module):
     @property
     def residual_dtype(self) -> torch.dtype:
         """Dtype of the residual stream: the configured one, or the model's own where that is wider."""
-        return torch.promote_types(self.dtype, getattr(torch, self.cfg.residual_dtype))
+        return torch.promote_types(self.dtype, getattr(torch, self.config.residual_dtype))
 
     @torch.no_grad()
     def forward(
@@ -314,9 +316,9 @@ class CausalLingBotTransformer(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument; the session is then as it was.
         """
-        check_chunk(self.cfg, self.device, latents, text, timestep, start_frame, camera, step_index)
+        check_chunk(self.config, self.device, latents, text, timestep, start_frame, camera, step_index)
         batch, _, frames, height, width = latents.shape
-        _, ph, pw = self.cfg.patch_size
+        _, ph, pw = self.config.patch_size
         layout = self.cache_layout(batch, (height // ph, width // pw))
         plan = state.plan_chunk(self._weights, layout, start_frame, frames)
         assert state.kv_cache is not None
@@ -342,12 +344,12 @@ class CausalLingBotTransformer(nn.Module):
             )
         if update_cache_only:
             return None
-        out = unpatchify(self.head(x, time.head), self.cfg.patch_size, frames, height, width)
+        out = unpatchify(self.head(x, time.head), self.config.patch_size, frames, height, width)
         return out.to(torch.promote_types(self.dtype, torch.float32))
 
     def cache_layout(self, batch: int, grid: tuple[int, int]) -> CacheLayout:
         """The K/V ring of a session of `batch` videos with `grid` (rows, columns) tokens a frame."""
-        cfg = self.cfg
+        cfg = self.config
         return CacheLayout(
             cfg.num_layers, batch, cfg.num_heads, cfg.head_dim, grid, cfg.window_frames, cfg.sink_frames,
             self.dtype, self.device,
@@ -358,17 +360,15 @@ class CausalLingBotTransformer(nn.Module):
     ) -> Tensor:
         """cos‖sin [num_tokens, head_dim] of the tokens from absolute index `token_start`; made once a chunk."""
         assert state.kv_cache is not None
-        grid, device, cfg = state.kv_cache.layout.grid, self.device, self.cfg
+        grid, device, cfg = state.kv_cache.layout.grid, self.device, self.config
         key = (num_tokens, token_start, grid[0] * grid[1], grid[1], cfg.head_dim, cfg.rope_theta)
-        return state.runtime_cache["rope"].get_or_compute(
-            (*key, device), lambda: ops.rope_cos_sin(*key, device)
-        )
+        return state.runtime_cache["rope"].get_or_compute((*key, device), lambda: ops.rope_cos_sin(*key, device))
 
     def _prepare_cached_time_embeddings(
         self, state: RealtimeCausalDiTState, timestep: float, step_index: int
     ) -> TimeEmbeddings:
         """What `timestep` adds to every block's modulation and the head's; made once a step of the schedule."""
-        key = (step_index, timestep, (self.cfg.num_layers, self.cfg.dim), self.dtype, self.device)
+        key = (step_index, timestep, (self.config.num_layers, self.config.dim), self.dtype, self.device)
         return state.runtime_cache["time_embeddings"].get_or_compute(key, lambda: self._embed_time(timestep))
 
     def _prepare_cached_text(self, state: RealtimeCausalDiTState, text: Tensor) -> list[KeyValue] | PerBlock:
@@ -401,12 +401,12 @@ class CausalLingBotTransformer(nn.Module):
     def _embed_time(self, timestep: float) -> TimeEmbeddings:
         dtype = torch.promote_types(self.dtype, torch.float32)
         first, _, last = self.time_embedding
-        embedding = timestep_embedding(timestep, self.cfg.freq_dim, self.device).to(dtype)
+        embedding = timestep_embedding(timestep, self.config.freq_dim, self.device).to(dtype)
         e = linear_in(F.silu(linear_in(embedding, first, dtype)), last, dtype)
         e0 = linear_in(F.silu(e), self.time_projection[1], dtype).unflatten(0, (6, -1))
         blocks = torch.cat([block.modulation for block in self.blocks]).to(dtype) + e0
         return TimeEmbeddings(blocks, self.head.modulation[0].to(dtype) + e)
 
     def _embed_camera(self, camera: Tensor) -> Tensor:
-        embedding = self.patch_embedding_wancamctrl(patchify(camera.to(self.dtype), self.cfg.patch_size))
+        embedding = self.patch_embedding_wancamctrl(patchify(camera.to(self.dtype), self.config.patch_size))
         return embedding + self.c2ws_hidden_states_layer2(F.silu(self.c2ws_hidden_states_layer1(embedding)))

@@ -172,7 +172,9 @@ class KVCache:
         return ChunkPosition(RingPosition(plan.chunk_start, self.ring.sink), plan.num_visible)
 
     def device_position(self, plan: ChunkPlan) -> ChunkPosition:
-        """The plan with its ring position in device memory, set now: what a captured CUDA graph reads at each replay."""
+        """The plan with its ring position in device memory, set now: what a captured CUDA graph reads at each
+        replay.
+        """
         if self._cursor is None:
             with torch.inference_mode(False):
                 self._cursor = torch.empty(1, dtype=torch.int32, device=self.layout.device)

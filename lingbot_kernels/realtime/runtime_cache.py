@@ -70,7 +70,9 @@ class StoreStats:
 
 
 class Store:
-    """At most `max_entries` values by key, the least recently used one evicted first. A disabled store keeps nothing."""
+    """At most `max_entries` values by key, the least recently used one evicted first. A disabled store keeps
+    nothing.
+    """
 
     def __init__(self, max_entries: int, enabled: bool = True) -> None:
         if max_entries < 1:
@@ -96,6 +98,12 @@ class Store:
             self._entries.popitem(last=False)
         value = self._entries[key] = compute()
         return value
+
+    def resize(self, max_entries: int) -> None:
+        """Keep at most `max_entries` from now on."""
+        self.max_entries = max_entries
+        while len(self._entries) > max_entries:
+            self._entries.popitem(last=False)
 
     def values(self) -> Iterator[Any]:
         return iter(self._entries.values())
@@ -133,4 +141,3 @@ class RuntimeCache:
 
     def stats(self) -> dict[str, StoreStats]:
         return {name: store.stats() for name, store in self._stores.items()}
-

@@ -1,0 +1,258 @@
+"""The realtime loop: a few denoise steps a chunk, then the context update that leaves clean K/V for the chunks to
+come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
+from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.stages.schedule import Schedule
+
+CONTEXT_STEP_INDEX = -1
+Observer = Callable[[str, int], AbstractContextManager[object]]
+Source = Tensor | Callable[[int], Tensor] | Sequence[Tensor] | None
+
+
+def _observe_nothing(phase: str, index: int) -> AbstractContextManager[object]:
+    return contextlib.nullcontext()
+
+
+class CausalDenoisingStage:
+    """Denoises chunk after chunk with one model; all that a session keeps is in its `RealtimeCausalDiTState`.
+
+    Args:
+        model: the transformer.
+        timesteps: unwarped times from 1000 to 0, one a denoise step; with `sigmas`, the very times the model is told.
+        shift: time shift of the schedule.
+        schedule: "continuous" (the default; what serving engines use), "official" (the reference code's truncated
+            times) or a `Schedule`. Which time the model is told changes the output more than anything else here.
+        sigmas, noise_sigmas: explicit sigmas of x0 (one a step) and of re-noising (one a step but the first; those of
+            `sigmas` where None).
+        observe: called as observe("denoise", step) and observe("context", -1) for a context manager around each
+            forward.
+    """
+
+    def __init__(
+        self,
+        model: CausalLingBotTransformer,
+        timesteps: Sequence[float] = (1000, 750, 500, 250),
+        shift: float = 5.0,
+        schedule: str | Schedule = "continuous",
+        *,
+        sigmas: Sequence[float] | None = None,
+        noise_sigmas: Sequence[float] | None = None,
+        observe: Observer = _observe_nothing,
+    ) -> None:
+        self.model = model
+        self.schedule = Schedule.make(schedule, timesteps, shift, sigmas, noise_sigmas)
+        self.observe = observe
+
+    @torch.no_grad()
+    def denoise_chunk(
+        self,
+        state: RealtimeCausalDiTState,
+        noise: Tensor,
+        *,
+        text: Tensor,
+        condition: Tensor | None = None,
+        camera: Tensor | None = None,
+        renoise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        update_context: bool = True,
+        start_frame: int | None = None,
+    ) -> Tensor:
+        """Denoise the next chunk and, unless told otherwise, update the context with it.
+
+        x0 = x - sigma * v and x = (1 - s) * x0 + s * noise are computed in float64 and rounded to noise's dtype.
+
+        Args:
+            noise: [B, out_channels, F, H, W], float32 or wider: where the first step starts, taken as it is.
+            text: [B, L, text_dim].
+            condition: [B, in_channels - out_channels, F, H, W] mask and image latent; zeros where None.
+            camera: [B, 384, F, H, W], or None.
+            renoise: [steps - 1, B, out_channels, F, H, W]; drawn from `generator` (torch's own where None) if None.
+            update_context: False hands the chunk out first; call `update_context` before the next chunk.
+            start_frame: absolute index of the chunk's first latent frame; the session's next one where None.
+
+        Returns:
+            Clean latents, of noise's shape and dtype.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        schedule = self.schedule
+        self._check_latents("noise", noise)
+        if renoise is None:
+            renoise = _draw((len(schedule.times) - 1, *noise.shape), noise, generator)
+        elif renoise.shape != (len(schedule.times) - 1, *noise.shape):
+            raise ValueError(
+                f"renoise: got shape {list(renoise.shape)}, must be {[len(schedule.times) - 1, *noise.shape]}"
+            )
+        condition = self._condition(condition, noise)
+        text, camera = _versioned(text), _versioned(camera)
+        start_frame = state.next_frame if start_frame is None else start_frame
+        state.runtime_cache["time_embeddings"].resize(len(schedule.times) + 1)
+
+        x = noise
+        for step, (time, sigma) in enumerate(zip(schedule.times, schedule.sigmas, strict=True)):
+            if step:
+                s = schedule.noise_sigmas[step - 1]
+                x = ((1 - s) * x.double() + s * renoise[step - 1].double()).to(noise.dtype)
+            with self.observe("denoise", step):
+                flow = self.model(
+                    torch.cat([x.to(condition.dtype), condition], dim=1),
+                    text,
+                    time,
+                    state=state,
+                    start_frame=start_frame,
+                    camera=camera,
+                    step_index=step,
+                )
+            x = (x.double() - sigma * flow.double()).to(noise.dtype)
+        if update_context:
+            self._update_causal_context_cache(state, x, condition, text, camera)
+        return x
+
+    @torch.no_grad()
+    def update_context(
+        self,
+        state: RealtimeCausalDiTState,
+        chunk: Tensor,
+        *,
+        text: Tensor,
+        condition: Tensor | None = None,
+        camera: Tensor | None = None,
+    ) -> None:
+        """Leave the K/V of the finished, clean chunk in the session's caches: what later chunks will attend to.
+
+        Args:
+            chunk: what `denoise_chunk(update_context=False)` returned; the rest as it was given there.
+
+        Raises:
+            ValueError: the session has no current chunk, or an argument doesn't fit.
+        """
+        self._check_latents("chunk", chunk)
+        if state.kv_cache is None:
+            raise ValueError("state: got one without a current chunk; call denoise_chunk first")
+        condition = self._condition(condition, chunk)
+        self._update_causal_context_cache(state, chunk, condition, _versioned(text), _versioned(camera))
+
+    def rollout(
+        self,
+        state: RealtimeCausalDiTState,
+        num_chunks: int,
+        *,
+        text: Source,
+        latent_size: tuple[int, int] | None = None,
+        noise: Source = None,
+        condition: Source = None,
+        camera: Source = None,
+        renoise: Source = None,
+        generator: torch.Generator | None = None,
+        start_frame: int | None = None,
+        update_context: bool = True,
+    ) -> Iterator[Tensor]:
+        """Denoise `num_chunks` chunks, one after another, handing each out as soon as it is there.
+
+        Memory is bounded and the time a chunk takes does not grow with their number.
+
+        Args:
+            text: [B, L, text_dim] for all chunks, or a callable or sequence that gives each chunk its own.
+            latent_size: (H, W) of the latents; may be left out where `noise` or `camera` is a tensor.
+            noise, condition, camera: None, or for the whole rollout [B, C, num_chunks * F, H, W], or a callable or
+                sequence that gives each chunk its own. noise None: drawn from `generator`.
+            renoise: a callable or sequence, as in `denoise_chunk`.
+            start_frame: of the first chunk; the session's next frame where None.
+
+        Raises:
+            ValueError, TypeError: naming the argument, at the chunk that has it.
+        """
+        frames = self.model.config.frames_per_chunk
+        for index in range(num_chunks):
+            chunk_text = text if isinstance(text, Tensor) else _pick("text", text, index, frames)
+            if chunk_text is None:
+                raise ValueError("text: got None, must be [B, L, text_dim]")
+            chunk_camera = _pick("camera", camera, index, frames)
+            chunk_noise = _pick("noise", noise, index, frames)
+            if chunk_noise is None:
+                size = latent_size or (None if chunk_camera is None else chunk_camera.shape[-2:])
+                if size is None:
+                    raise ValueError("latent_size: got None, must be (H, W) where neither noise nor camera tells it")
+                shape = (chunk_text.shape[0], self.model.config.out_channels, frames, *size)
+                chunk_noise = _draw(shape, torch.empty(0, device=self.model.device), generator)
+            yield self.denoise_chunk(
+                state,
+                chunk_noise,
+                text=chunk_text,
+                condition=_pick("condition", condition, index, frames),
+                camera=chunk_camera,
+                renoise=None if renoise is None else _pick("renoise", renoise, index, frames),
+                generator=generator,
+                update_context=update_context,
+                start_frame=start_frame if index == 0 else None,
+            )
+
+    def _update_causal_context_cache(
+        self, state: RealtimeCausalDiTState, chunk: Tensor, condition: Tensor, text: Tensor, camera: Tensor | None
+    ) -> None:
+        """The fifth forward: the clean chunk at t = 0, whose last block ends with its K/V write."""
+        with self.observe("context", CONTEXT_STEP_INDEX):
+            self.model(
+                torch.cat([chunk.to(condition.dtype), condition], dim=1),
+                text,
+                0.0,
+                state=state,
+                start_frame=state.chunk_start_frame,
+                camera=camera,
+                step_index=CONTEXT_STEP_INDEX,
+                update_cache_only=True,
+            )
+
+    def _check_latents(self, name: str, x: Tensor) -> None:
+        channels = self.model.config.out_channels
+        if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: got {x.dtype if isinstance(x, Tensor) else type(x).__name__}, must be float32")
+        if x.dim() != 5 or x.shape[1] != channels:
+            raise ValueError(f"{name}: got shape {list(x.shape)}, must be [B, {channels}, F, H, W]")
+
+    def _condition(self, condition: Tensor | None, latents: Tensor) -> Tensor:
+        cfg, dtype = self.model.config, self.model.dtype
+        batch, _, *rest = latents.shape
+        shape = (batch, cfg.in_channels - cfg.out_channels, *rest)
+        if condition is None:
+            return torch.zeros(shape, dtype=dtype, device=latents.device)
+        if condition.shape != shape:
+            raise ValueError(f"condition: got shape {list(condition.shape)}, must be {list(shape)}")
+        return condition.to(dtype)
+
+
+def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
+def _pick(name: str, source: Source, index: int, frames: int) -> Tensor | None:
+    """Chunk `index` of a whole-rollout tensor, a callable or a sequence."""
+    if source is None or callable(source):
+        return source(index) if callable(source) else None
+    if not isinstance(source, Tensor):
+        return source[index]
+    part = source[:, :, index * frames : (index + 1) * frames]
+    if part.shape[2] != frames:
+        raise ValueError(f"{name}: got {source.shape[2]} frames, must hold {frames} for chunk {index} as well")
+    return part
+
+
+def _versioned(x: Tensor | None) -> Tensor | None:
+    """x, or a copy of it if it was made in inference mode: such a tensor can't tell the caches that it changed."""
+    if x is None or not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()
