@@ -75,7 +75,7 @@ class TextEmbedding(nn.Sequential):
 
     def forward(self, text: Tensor) -> Tensor:
         """[B, L <= text_len, text_dim] -> [B, text_len, dim]."""
-        first, _, last = self
+        first, last = linears(self)
         padded = F.pad(text.to(first.weight.dtype), (0, 0, 0, self.text_len - text.shape[1]))
         return last(ops.linear_gelu(padded, first.weight, first.bias))
 
@@ -89,6 +89,11 @@ def timestep_embedding(timestep: float, freq_dim: int, device: torch.device) -> 
     exponents = torch.arange(half, dtype=torch.float64, device=device) / -half
     angles = timestep * torch.pow(10000.0, exponents)
     return torch.cat([angles.cos(), angles.sin()])
+
+
+def linears(layers: nn.Sequential) -> list[nn.Linear]:
+    """The linear layers of a sequence, in order."""
+    return [layer for layer in layers if isinstance(layer, nn.Linear)]
 
 
 def linear_in(x: Tensor, linear: nn.Linear, dtype: torch.dtype) -> Tensor:

@@ -5,9 +5,9 @@ A chunk of frames attends to the sink, the recent window and itself through a K/
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from lingbot_kernels.models.embeddings import (
     PatchEmbedding,
     TextEmbedding,
     linear_in,
+    linears,
     patchify,
     timestep_embedding,
     unpatchify,
@@ -105,8 +106,10 @@ class LingBotCrossAttention(nn.Module):
     def __init__(self, cfg: LingBotConfig, **factory: Any) -> None:
         super().__init__()
         self.num_heads = cfg.num_heads
-        for name in ("q", "k", "v", "o"):
-            setattr(self, name, nn.Linear(cfg.dim, cfg.dim, **factory))
+        self.q = nn.Linear(cfg.dim, cfg.dim, **factory)
+        self.k = nn.Linear(cfg.dim, cfg.dim, **factory)
+        self.v = nn.Linear(cfg.dim, cfg.dim, **factory)
+        self.o = nn.Linear(cfg.dim, cfg.dim, **factory)
         self.norm_q = RMSNorm(cfg.dim, cfg.eps, **factory)
         self.norm_k = RMSNorm(cfg.dim, cfg.eps, **factory)
 
@@ -132,7 +135,7 @@ class FeedForward(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        up, _, down = self
+        up, down = linears(self)
         return down(ops.linear_gelu(x, up.weight, up.bias))
 
 
@@ -148,8 +151,10 @@ class LingBotTransformerBlock(nn.Module):
         self.cross_attn = LingBotCrossAttention(cfg, **factory)
         self.ffn = FeedForward(cfg, **factory)
         if cfg.camera:
-            for name in ("cam_injector_layer1", "cam_injector_layer2", "cam_scale_layer", "cam_shift_layer"):
-                setattr(self, name, nn.Linear(cfg.dim, cfg.dim, **factory))
+            self.cam_injector_layer1 = nn.Linear(cfg.dim, cfg.dim, **factory)
+            self.cam_injector_layer2 = nn.Linear(cfg.dim, cfg.dim, **factory)
+            self.cam_scale_layer = nn.Linear(cfg.dim, cfg.dim, **factory)
+            self.cam_shift_layer = nn.Linear(cfg.dim, cfg.dim, **factory)
 
     def camera_modulation(self, embedding: Tensor) -> KeyValue:
         """Camera embedding [B, S, d] -> this block's (scale, shift), [B, S, d] each."""
@@ -240,7 +245,9 @@ class CausalLingBotTransformer(nn.Module):
             self.patch_embedding_wancamctrl = nn.Linear(cfg.camera_channels * cfg.patch_volume, d, **factory)
             self.c2ws_hidden_states_layer1 = nn.Linear(d, d, **factory)
             self.c2ws_hidden_states_layer2 = nn.Linear(d, d, **factory)
-        self.blocks = nn.ModuleList(LingBotTransformerBlock(cfg, **factory) for _ in range(cfg.num_layers))
+        self.blocks: Sequence[LingBotTransformerBlock] = nn.ModuleList(  # type: ignore[assignment]
+            LingBotTransformerBlock(cfg, **factory) for _ in range(cfg.num_layers)
+        )
         self.head = Head(cfg, **factory)
         _renew_weights(self)
         self.register_load_state_dict_post_hook(_renew_weights)
@@ -248,7 +255,7 @@ class CausalLingBotTransformer(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike[str],
+        folder: str | Path,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
@@ -268,7 +275,7 @@ class CausalLingBotTransformer(nn.Module):
         checkpoint.load_checkpoint(model, folder, device=device)
         return model
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write the weights under their official names as safetensors shards with an index, and config.json."""
         checkpoint.save_checkpoint(self, folder)
 
@@ -400,10 +407,10 @@ class CausalLingBotTransformer(nn.Module):
 
     def _embed_time(self, timestep: float) -> TimeEmbeddings:
         dtype = torch.promote_types(self.dtype, torch.float32)
-        first, _, last = self.time_embedding
+        first, last = linears(self.time_embedding)
         embedding = timestep_embedding(timestep, self.config.freq_dim, self.device).to(dtype)
         e = linear_in(F.silu(linear_in(embedding, first, dtype)), last, dtype)
-        e0 = linear_in(F.silu(e), self.time_projection[1], dtype).unflatten(0, (6, -1))
+        e0 = linear_in(F.silu(e), linears(self.time_projection)[0], dtype).unflatten(0, (6, -1))
         blocks = torch.cat([block.modulation for block in self.blocks]).to(dtype) + e0
         return TimeEmbeddings(blocks, self.head.modulation[0].to(dtype) + e)
 

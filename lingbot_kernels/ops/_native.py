@@ -4,15 +4,16 @@ it.
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
 import torch
 
+_C: Any = None
 try:
-    from lingbot_kernels import _C
+    _C = importlib.import_module("lingbot_kernels._C")
 except ImportError as error:
-    _C = None  # type: ignore[assignment]
     _missing = f"the compiled core is not importable ({error}); install with `pip install -e .`"
 else:
     _missing = ""

@@ -96,7 +96,7 @@ class CausalDenoisingStage:
                 f"renoise: got shape {list(renoise.shape)}, must be {[len(schedule.times) - 1, *noise.shape]}"
             )
         condition = self._condition(condition, noise)
-        text, camera = _versioned(text), _versioned(camera)
+        text, camera = _versioned(text), None if camera is None else _versioned(camera)
         start_frame = state.next_frame if start_frame is None else start_frame
         state.runtime_cache["time_embeddings"].resize(len(schedule.times) + 1)
 
@@ -142,7 +142,8 @@ class CausalDenoisingStage:
         if state.kv_cache is None:
             raise ValueError("state: got one without a current chunk; call denoise_chunk first")
         condition = self._condition(condition, chunk)
-        self._update_causal_context_cache(state, chunk, condition, _versioned(text), _versioned(camera))
+        camera = None if camera is None else _versioned(camera)
+        self._update_causal_context_cache(state, chunk, condition, _versioned(text), camera)
 
     def rollout(
         self,
@@ -250,9 +251,9 @@ def _pick(name: str, source: Source, index: int, frames: int) -> Tensor | None:
     return part
 
 
-def _versioned(x: Tensor | None) -> Tensor | None:
+def _versioned(x: Tensor) -> Tensor:
     """x, or a copy of it if it was made in inference mode: such a tensor can't tell the caches that it changed."""
-    if x is None or not x.is_inference():
+    if not x.is_inference():
         return x
     with torch.inference_mode(False):
         return x.clone()
