@@ -99,3 +99,11 @@ def linears(layers: nn.Sequential) -> list[nn.Linear]:
 def linear_in(x: Tensor, linear: nn.Linear, dtype: torch.dtype) -> Tensor:
     """The layer in `dtype`, whatever its weights are kept in."""
     return F.linear(x, linear.weight.to(dtype), linear.bias.to(dtype))
+
+
+def linear_into(out: Tensor | None, x: Tensor, linear: nn.Linear) -> Tensor:
+    """The layer's output, written to the contiguous `out` where given: the same product and bits either way."""
+    if out is None:
+        return linear(x)
+    torch.addmm(linear.bias, x.flatten(0, -2), linear.weight.t(), out=out.view(-1, out.shape[-1]))
+    return out

@@ -22,6 +22,7 @@ from lingbot_kernels.models.embeddings import (
     PatchEmbedding,
     TextEmbedding,
     linear_in,
+    linear_into,
     linears,
     patchify,
     timestep_embedding,
@@ -47,6 +48,19 @@ class TimeEmbeddings:
     @property
     def layers(self) -> list[Tensor]:
         return [self.blocks, self.head]
+
+
+@dataclass(frozen=True)
+class ChunkInputs:
+    """What a forward reads besides the K/V ring: latents [B, C, F, H, W], cos‖sin, and each block's text and camera
+    pairs.
+    """
+
+    latents: Tensor
+    cos_sin: Tensor
+    time: TimeEmbeddings
+    text_kv: Sequence[KeyValue] | PerBlock
+    camera: Sequence[KeyValue] | PerBlock | None
 
 
 class PerBlock:
@@ -156,10 +170,11 @@ class LingBotTransformerBlock(nn.Module):
             self.cam_scale_layer = nn.Linear(cfg.dim, cfg.dim, **factory)
             self.cam_shift_layer = nn.Linear(cfg.dim, cfg.dim, **factory)
 
-    def camera_modulation(self, embedding: Tensor) -> KeyValue:
-        """Camera embedding [B, S, d] -> this block's (scale, shift), [B, S, d] each."""
+    def camera_modulation(self, embedding: Tensor, out: KeyValue | None = None) -> KeyValue:
+        """Camera embedding [B, S, d] -> this block's (scale, shift), [B, S, d] each, into `out` where given."""
         h = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(embedding))) + embedding
-        return self.cam_scale_layer(h), self.cam_shift_layer(h)
+        scale, shift = out or (None, None)
+        return linear_into(scale, h, self.cam_scale_layer), linear_into(shift, h, self.cam_shift_layer)
 
     def forward(
         self,
@@ -234,6 +249,7 @@ class CausalLingBotTransformer(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = cfg
+        self.cuda_graphs = True
         d = cfg.dim
         self.patch_embedding = PatchEmbedding(cfg.in_channels, d, cfg.patch_size, **factory)
         self.text_embedding = TextEmbedding(cfg.text_dim, d, cfg.text_len, **factory)
@@ -328,30 +344,42 @@ class CausalLingBotTransformer(nn.Module):
         _, ph, pw = self.config.patch_size
         layout = self.cache_layout(batch, (height // ph, width // pw))
         plan = state.plan_chunk(self._weights, layout, start_frame, frames)
-        assert state.kv_cache is not None
-        cos_sin = self._prepare_cached_rope_for_sequence_shard(state, plan.tokens, plan.start)
-        time = self._prepare_cached_time_embeddings(state, float(timestep), step_index)
-        text_kv = self._prepare_cached_text(state, text)
-        cameras = None if camera is None else self._prepare_cached_camera_modulation(state, camera)
-        x = self.patch_embedding(latents.to(self.dtype)).to(self.residual_dtype)
+        kv_cache = state.kv_cache
+        assert kv_cache is not None
+        inputs = ChunkInputs(
+            latents.to(self.dtype),
+            self._prepare_cached_rope_for_sequence_shard(state, plan.tokens, plan.start),
+            self._prepare_cached_time_embeddings(state, float(timestep), step_index),
+            self._prepare_cached_text(state, text),
+            None if camera is None else self._prepare_cached_camera_modulation(state, camera),
+        )
+        kv_cache.ring.commit(plan)
+        graphs = state.graphs if self.cuda_graphs and self.device.type == "cuda" else None
+        if graphs is not None and graphs.ready(inputs, kv_cache, plan, update_cache_only):
+            return graphs.run(self._run, inputs, kv_cache, plan, update_cache_only)
+        return self._run(inputs, kv_cache.layers, kv_cache.position(plan), update_cache_only)
 
-        state.kv_cache.ring.commit(plan)
-        position = state.kv_cache.position(plan)
+    def _run(
+        self, inputs: ChunkInputs, layers: Sequence[KeyValue], position: ChunkPosition, update_cache_only: bool
+    ) -> Tensor | None:
+        """Everything between the caches and the output: a function of tensors, which a CUDA graph can capture."""
+        x = self.patch_embedding(inputs.latents).to(self.residual_dtype)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             x = block(
                 x,
-                time.blocks[i],
-                cos_sin,
-                state.kv_cache.layers[i],
+                inputs.time.blocks[i],
+                inputs.cos_sin,
+                layers[i],
                 position,
-                text_kv[i],
-                None if cameras is None else cameras[i],
+                inputs.text_kv[i],
+                None if inputs.camera is None else inputs.camera[i],
                 update_cache_only=update_cache_only and i == last,
             )
         if update_cache_only:
             return None
-        out = unpatchify(self.head(x, time.head), self.config.patch_size, frames, height, width)
+        _, _, frames, height, width = inputs.latents.shape
+        out = unpatchify(self.head(x, inputs.time.head), self.config.patch_size, frames, height, width)
         return out.to(torch.promote_types(self.dtype, torch.float32))
 
     def cache_layout(self, batch: int, grid: tuple[int, int]) -> CacheLayout:
@@ -388,7 +416,14 @@ class CausalLingBotTransformer(nn.Module):
                 return PerBlock(lambda i: self.blocks[i].cross_attn.project_text(context))
             return CrossAttentionCache([block.cross_attn.project_text(context) for block in self.blocks])
 
-        found = store.get_or_compute(TensorIdentity(text), compute)
+        def refill(cache: CrossAttentionCache) -> CrossAttentionCache:
+            context = self.text_embedding(text)
+            for block, held in zip(self.blocks, cache.layers, strict=True):
+                for old, new in zip(held, block.cross_attn.project_text(context), strict=True):
+                    old.copy_(new)
+            return cache
+
+        found = store.get_or_compute(TensorIdentity(text), compute, refill)
         return found.layers if isinstance(found, CrossAttentionCache) else found
 
     def _prepare_cached_camera_modulation(
@@ -397,13 +432,17 @@ class CausalLingBotTransformer(nn.Module):
         """Every block's camera (scale, shift); made once a chunk and reused by its forwards."""
         store = state.runtime_cache["camera_modulation"]
 
-        def compute() -> list[KeyValue] | PerBlock:
+        def compute(held: list[KeyValue] | None = None) -> list[KeyValue] | PerBlock | None:
             embedding = self._embed_camera(camera)
             if not store.enabled:
                 return PerBlock(lambda i: self.blocks[i].camera_modulation(embedding))
-            return [block.camera_modulation(embedding) for block in self.blocks]
+            if held is None:
+                return [block.camera_modulation(embedding) for block in self.blocks]
+            if held[0][0].shape != embedding.shape:
+                return None
+            return [block.camera_modulation(embedding, out) for block, out in zip(self.blocks, held, strict=True)]
 
-        return store.get_or_compute(TensorIdentity(camera), compute)
+        return store.get_or_compute(TensorIdentity(camera), compute, compute)
 
     def _embed_time(self, timestep: float) -> TimeEmbeddings:
         dtype = torch.promote_types(self.dtype, torch.float32)

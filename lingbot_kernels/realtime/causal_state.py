@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lingbot_kernels.realtime.graphs import SessionGraphs
 from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPlan, CrossAttentionCache, KVCache
 from lingbot_kernels.realtime.runtime_cache import RuntimeCache, Store
 
@@ -13,6 +14,7 @@ class RealtimeCausalDiTState:
 
     Attributes:
         kv_cache: self-attention's K/V ring; None before the first forward.
+        graphs: CUDA graphs of this session's forwards; unused on other devices.
         runtime_cache: stores "rope", "time_embeddings", "camera_modulation" and "text", each with hits, misses, bytes.
 
     Args:
@@ -38,6 +40,7 @@ class RealtimeCausalDiTState:
             camera_modulation=Store(1, camera_cache),
             text=Store(1, text_cache),
         )
+        self.graphs = SessionGraphs()
         self._owner: object | None = None
 
     @property
@@ -97,11 +100,13 @@ class RealtimeCausalDiTState:
             "visible_tokens": 0 if ring is None else ring.num_visible,
             "capacity_tokens": 0 if ring is None else ring.capacity,
             "kv_cache": {"bytes": kv_bytes},
+            "cuda_graphs": {"captures": self.graphs.captures, "replays": self.graphs.replays},
             **stores,
         }
 
     def dispose(self) -> None:
         """Free every cache and forget the position. Safe to call twice; the state can start again."""
         self.kv_cache = None
+        self.graphs.clear()
         self.runtime_cache.clear()
         self._owner = None

@@ -81,11 +81,14 @@ class Store:
         self.enabled = enabled
         self.clear()
 
-    def get_or_compute(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+    def get_or_compute(
+        self, key: Hashable, compute: Callable[[], Any], refill: Callable[[Any], Any] | None = None
+    ) -> Any:
         """The value of `key`, from the store or from `compute`.
 
-        On a miss, room is made before `compute` runs, so that two generations of a large value never coexist; where
-        it raises, nothing is stored.
+        On a miss, room is made first, so that two generations of a large value never coexist. The value that makes room
+        goes to `refill`, where given, which may return it with new contents (its addresses then stay, as a captured
+        CUDA graph needs) or None to have `compute` called. Where they raise, nothing is stored.
         """
         if key in self._entries:
             self.hits += 1
@@ -94,9 +97,14 @@ class Store:
         self.misses += 1
         if not self.enabled:
             return compute()
+        evicted = None
         while len(self._entries) >= self.max_entries:
-            self._entries.popitem(last=False)
-        value = self._entries[key] = compute()
+            _, evicted = self._entries.popitem(last=False)
+        value = None if evicted is None or refill is None else refill(evicted)
+        del evicted
+        if value is None:
+            value = compute()
+        self._entries[key] = value
         return value
 
     def resize(self, max_entries: int) -> None:
