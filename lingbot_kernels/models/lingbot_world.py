@@ -308,6 +308,7 @@ class CausalLingBotTransformer(nn.Module):
         """Dtype of the residual stream: the configured one, or the model's own where that is wider."""
         return torch.promote_types(self.dtype, getattr(torch, self.config.residual_dtype))
 
+    @torch.inference_mode(False)  # what a session keeps may be written again outside the caller's inference mode
     @torch.no_grad()
     def forward(
         self,

@@ -163,8 +163,7 @@ class KVCache:
     def __init__(self, layout: CacheLayout) -> None:
         self.layout = layout
         self.ring = KVRing(layout.shape[1], layout.sink_frames * layout.frame_tokens)
-        with torch.inference_mode(False):  # so that a session may go in and out of inference mode
-            self.layers = [(_empty(layout), _empty(layout)) for _ in range(layout.num_layers)]
+        self.layers = [(_empty(layout), _empty(layout)) for _ in range(layout.num_layers)]
         self._cursor: Tensor | None = None
 
     def position(self, plan: ChunkPlan) -> ChunkPosition:
@@ -176,8 +175,7 @@ class KVCache:
         replay.
         """
         if self._cursor is None:
-            with torch.inference_mode(False):
-                self._cursor = torch.empty(1, dtype=torch.int32, device=self.layout.device)
+            self._cursor = torch.empty(1, dtype=torch.int32, device=self.layout.device)
         self._cursor.fill_(plan.chunk_start)
         return ChunkPosition(RingPosition(0, self.ring.sink, self._cursor), plan.num_visible)
 
