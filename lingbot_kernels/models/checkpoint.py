@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,13 +267,14 @@ def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str], *, max_sha
     folder.mkdir(parents=True, exist_ok=True)
     partial = {name: folder / f".{name}.partial" for name in [*files, *texts]}
     try:
-        for file, names in zip(files, shards, strict=True):
-            tensors = {
-                name: slots[name].to("cpu", copy=True).reshape(shapes.get(name, slots[name].shape)) for name in names
-            }
-            save_file(tensors, partial[file], metadata={"format": "pt"})
         for name, content in texts.items():
             partial[name].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for file, names in zip(files, shards, strict=True):
+            tensors = {name: slots[name].to("cpu", copy=True) for name in names}
+            tensors = {name: tensor.reshape(shapes.get(name, tensor.shape)) for name, tensor in tensors.items()}
+            save_file(tensors, partial[file], metadata={"format": "pt"})
+            del tensors  # before the next shard is copied
+            shutil.copymode(partial["config.json"], partial[file])  # save_file makes files that only the owner can read
         for name, source in partial.items():
             os.replace(source, folder / name)
     finally:

@@ -270,6 +270,7 @@ def test_save_writes_one_file_or_shards_with_an_index(tmp_path):
         part = load_file(out / file)
         assert sum(tensor.nbytes for tensor in part.values()) <= 100_000 or len(part) == 1
     assert LingBotConfig.from_json(out / "config.json") == CONFIG
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1
 
     save_checkpoint(model, out)
     assert sorted(file.name for file in out.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
@@ -548,6 +549,20 @@ def test_peak_memory_of_loading_is_near_one_copy(tmp_path):
     assert size == 2 * config.num_parameters()
     assert growth < 1.05 * size + checkpoint._MAPPED_BYTES + 32 * 2**20, f"{growth / size:.2f} copies"
     assert (tmp_path / "model.safetensors").stat().st_size > 4 * checkpoint._MAPPED_BYTES
+
+
+def test_saving_holds_one_shard_at_a_time(tmp_path, monkeypatch):
+    """No tensor of the shard before is alive when a shard is written."""
+    alive = []
+
+    def watch(tensors, *args, **kwargs):
+        assert not any(reference() is not None for reference in alive)
+        alive.extend(weakref.ref(tensor) for tensor in tensors.values())
+        save_file(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", watch)
+    save_checkpoint(StandIn(), tmp_path, max_shard_bytes=200_000)
+    assert len(alive) == len(parameter_shapes(CONFIG))
 
 
 # The network itself
