@@ -12,11 +12,11 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo yes)
 ifeq ($(HAS_GPU),yes)
 TORCH_SPEC ?= torch>=2.9
 TRITON_SPEC ?=
-TORCH_INDEX ?=
+TORCH_LINKS ?=
 else
 TORCH_SPEC ?= torch==2.13.0
 TRITON_SPEC ?= triton>=3.4,<3.7
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_LINKS ?= https://download.pytorch.org/whl/cpu/torch/
 endif
 
 .PHONY: demo test lint install clean
@@ -39,7 +39,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.torch: | $(BIN)/python
-	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH_SPEC)" $(if $(TRITON_SPEC),"$(TRITON_SPEC)")
+	$(BIN)/python -m pip install $(if $(TORCH_LINKS),--find-links $(TORCH_LINKS)) "$(TORCH_SPEC)" \
+		$(if $(TRITON_SPEC),"$(TRITON_SPEC)")
 	touch $@
 
 $(STAMP): $(VENV)/.torch $(BUILD_INPUTS)
