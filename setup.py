@@ -1,12 +1,14 @@
 """Builds lingbot_kernels._C with CMake: the CPU part always, csrc/cuda when nvcc is found.
 
-LINGBOT_KERNELS_CUDA: 0 never compiles CUDA, 1 insists on it. LINGBOT_KERNELS_CUDA_ARCHITECTURES: such as "90a" or "80;90a".
+LINGBOT_KERNELS_CUDA: 0 never compiles CUDA, 1 insists on it.
+LINGBOT_KERNELS_CUDA_ARCHITECTURES: such as "90a" or "80;90a".
 CMAKE_BUILD_PARALLEL_LEVEL: compilers at a time. The build folder under build/ is kept, so that a second build is quick.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +19,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHITECTURES = "80;90a;100a;120"
+DEFAULT_ARCHITECTURES = ("80", "90a", "100a", "120")
+CUDA_FOLDER = "/usr/local/cuda"
 
 
 def find_nvcc() -> str | None:
     """nvcc on PATH, else in CUDA_HOME, else in /usr/local/cuda."""
-    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), CUDA_FOLDER) if home]
     candidates = [shutil.which("nvcc"), *(shutil.which("nvcc", path=str(home / "bin")) for home in homes)]
     return next((nvcc for nvcc in candidates if nvcc), None)
 
@@ -31,15 +34,31 @@ def cuda_compiler() -> str | None:
     """The nvcc to build with; None for a build without CUDA."""
     wanted = os.environ.get("LINGBOT_KERNELS_CUDA", "")
     if wanted not in ("", "0", "1"):
-        raise SystemExit(f"LINGBOT_KERNELS_CUDA is {wanted!r}; it must be 0 (never), 1 (insist) or unset (when nvcc is found)")
+        raise SystemExit(
+            f"LINGBOT_KERNELS_CUDA is {wanted!r}; it must be 0 (never), 1 (insist) or unset (if nvcc is found)"
+        )
     if wanted == "0":
         return None
     nvcc = find_nvcc()
     if nvcc is None and wanted == "1":
         raise SystemExit(
-            "LINGBOT_KERNELS_CUDA=1, but nvcc was found neither on PATH, nor in $CUDA_HOME/bin, nor in /usr/local/cuda/bin"
+            f"LINGBOT_KERNELS_CUDA=1, but nvcc is neither on PATH, nor in $CUDA_HOME/bin, nor in {CUDA_FOLDER}/bin"
         )
     return nvcc
+
+
+def cuda_architectures(nvcc: str) -> str:
+    """The architectures to compile for, "80;90a": those asked for, else the default ones this nvcc knows."""
+    asked = os.environ.get("LINGBOT_KERNELS_CUDA_ARCHITECTURES", "")
+    if asked:
+        if not re.fullmatch(r"\d+[af]?(;\d+[af]?)*", asked):
+            raise SystemExit(f"LINGBOT_KERNELS_CUDA_ARCHITECTURES is {asked!r}; it must look like '90a' or '80;90a'")
+        return asked
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = [arch for arch in DEFAULT_ARCHITECTURES if f"compute_{arch.rstrip('a')}" in listed]
+    if len(known) < len(DEFAULT_ARCHITECTURES):
+        print(f"{nvcc} is too old for some of {DEFAULT_ARCHITECTURES}: compiling for {known}", flush=True)
+    return ";".join(known)
 
 
 def tool(name: str) -> str:
@@ -68,19 +87,19 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "LINGBOT_CUDA": "ON" if nvcc else "OFF",
-            "LINGBOT_CUDA_ARCHITECTURES": os.environ.get("LINGBOT_KERNELS_CUDA_ARCHITECTURES") or DEFAULT_ARCHITECTURES,
         }
         if nvcc:
             options["CMAKE_CUDA_COMPILER"] = nvcc
+            options["LINGBOT_CUDA_ARCHITECTURES"] = cuda_architectures(nvcc)
         cmake = tool("cmake")
         print(f"lingbot_kernels._C: {'CUDA with ' + nvcc if nvcc else 'no CUDA'}, in {build}", flush=True)
-        subprocess.check_call(
-            [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *(f"-D{name}={value}" for name, value in options.items())]
-        )
+        definitions = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.check_call([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *definitions])
         parallel = ["--parallel", str(self.parallel)] if self.parallel else []
         subprocess.check_call([cmake, "--build", str(build), *parallel])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build / "lib" / target.name, target)
 
 
-setup(ext_modules=[Extension("lingbot_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("lingbot_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ class LingBotConfig:
         return cls(**fields)
 
     @classmethod
-    def from_json(cls, path: str | Path) -> LingBotConfig:
+    def from_json(cls, path: str | os.PathLike[str]) -> LingBotConfig:
         """Read a config.json: this project's own, an official Wan / LingBot-World one, or a diffusers one.
 
         A foreign file's unknown keys are ignored; what this network cannot express (no query-key norm, no affine

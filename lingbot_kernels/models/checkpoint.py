@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +194,7 @@ class _Headers:
 
 def load_checkpoint(
     model: nn.Module,
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -228,7 +229,7 @@ def load_checkpoint(
                     slots[name].copy_(shard.get_tensor(entry.key).view(slots[name].shape))
 
 
-def save_checkpoint(model: nn.Module, folder: str | Path, *, max_shard_bytes: int = 5 * 2**30) -> None:
+def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 2**30) -> None:
     """Write `model.state_dict()` under official names, and `model.config` as config.json.
 
     One file `diffusion_pytorch_model.safetensors`, or numbered shards and an index. Files are written under temporary
@@ -266,13 +267,14 @@ def save_checkpoint(model: nn.Module, folder: str | Path, *, max_shard_bytes: in
     folder.mkdir(parents=True, exist_ok=True)
     partial = {name: folder / f".{name}.partial" for name in [*files, *texts]}
     try:
-        for file, names in zip(files, shards, strict=True):
-            tensors = {
-                name: slots[name].to("cpu", copy=True).reshape(shapes.get(name, slots[name].shape)) for name in names
-            }
-            save_file(tensors, partial[file], metadata={"format": "pt"})
         for name, content in texts.items():
             partial[name].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for file, names in zip(files, shards, strict=True):
+            tensors = {name: slots[name].to("cpu", copy=True) for name in names}
+            tensors = {name: tensor.reshape(shapes.get(name, tensor.shape)) for name, tensor in tensors.items()}
+            save_file(tensors, partial[file], metadata={"format": "pt"})
+            del tensors  # before the next shard is copied
+            shutil.copymode(partial["config.json"], partial[file])  # save_file makes files that only the owner can read
         for name, source in partial.items():
             os.replace(source, folder / name)
     finally:
@@ -283,7 +285,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, *, max_shard_bytes: in
             old.unlink(missing_ok=True)
 
 
-def infer_config(folder: str | Path) -> LingBotConfig:
+def infer_config(folder: str | os.PathLike[str]) -> LingBotConfig:
     """The configuration of a checkpoint: from its config.json where there is one, else from the shapes it holds.
 
     Whether there are camera layers is read from the keys, unless config.json says so. Shapes do not tell the number of
@@ -445,9 +447,9 @@ def _match(headers: _Headers, slots: dict[str, tuple[int, ...]]) -> tuple[dict[s
         if name in slots and not _same_values(name, entry.shape, slots[name]):
             problems.append(f"{entry.key}: shape {list(entry.shape)} in {entry.file.name}, must be {list(slots[name])}")
     if found and not any(map(_CAMERA_KEY.match, found)) and any(_CAMERA_KEY.match(name) for name in missing):
-        problems.append("the checkpoint has no camera keys: it needs a model with config.camera = False")
+        problems.append("the checkpoint has no camera keys: it needs a model with camera=False")
     if any(_CAMERA_KEY.match(name) for name in unexpected) and not any(_CAMERA_KEY.match(name) for name in slots):
-        problems.append("the checkpoint has camera keys: it needs a model with config.camera = True")
+        problems.append("the checkpoint has camera keys: it needs a model with camera=True")
     return {name: entry for name, entry in found.items() if name in slots}, problems
 
 

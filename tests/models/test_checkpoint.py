@@ -26,6 +26,7 @@ from lingbot_kernels.models.checkpoint import (
     rename,
     save_checkpoint,
 )
+from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 
 CONFIG = LingBotConfig(dim=128, num_heads=1, num_layers=2, ffn_dim=64, text_dim=24, text_len=8, freq_dim=32)
 WITHOUT_CAMERA = LingBotConfig.from_dict({**CONFIG.to_dict(), "camera": False})
@@ -269,6 +270,7 @@ def test_save_writes_one_file_or_shards_with_an_index(tmp_path):
         part = load_file(out / file)
         assert sum(tensor.nbytes for tensor in part.values()) <= 100_000 or len(part) == 1
     assert LingBotConfig.from_json(out / "config.json") == CONFIG
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1
 
     save_checkpoint(model, out)
     assert sorted(file.name for file in out.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
@@ -432,11 +434,11 @@ def test_camera_keys_must_agree_with_the_model(tmp_path):
         tmp_path / "without",
         {rename(name, "diffusers"): w for name, w in random_weights(WITHOUT_CAMERA).items()},
     )
-    assert_refused(StandIn(WITHOUT_CAMERA), tmp_path / "with", "needs a model with config.camera = True")
+    assert_refused(StandIn(WITHOUT_CAMERA), tmp_path / "with", "needs a model with camera=True")
     assert_refused(
         StandIn(),
         tmp_path / "without",
-        "needs a model with config.camera = False",
+        "needs a model with camera=False",
         "cam_scale_layer.weight: missing (diffusers key none: this naming has no such parameter)",
     )
 
@@ -547,3 +549,44 @@ def test_peak_memory_of_loading_is_near_one_copy(tmp_path):
     assert size == 2 * config.num_parameters()
     assert growth < 1.05 * size + checkpoint._MAPPED_BYTES + 32 * 2**20, f"{growth / size:.2f} copies"
     assert (tmp_path / "model.safetensors").stat().st_size > 4 * checkpoint._MAPPED_BYTES
+
+
+def test_saving_holds_one_shard_at_a_time(tmp_path, monkeypatch):
+    """No tensor of the shard before is alive when a shard is written."""
+    alive = []
+
+    def watch(tensors, *args, **kwargs):
+        assert not any(reference() is not None for reference in alive)
+        alive.extend(weakref.ref(tensor) for tensor in tensors.values())
+        save_file(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", watch)
+    save_checkpoint(StandIn(), tmp_path, max_shard_bytes=200_000)
+    assert len(alive) == len(parameter_shapes(CONFIG))
+
+
+# The network itself
+
+
+@pytest.mark.parametrize("preset", ["lingbot-world-14b", "lingbot-world-1.3b", "tiny"])
+@pytest.mark.parametrize("camera", [True, False])
+def test_the_network_has_the_official_names_and_shapes(preset, camera):
+    config = LingBotConfig.preset(preset, camera=camera)
+    model = CausalLingBotTransformer(config, device="meta")
+    shapes = {name: tuple(slot.shape) for name, slot in model.state_dict().items()}
+    assert shapes == parameter_shapes(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == config.num_parameters()
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_the_network_loads_each_naming_and_saves_the_official_one(tmp_path, naming):
+    config = LingBotConfig.preset("tiny", camera=naming != "diffusers")
+    weights = random_weights(config)
+    write_shards(tmp_path / "in", {rename(name, naming): w for name, w in weights.items()})
+    model = CausalLingBotTransformer.from_pretrained(tmp_path / "in", dtype=torch.float32, cfg=config)
+    assert_equal(model, weights)
+    model.save_pretrained(tmp_path / "out")
+    assert load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors").keys() == weights.keys()
+    again = CausalLingBotTransformer.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert again.config == config
+    assert_equal(again, weights)

@@ -1,0 +1,1 @@
+"""Triton kernels: one module an op, launchers that write into given outputs and check nothing but `why_not`."""

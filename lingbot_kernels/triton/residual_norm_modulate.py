@@ -1,0 +1,116 @@
+"""Gated residual addition and the modulated layer norm that follows it."""
+
+from __future__ import annotations
+
+import torch
+
+import triton
+import triton.language as tl
+from lingbot_kernels.triton._rows import (
+    RowConfig,
+    gated_sum,
+    layer_norm_stats,
+    load_row,
+    modulate_store,
+    modulation_stride,
+    round_to,
+    store_chunk,
+    value_config,
+    why_not_rows,
+)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens"])
+def residual_norm_modulate_kernel(
+    x_ptr,
+    delta_ptr,
+    gate_ptr,
+    shift_ptr,
+    scale_ptr,
+    x_out_ptr,
+    y_ptr,
+    rows,
+    tokens,
+    eps,
+    GATE_STRIDE: tl.constexpr,
+    SHIFT_STRIDE: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr,
+    DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    EVICT: tl.constexpr,
+    MODIFIER: tl.constexpr,
+):
+    """x_out[b, s] = R(x[b, s] + delta[b, s] * gate[b]); y[b, s] = layer_norm(x_out[b, s]) * (1 + scale[b]) + shift[b]
+
+    x, x_out (R) and delta, y (T) [B, tokens, DIM] contiguous, rows = B * tokens; gate, shift, scale float32 [DIM], batches
+    *_STRIDE apart (0: shared); gate None: 1. Programs: rows / ROWS.
+    """
+    for i in range(ROWS):
+        row = tl.program_id(0) * ROWS + i
+        if row < rows:
+            offset = row.to(tl.int64) * DIM
+            batch = row // tokens
+            gate = None
+            if gate_ptr is not None:
+                gate = gate_ptr + batch * GATE_STRIDE
+            x = load_row(x_ptr + offset, DIM, CHUNK, EVICT)
+            delta = load_row(delta_ptr + offset, DIM, CHUNK, EVICT)
+            wide = ()
+            for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
+                x_out = round_to(gated_sum(x[j], delta[j], gate, j, DIM, CHUNK), x_out_ptr.dtype.element_ty)
+                store_chunk(x_out_ptr + offset, x_out, j, DIM, CHUNK, MODIFIER)
+                wide = wide + (x_out.to(tl.float32),)  # noqa: RUF005
+            mean, rstd = layer_norm_stats(wide, DIM, CHUNK, eps)
+            shift = shift_ptr + batch * SHIFT_STRIDE
+            scale = scale_ptr + batch * SCALE_STRIDE
+            modulate_store(y_ptr + offset, wide, mean, rstd, shift, scale, y_ptr.dtype.element_ty, DIM, CHUNK, MODIFIER)
+
+
+def launch_config(dim: int, element_sizes: tuple[int, ...], rows: int) -> RowConfig:
+    """Configuration for `rows` rows of `dim` values in tensors of these element sizes."""
+    return value_config(dim, element_sizes)
+
+
+def why_not(x: torch.Tensor, delta: torch.Tensor) -> str | None:
+    """Why this kernel can't serve these tensors, or None."""
+    return why_not_rows(x.shape[-1], x=x, delta=delta)
+
+
+def residual_norm_modulate(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    gate: torch.Tensor | None,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    x_out: torch.Tensor,
+    y: torch.Tensor,
+    eps: float,
+    *,
+    config: RowConfig | None = None,
+) -> None:
+    """Fill x_out and y [B, S, D]; x, delta alike, all contiguous; gate (None: 1), shift, scale float32 [D] or [B, D]."""
+    batch, tokens, dim = x.shape
+    rows = batch * tokens
+    config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)
+    residual_norm_modulate_kernel[(triton.cdiv(rows, config.rows),)](
+        x,
+        delta,
+        gate,
+        shift,
+        scale,
+        x_out,
+        y,
+        rows,
+        tokens,
+        eps,
+        GATE_STRIDE=modulation_stride(gate),
+        SHIFT_STRIDE=modulation_stride(shift),
+        SCALE_STRIDE=modulation_stride(scale),
+        DIM=dim,
+        CHUNK=config.chunk,
+        ROWS=config.rows,
+        EVICT=config.evict,
+        MODIFIER=config.modifier,
+        num_warps=config.num_warps,
+    )
