@@ -8,8 +8,10 @@
 #include <atomic>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "../params.h"
+#include "launch_config.h"
 
 namespace lingbot::cuda {
 
@@ -92,6 +94,39 @@ Status with_types(Dtype dtype, Dtype residual_dtype, F&& f) {
     if (residual_dtype == Dtype::kFloat32) return f(t, TypeTag<float>{});
     return "residual dtype must be the compute dtype or float32";
   });
+}
+
+// How a row lies in a block's registers, known when compiled: kVecs vectors of V elements in each of kThreads threads (0: as
+// many as the launch says, with bounds checks). V = 1: no vectors, the element-by-element kernel.
+template <int kElements, int kVectors, int kRowThreads>
+struct RowShape {
+  static constexpr int V = kElements, kVecs = kVectors, kThreads = kRowThreads;
+};
+
+// Elements of T, and of R beside it, that one vector holds: 16 bytes of the wider type.
+template <typename T, typename R>
+constexpr int kVectorElements = 16 / (sizeof(T) > sizeof(R) ? sizeof(T) : sizeof(R));
+
+// Calls f(RowShape) for a configuration. The widths 5120, 3072 and 1536 are compiled exactly for bfloat16.
+template <typename T, typename R, typename F>
+Status with_row_shape(const RowConfig& config, F&& f) {
+  constexpr int V = kVectorElements<T, R>;
+  if (config.width == 1) return f(RowShape<1, 0, 0>{});
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (config.exact(160 * 8 / V, 4)) return f(RowShape<V, 4, 160 * 8 / V>{});
+    if (config.exact(96 * 8 / V, 4)) return f(RowShape<V, 4, 96 * 8 / V>{});
+    if constexpr (V == 8) {
+      if (config.exact(96, 2)) return f(RowShape<V, 2, 96>{});
+    } else {
+      if (config.exact(96, 4)) return f(RowShape<V, 4, 96>{});
+    }
+  }
+  switch (config.vectors) {
+    case 1: return f(RowShape<V, 1, 0>{});
+    case 2: return f(RowShape<V, 2, 0>{});
+    case 4: return f(RowShape<V, 4, 0>{});
+  }
+  return "no kernel for this launch configuration";
 }
 
 constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;

@@ -57,6 +57,36 @@ constexpr RowConfig norm_rope_config(int dim, int head_dim, int width) {
   return row_config(dim, width, head_dim / width);
 }
 
+// A thread owns `width` channels and walks down the rows, `rows` at a time. Columns are cut into blocks of equal size where
+// that wastes no thread.
+struct ColumnConfig {
+  const char* name;
+  int threads;
+  int rows;
+  int width;
+};
+
+constexpr ColumnConfig column_config(int dim, int width) {
+  const int columns = (dim + width - 1) / width;
+  for (int threads = 256; threads >= 128; threads -= kWarpSize) {
+    if (columns % threads == 0) return {"columns", threads, width > 1 ? 4 : 1, width};
+  }
+  return {"columns_padded", columns < 256 ? round_up(columns, kWarpSize) : 256, width > 1 ? 4 : 1, width};
+}
+
+// K and V of `rows * tokens` tokens a block, `threads` along a token.
+struct UnpackConfig {
+  const char* name;
+  int threads;
+  int rows;
+  int tokens;  // in flight in one thread
+};
+
+constexpr UnpackConfig unpack_config(int words) {
+  const int threads = words >= 256 ? 256 : round_up(words, kWarpSize);
+  return {"copy_2_tokens", threads, 256 / threads, 2};
+}
+
 // A block of the rotary table: rows x columns of one frame.
 struct RopeTableConfig {
   const char* name;

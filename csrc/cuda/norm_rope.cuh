@@ -277,24 +277,19 @@ Status launch_norm_rope(const NormRopeParams& p, int64_t batch, Dtype dtype, voi
   const bool overlap = device.capability >= 90;
   const RowConfig config = norm_rope_config(p.dim, p.head_dim, norm_rope_width(p, element_size(dtype)));
   const dim3 grid(p.tokens * p.parts, static_cast<uint32_t>(batch)), block(config.threads);
-  const auto run = [&](auto kernel) { return launch(kernel, grid, block, 0, stream, overlap, p); };
   return with_type(dtype, [&](auto tag) -> Status {
     using T = typename decltype(tag)::type;
-    constexpr int V = 16 / sizeof(T);
-    constexpr LoadHint kLoad = LoadHint::kNoAllocate;
-    constexpr StoreHint kStore = StoreHint::kWriteBack;
-    if (config.width == 1) return run(norm_rope_any<T>);
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // 5120, 3072, 1536: addresses known when compiled
-      if (config.exact(160, 4)) return run(norm_rope_rows<T, V, 4, 160, 1, 8, kGroups, kLoad, kStore>);
-      if (config.exact(96, 4)) return run(norm_rope_rows<T, V, 4, 96, 1, 1, kGroups, kLoad, kStore>);
-      if (config.exact(96, 2)) return run(norm_rope_rows<T, V, 2, 96, 1, 1, kGroups, kLoad, kStore>);
-    }
-    switch (config.vectors) {
-      case 1: return run(norm_rope_rows<T, V, 1, 0, 1, 1, kGroups, kLoad, kStore>);
-      case 2: return run(norm_rope_rows<T, V, 2, 0, 1, 1, kGroups, kLoad, kStore>);
-      case 4: return run(norm_rope_rows<T, V, 4, 0, 1, 1, kGroups, kLoad, kStore>);
-    }
-    return "no kernel for this launch configuration";
+    return with_row_shape<T, T>(config, [&](auto shape) -> Status {
+      using Shape = decltype(shape);
+      if constexpr (Shape::V == 1) {
+        return launch(norm_rope_any<T>, grid, block, 0, stream, overlap, p);
+      } else {
+        constexpr int kMinBlocks = Shape::kThreads == 160 ? 8 : 1;
+        return launch(norm_rope_rows<T, Shape::V, Shape::kVecs, Shape::kThreads, 1, kMinBlocks, kGroups, LoadHint::kNoAllocate,
+                                     StoreHint::kWriteBack>,
+                      grid, block, 0, stream, overlap, p);
+      }
+    });
   });
 }
 
