@@ -1,0 +1,296 @@
+// Full-width RMSNorm, rotary embedding and the write to where attention reads: ring slots, q, or an all-to-all buffer.
+// Device code of qk_norm_rope_kv_write and qk_norm_rope_pack.
+#pragma once
+
+#include "block.cuh"
+#include "launch.cuh"
+#include "launch_config.h"
+#include "ring.h"
+#include "vec.cuh"
+
+namespace lingbot::cuda {
+
+// One of q, k, v: where its rows come from and go to. Strides in elements.
+struct NormRopePart {
+  const void* in;
+  int64_t in_batch, in_token;
+  void* out;
+  int64_t out_batch, out_token;
+  const void* weight;  // null: rows are copied as they are
+  uint32_t to_ring;    // out rows are ring slots, not tokens
+};
+
+struct NormRopeParams {
+  NormRopePart part[3];  // [q], k, [v]
+  const float* cos_sin;  // [tokens, head_dim]
+  DeviceRing ring;
+  int64_t group_jump;    // between the end of a group of heads and the next group's start
+  uint32_t group_width;  // elements of a group of heads; the whole row where there is one group
+  uint32_t tokens, parts, dim, head_dim;
+  float inv_dim, eps;
+};
+
+__device__ __forceinline__ int64_t out_offset(const NormRopeParams& p, const NormRopePart& part, uint32_t batch, uint32_t token) {
+  const uint32_t row = part.to_ring ? ring_slot(p.ring, token) : token;
+  return batch * part.out_batch + row * part.out_token;
+}
+
+// Element e of a row, counted from the row's start in the output.
+template <bool kGroups>
+__device__ __forceinline__ int64_t group_offset(const NormRopeParams& p, uint32_t e) {
+  if constexpr (kGroups) return e + (e / p.group_width) * p.group_jump;
+  return e;
+}
+
+// a * b - c * d, within 1.5 ulp even where the products cancel: the rounding of c * d is added back.
+__device__ __forceinline__ float difference_of_products(float a, float b, float c, float d) {
+  const float cd = __fmul_rn(c, d);
+  return __fadd_rn(fmaf(a, b, -cd), fmaf(-c, d, cd));
+}
+
+// (a, b) <- (a cos - b sin, a sin + b cos)
+__device__ __forceinline__ void rotate(float& a, float& b, float cos, float sin) {
+  const float x = a, y = b;
+  a = difference_of_products(x, cos, y, sin);
+  b = difference_of_products(x, sin, -y, cos);
+}
+
+template <typename T, int V>
+__device__ __forceinline__ float sum_of_squares(const Vec<T, V>& x) {
+  float f[V];
+  unpack(x, f);
+  float even = f[0] * f[0], odd = f[1] * f[1];
+#pragma unroll
+  for (int i = 2; i < V; i += 2) even = fmaf(f[i], f[i], even), odd = fmaf(f[i + 1], f[i + 1], odd);
+  return even + odd;
+}
+
+// rope(T(T(x * inv_rms) * weight)); cos and sin of the vector's V / 2 pairs.
+template <typename T, int V>
+__device__ __forceinline__ Vec<T, V> norm_rotate(const Vec<T, V>& x, const Vec<T, V>& weight, float inv_rms,
+                                                 const float (&cos)[V / 2], const float (&sin)[V / 2]) {
+  float f[V], w[V];
+  unpack(x, f);
+  unpack(weight, w);
+#pragma unroll
+  for (int i = 0; i < V; ++i) f[i] *= inv_rms;
+  round_all<T>(f);
+#pragma unroll
+  for (int i = 0; i < V; ++i) f[i] *= w[i];
+  round_all<T>(f);
+#pragma unroll
+  for (int i = 0; i < V / 2; ++i) rotate(f[2 * i], f[2 * i + 1], cos[i], sin[i]);
+  return pack<T, V>(f);
+}
+
+// cos and sin of the pairs that element e of a row starts.
+template <int N>
+__device__ __forceinline__ void load_cos_sin(const NormRopeParams& p, uint32_t token, uint32_t e, float (&cos)[N], float (&sin)[N]) {
+  const uint32_t half = p.head_dim / 2;
+  const float* at = p.cos_sin + static_cast<int64_t>(token) * p.head_dim + (e % p.head_dim) / 2;
+  unpack(load_cached<N>(at), cos);
+  unpack(load_cached<N>(at + half), sin);
+}
+
+// One row of one part: blockDim.x threads hold it in registers, kVecs vectors each. A block is one row, or kRows rows of one
+// warp each. threads * V must be a multiple of head_dim where kVecs > 1: a thread then meets one set of angles.
+template <typename T, int V, int kVecs, int kThreads, int kRows, int kMinBlocks, bool kGroups, LoadHint kLoad, StoreHint kStore>
+__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads * kRows, kMinBlocks) norm_rope_rows(const __grid_constant__ NormRopeParams p) {
+  __shared__ float shared[1][kMaxWarps];
+  wait_for_previous_grid();
+  allow_next_grid();
+  const uint32_t row = kRows == 1 ? blockIdx.x : blockIdx.x * kRows + threadIdx.y;
+  const uint32_t token = p.parts == 3 ? row / 3 : p.parts == 2 ? row / 2 : row;
+  if (token >= p.tokens) return;
+  const NormRopePart& part = p.part[row - token * p.parts];
+  const uint32_t batch = blockIdx.y;
+
+  const T* in = static_cast<const T*>(part.in) + batch * part.in_batch + token * part.in_token;
+  Vec<T, V> x[kVecs];
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const uint32_t e = row_element<V, kThreads>(i);
+    x[i] = in_row<kThreads>(e, p.dim) ? load_stream<kLoad, V>(in + e) : zero_vec<T, V>();
+  }
+  T* out = static_cast<T*>(part.out) + out_offset(p, part, batch, token);
+  if (!part.weight) {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const uint32_t e = row_element<V, kThreads>(i);
+      if (in_row<kThreads>(e, p.dim)) store_vec<kStore>(out + group_offset<kGroups>(p, e), x[i]);
+    }
+    return;
+  }
+
+  constexpr bool kHoldWeights = kVecs <= 2;  // else read after the sum, to save registers
+  const T* weight = static_cast<const T*>(part.weight);
+  Vec<T, V> w[kHoldWeights ? kVecs : 1];
+  if constexpr (kHoldWeights) {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const uint32_t e = row_element<V, kThreads>(i);
+      w[i] = in_row<kThreads>(e, p.dim) ? load_cached<V>(weight + e) : zero_vec<T, V>();
+    }
+  }
+  float cos[V / 2], sin[V / 2];
+  load_cos_sin(p, token, threadIdx.x * V, cos, sin);
+
+  float sum[1] = {sum_of_squares(x[0])};
+#pragma unroll
+  for (int i = 1; i < kVecs; ++i) sum[0] += sum_of_squares(x[i]);
+  row_sum(sum, shared);
+  const float inv_rms = rsqrtf(sum[0] * p.inv_dim + p.eps);
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const uint32_t e = row_element<V, kThreads>(i);
+    if (!in_row<kThreads>(e, p.dim)) continue;
+    keep_packed(x[i]);
+    const Vec<T, V> scale = kHoldWeights ? w[kHoldWeights ? i : 0] : load_cached<V>(weight + e);
+    store_vec<kStore>(out + group_offset<kGroups>(p, e), norm_rotate(x[i], scale, inv_rms, cos, sin));
+  }
+}
+
+// One block a token: q, k and v all in flight before one reduction for both sums. Parts are k, v or q, k, v (kQ), v last
+// and possibly absent.
+template <typename T, int V, int kVecs, int kThreads, int kMinBlocks, bool kQ, bool kGroups, LoadHint kLoad, StoreHint kStore>
+__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks) norm_rope_tokens(const __grid_constant__ NormRopeParams p) {
+  constexpr int kNormed = kQ ? 2 : 1;
+  __shared__ float shared[kNormed][kMaxWarps];
+  wait_for_previous_grid();
+  allow_next_grid();
+  const uint32_t token = blockIdx.x, batch = blockIdx.y;
+  const bool has_v = p.parts > kNormed;
+
+  Vec<T, V> x[kNormed][kVecs], v[kVecs];
+#pragma unroll
+  for (int n = 0; n < kNormed; ++n) {
+    const T* in = static_cast<const T*>(p.part[n].in) + batch * p.part[n].in_batch + token * p.part[n].in_token;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const uint32_t e = row_element<V, kThreads>(i);
+      x[n][i] = in_row<kThreads>(e, p.dim) ? load_stream<kLoad, V>(in + e) : zero_vec<T, V>();
+    }
+  }
+  if (has_v) {
+    const NormRopePart& part = p.part[kNormed];
+    const T* in = static_cast<const T*>(part.in) + batch * part.in_batch + token * part.in_token;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const uint32_t e = row_element<V, kThreads>(i);
+      if (in_row<kThreads>(e, p.dim)) v[i] = load_stream<kLoad, V>(in + e);
+    }
+  }
+  float cos[V / 2], sin[V / 2];
+  load_cos_sin(p, token, threadIdx.x * V, cos, sin);
+
+  float sum[kNormed];
+#pragma unroll
+  for (int n = 0; n < kNormed; ++n) {
+    sum[n] = sum_of_squares(x[n][0]);
+#pragma unroll
+    for (int i = 1; i < kVecs; ++i) sum[n] += sum_of_squares(x[n][i]);
+  }
+  row_sum(sum, shared);
+#pragma unroll
+  for (int n = 0; n < kNormed; ++n) {
+    const float inv_rms = rsqrtf(sum[n] * p.inv_dim + p.eps);
+    const T* weight = static_cast<const T*>(p.part[n].weight);
+    T* out = static_cast<T*>(p.part[n].out) + out_offset(p, p.part[n], batch, token);
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const uint32_t e = row_element<V, kThreads>(i);
+      if (!in_row<kThreads>(e, p.dim)) continue;
+      keep_packed(x[n][i]);
+      store_vec<kStore>(out + group_offset<kGroups>(p, e), norm_rotate(x[n][i], load_cached<V>(weight + e), inv_rms, cos, sin));
+    }
+  }
+  if (has_v) {
+    T* out = static_cast<T*>(p.part[kNormed].out) + out_offset(p, p.part[kNormed], batch, token);
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const uint32_t e = row_element<V, kThreads>(i);
+      if (in_row<kThreads>(e, p.dim)) store_vec<kStore>(out + group_offset<kGroups>(p, e), v[i]);
+    }
+  }
+}
+
+// The same for any even head_dim, any width, any alignment: a row is read twice, element by element.
+template <typename T>
+__global__ void __launch_bounds__(256) norm_rope_any(const __grid_constant__ NormRopeParams p) {
+  __shared__ float shared[1][kMaxWarps];
+  wait_for_previous_grid();
+  allow_next_grid();
+  const uint32_t token = blockIdx.x / p.parts, batch = blockIdx.y;
+  const NormRopePart& part = p.part[blockIdx.x - token * p.parts];
+  const T* in = static_cast<const T*>(part.in) + batch * part.in_batch + token * part.in_token;
+  T* out = static_cast<T*>(part.out) + out_offset(p, part, batch, token);
+  if (!part.weight) {
+    for (uint32_t e = threadIdx.x; e < p.dim; e += blockDim.x) out[group_offset<true>(p, e)] = in[e];
+    return;
+  }
+  const T* weight = static_cast<const T*>(part.weight);
+  const float* cos_sin = p.cos_sin + static_cast<int64_t>(token) * p.head_dim;
+  float sum[1] = {0.f};
+  for (uint32_t e = threadIdx.x; e < p.dim; e += blockDim.x) sum[0] = fmaf(to_float(in[e]), to_float(in[e]), sum[0]);
+  row_sum(sum, shared);
+  const float inv_rms = rsqrtf(sum[0] * p.inv_dim + p.eps);
+  for (uint32_t e = 2 * threadIdx.x; e < p.dim; e += 2 * blockDim.x) {
+    float a = round_to<T>(round_to<T>(to_float(in[e]) * inv_rms) * to_float(weight[e]));
+    float b = round_to<T>(round_to<T>(to_float(in[e + 1]) * inv_rms) * to_float(weight[e + 1]));
+    const uint32_t pair = e % p.head_dim / 2;
+    rotate(a, b, cos_sin[pair], cos_sin[p.head_dim / 2 + pair]);
+    T* at = out + group_offset<true>(p, e);
+    at[0] = from_float<T>(a), at[1] = from_float<T>(b);
+  }
+}
+
+// The part of a row operand; absent operands have no part.
+inline NormRopePart norm_rope_part(const Rows& in, void* out, int64_t out_batch, int64_t out_token, const void* weight, bool to_ring) {
+  return {in.ptr, in.batch_stride, in.token_stride, out, out_batch, out_token, weight, to_ring ? 1u : 0u};
+}
+
+// Elements of a vector that every operand allows: 16 bytes, or 1.
+inline int norm_rope_width(const NormRopeParams& p, int size) {
+  const int width = 16 / size;
+  bool ok = p.dim % width == 0 && p.head_dim % width == 0 && aligned(p.cos_sin, 16);
+  for (uint32_t n = 0; n < p.parts; ++n) {
+    ok = ok && rows_aligned(p.part[n].in, p.part[n].in_batch, p.part[n].in_token, size, 16) &&
+         rows_aligned(p.part[n].out, p.part[n].out_batch, p.part[n].out_token, size, 16) && aligned(p.part[n].weight, 16);
+  }
+  return ok && p.group_jump * size % 16 == 0 ? width : 1;
+}
+
+// What a kernel reads of a shape, checked against what 32-bit indices and the grid can hold.
+inline Status norm_rope_shape(int64_t batch, int64_t tokens, int32_t heads, int32_t head_dim) {
+  if (heads < 1) return "heads must be positive";
+  if (head_dim < 2 || head_dim % 2 != 0) return "head_dim must be even and positive";
+  if (static_cast<int64_t>(heads) * head_dim > 1 << 24) return "heads * head_dim must be at most 2^24";
+  if (batch < 0 || batch > kMaxGridYZ) return "batch must be in [0, 65535]";
+  if (tokens < 0 || tokens > kMaxGridX / 3) return "tokens must be in [0, 2^31 / 3)";
+  return nullptr;
+}
+
+template <bool kGroups>
+Status launch_norm_rope(const NormRopeParams& p, int64_t batch, Dtype dtype, void* stream) {
+  DeviceInfo device = {};
+  if (Status s = device_info(&device)) return s;
+  const bool overlap = device.capability >= 90;
+  const RowConfig config = norm_rope_config(p.dim, p.head_dim, norm_rope_width(p, element_size(dtype)));
+  const dim3 grid(p.tokens * p.parts, static_cast<uint32_t>(batch)), block(config.threads);
+  return with_type(dtype, [&](auto tag) -> Status {
+    using T = typename decltype(tag)::type;
+    return with_row_shape<T, T>(config, [&](auto shape) -> Status {
+      using Shape = decltype(shape);
+      if constexpr (Shape::V == 1) {
+        return launch(norm_rope_any<T>, grid, block, 0, stream, overlap, p);
+      } else {
+        constexpr int kMinBlocks = Shape::kThreads == 160 ? 8 : 1;
+        return launch(norm_rope_rows<T, Shape::V, Shape::kVecs, Shape::kThreads, 1, kMinBlocks, kGroups, LoadHint::kNoAllocate,
+                                     StoreHint::kWriteBack>,
+                      grid, block, 0, stream, overlap, p);
+      }
+    });
+  });
+}
+
+}  // namespace lingbot::cuda
