@@ -117,6 +117,12 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
     return _native.why_not_cuda() if backend == "cuda" else _triton_missing()
 
 
+def demand(op: str, backend: str, reason: str | None) -> None:
+    """Raise BackendUnavailable where there is a reason why the chosen backend can't serve this very call."""
+    if reason is not None:
+        raise BackendUnavailable(f"{op}: backend {backend!r} can't serve: {reason}")
+
+
 def automatic_order(op: str, device_type: str, tokens: int, dim: int) -> tuple[str, ...]:
     """Backends in the order `auto` prefers them, best first: a pure function of the measured winners."""
     if device_type == "cuda":
@@ -128,9 +134,7 @@ def automatic_order(op: str, device_type: str, tokens: int, dim: int) -> tuple[s
 @functools.lru_cache(maxsize=4096)
 def _resolve(op: str, backend: str, by_name: bool, device_type: str, dtype: torch.dtype, tokens: int, dim: int) -> str:
     if backend != "auto" and (by_name or backend not in OPS[op].absent):
-        reason = why_not(op, backend, device_type, dtype)
-        if reason is not None:
-            raise BackendUnavailable(f"{op}: backend {backend!r} can't serve: {reason}")
+        demand(op, backend, why_not(op, backend, device_type, dtype))
         return backend
     for candidate in automatic_order(op, device_type, tokens, dim):
         if why_not(op, candidate, device_type, dtype) is None:

@@ -20,6 +20,7 @@ def _run(x: Tensor, delta: Tensor, gate: Tensor | None, backend: str) -> Tensor:
     if backend == "triton":
         from lingbot_kernels.triton import gated_residual as kernel
 
+        _dispatch.demand("gated_residual", "triton", kernel.why_not(x, delta))
         kernel.gated_residual(x, delta, gate, x_out)
     else:
         codes = _native.DTYPE_CODES

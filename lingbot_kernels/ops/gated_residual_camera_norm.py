@@ -31,6 +31,7 @@ def _run(
     if backend == "triton":
         from lingbot_kernels.triton import gated_residual_camera_norm as kernel
 
+        _dispatch.demand("gated_residual_camera_norm", "triton", kernel.why_not(x, delta))
         kernel.gated_residual_camera_norm(x, delta, gate, cam_scale, cam_shift, weight, bias, x_out, y, eps)
     else:
         codes = _native.DTYPE_CODES

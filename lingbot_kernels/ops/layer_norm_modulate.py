@@ -24,6 +24,7 @@ def _run(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.d
     if backend == "triton":
         from lingbot_kernels.triton import layer_norm_modulate as kernel
 
+        _dispatch.demand("layer_norm_modulate", "triton", kernel.why_not(x, y))
         kernel.layer_norm_modulate(x, shift, scale, y, eps)
     else:
         codes = _native.DTYPE_CODES

@@ -66,6 +66,7 @@ def write(
     elif backend == "triton":
         from lingbot_kernels.triton import qk_norm_rope_kv_write as kernel
 
+        _dispatch.demand("qk_norm_rope_kv_write", "triton", kernel.why_not(q, k, v, k_cache, v_cache))
         kernel.qk_norm_rope_kv_write(
             q, k, v, q_weight, k_weight, cos_sin, q_out, k_cache, v_cache, chunk_start, cursor, sink, eps
         )

@@ -38,6 +38,7 @@ def _run(
     if backend == "triton":
         from lingbot_kernels.triton import qk_norm_rope_pack as kernel
 
+        _dispatch.demand("qk_norm_rope_pack", "triton", kernel.why_not(q, k, v))
         kernel.qk_norm_rope_pack(q, k, v, q_weight, k_weight, cos_sin, packed, eps)
     else:
         _native.launch(

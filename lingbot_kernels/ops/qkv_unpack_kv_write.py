@@ -27,6 +27,7 @@ def _run(
     elif backend == "triton":
         from lingbot_kernels.triton import qkv_unpack_kv_write as kernel
 
+        _dispatch.demand("qkv_unpack_kv_write", "triton", kernel.why_not(packed, k_cache, v_cache))
         kernel.qkv_unpack_kv_write(packed, k_cache, v_cache, chunk_start, cursor, sink)
     else:
         _native.launch(

@@ -23,6 +23,7 @@ def _run(
     if backend == "triton":
         from lingbot_kernels.triton import residual_norm_modulate as kernel
 
+        _dispatch.demand("residual_norm_modulate", "triton", kernel.why_not(x, delta))
         kernel.residual_norm_modulate(x, delta, gate, shift, scale, x_out, y, eps)
     else:
         codes = _native.DTYPE_CODES

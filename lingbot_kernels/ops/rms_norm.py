@@ -19,6 +19,7 @@ def _run(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
     if backend == "triton":
         from lingbot_kernels.triton import rms_norm as kernel
 
+        _dispatch.demand("rms_norm", "triton", kernel.why_not(x))
         kernel.rms_norm(x, weight, y, eps)
     else:
         _native.launch(

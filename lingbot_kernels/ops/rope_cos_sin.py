@@ -21,6 +21,7 @@ def _run(
     elif backend == "triton":
         from lingbot_kernels.triton import rope_cos_sin as kernel
 
+        _dispatch.demand("rope_cos_sin", "triton", kernel.why_not(head_dim))
         kernel.rope_cos_sin(out, token_start, frame_stride, width, theta)
     else:
         reference.rope_cos_sin(out.shape[0], token_start, frame_stride, width, head_dim, theta, out.device, out=out)

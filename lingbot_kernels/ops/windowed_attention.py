@@ -58,9 +58,7 @@ def resolve_library(requested: str | None, device_type: str, dtype: torch.dtype,
         if requested in _dispatch.BACKENDS:
             _dispatch.resolve("windowed_attention", requested, device_type, dtype)
         raise ValueError(f"backend: got {requested!r}, must be auto or one of {', '.join(LIBRARIES)}")
-    reason = why_not(requested, device_type, dtype, head_dim)
-    if reason is not None:
-        raise _dispatch.BackendUnavailable(f"windowed_attention: {requested!r} can't serve: {reason}")
+    _dispatch.demand("windowed_attention", requested, why_not(requested, device_type, dtype, head_dim))
     return requested
 
 

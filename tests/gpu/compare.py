@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOOR = {torch.float32: 2.0**-22, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}
+FLOOR = {torch.float32: 2.0**-20, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -103,6 +103,10 @@ def test_gated_residual(
 def test_rms_norm(backend: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     x = rand(shape[0], shape[1], shape[2] + 8, dtype=dtype)[..., : shape[2]]  # strided rows
     weight = rand(shape[2], dtype=dtype)
+    if backend == "triton" and shape[2] % 2:
+        with pytest.raises(ops.BackendUnavailable, match="must be even"):
+            ops.rms_norm(x, weight, 1e-6, backend=backend)
+        return
     got = ops.rms_norm(x, weight, 1e-6, backend=backend)
     assert_as_good(got, reference.rms_norm(x, weight, 1e-6), reference.rms_norm(x.double(), weight.double(), 1e-6))
 
