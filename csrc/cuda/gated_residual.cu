@@ -56,6 +56,10 @@ __global__ void __launch_bounds__(256) gated_residual_columns(const __grid_const
   }
 }
 
+inline GatedResidualKernelParams kernel_params(const GatedResidualParams& a) {
+  return {a.x, a.delta, a.gate, a.x_out, static_cast<uint32_t>(a.tokens), static_cast<uint32_t>(a.dim)};
+}
+
 Status gated_residual(const GatedResidualParams& a, void* stream) {
   if (Status s = row_shape_problem(a.batch, a.tokens, a.dim)) return s;
   if (a.batch == 0 || a.tokens == 0) return nullptr;
@@ -63,7 +67,7 @@ Status gated_residual(const GatedResidualParams& a, void* stream) {
   if (Status s = device_info(&device)) return s;
   const bool vectors = aligned(a.x, 16) && aligned(a.delta, 16) && aligned(a.x_out, 16) && modulation_aligned(a.gate);
   const ColumnConfig config = column_config(a.dim, row_width(vectors, a.dim, a.dtype, a.residual_dtype));
-  const GatedResidualKernelParams p = {a.x, a.delta, a.gate, a.x_out, static_cast<uint32_t>(a.tokens), static_cast<uint32_t>(a.dim)};
+  const GatedResidualKernelParams p = kernel_params(a);
   const dim3 grid(static_cast<uint32_t>(ceil_div(a.dim / config.width, config.threads)),
                   static_cast<uint32_t>(std::min(ceil_div(a.tokens, config.rows), kMaxGridYZ)), static_cast<uint32_t>(a.batch));
   const dim3 block(config.threads);

@@ -136,6 +136,11 @@ __global__ void __launch_bounds__(256) camera_norm_any(const __grid_constant__ C
   }
 }
 
+inline CameraNormKernelParams kernel_params(const GatedResidualCameraNormParams& a) {
+  return {a.x, a.delta, a.gate, a.cam_scale, a.cam_shift, a.weight, a.bias, a.x_out, a.y,
+          static_cast<uint32_t>(a.tokens), static_cast<uint32_t>(a.dim), 1.f / static_cast<float>(a.dim), a.eps};
+}
+
 Status gated_residual_camera_norm(const GatedResidualCameraNormParams& a, void* stream) {
   if (Status s = row_shape_problem(a.batch, a.tokens, a.dim)) return s;
   if ((a.cam_scale == nullptr) != (a.cam_shift == nullptr)) return "cam_scale and cam_shift must be given together";
@@ -146,8 +151,7 @@ Status gated_residual_camera_norm(const GatedResidualCameraNormParams& a, void* 
                        aligned(a.weight, 16) && aligned(a.bias, 16) && aligned(a.x_out, 16) && aligned(a.y, 16) &&
                        modulation_aligned(a.gate);
   const RowConfig config = row_config(a.dim, row_width(vectors, a.dim, a.dtype, a.residual_dtype), 1);
-  const CameraNormKernelParams p = {a.x,    a.delta, a.gate, a.cam_scale, a.cam_shift, a.weight, a.bias, a.x_out, a.y,
-                                    static_cast<uint32_t>(a.tokens), static_cast<uint32_t>(a.dim), 1.f / static_cast<float>(a.dim), a.eps};
+  const CameraNormKernelParams p = kernel_params(a);
   const dim3 grid(p.tokens, static_cast<uint32_t>(a.batch)), block(config.threads);
   return with_types(a.dtype, a.residual_dtype, [&](auto t, auto r) -> Status {
     using T = typename decltype(t)::type;

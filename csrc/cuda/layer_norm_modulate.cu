@@ -92,6 +92,11 @@ __global__ void __launch_bounds__(256) layer_norm_any(const __grid_constant__ La
   }
 }
 
+inline LayerNormKernelParams kernel_params(const LayerNormModulateParams& a) {
+  return {a.x, a.shift, a.scale, a.y, static_cast<uint32_t>(a.tokens), static_cast<uint32_t>(a.dim),
+          1.f / static_cast<float>(a.dim), a.eps};
+}
+
 Status layer_norm_modulate(const LayerNormModulateParams& a, void* stream) {
   if (Status s = row_shape_problem(a.batch, a.tokens, a.dim)) return s;
   if (a.batch == 0 || a.tokens == 0) return nullptr;
@@ -99,8 +104,7 @@ Status layer_norm_modulate(const LayerNormModulateParams& a, void* stream) {
   if (Status s = device_info(&device)) return s;
   const bool vectors = aligned(a.x, 16) && aligned(a.y, 16) && modulation_aligned(a.shift) && modulation_aligned(a.scale);
   const RowConfig config = row_config(a.dim, row_width(vectors, a.dim, a.dtype, a.residual_dtype), 1);
-  const LayerNormKernelParams p = {a.x, a.shift, a.scale, a.y, static_cast<uint32_t>(a.tokens), static_cast<uint32_t>(a.dim),
-                                   1.f / static_cast<float>(a.dim), a.eps};
+  const LayerNormKernelParams p = kernel_params(a);
   const dim3 grid(p.tokens, static_cast<uint32_t>(a.batch)), block(config.threads);
   return with_types(a.dtype, a.residual_dtype, [&](auto t, auto r) -> Status {
     using T = typename decltype(t)::type;

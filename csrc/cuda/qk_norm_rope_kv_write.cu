@@ -4,11 +4,7 @@
 
 namespace lingbot::cuda {
 
-Status qk_norm_rope_kv_write(const QkNormRopeKvWriteParams& a, void* stream) {
-  if (Status s = norm_rope_shape(a.batch, a.tokens, a.heads, a.head_dim)) return s;
-  if (a.batch == 0 || a.tokens == 0) return nullptr;
-  if (Status s = ring_problem(a.ring, a.tokens)) return s;
-
+inline NormRopeParams kernel_params(const QkNormRopeKvWriteParams& a) {
   NormRopeParams p = {};
   p.dim = static_cast<uint32_t>(a.heads) * a.head_dim;
   if (a.q.ptr) {
@@ -25,7 +21,14 @@ Status qk_norm_rope_kv_write(const QkNormRopeKvWriteParams& a, void* stream) {
   p.head_dim = a.head_dim;
   p.inv_dim = 1.f / static_cast<float>(p.dim);
   p.eps = a.eps;
-  return launch_norm_rope<false>(p, a.batch, a.dtype, stream);
+  return p;
+}
+
+Status qk_norm_rope_kv_write(const QkNormRopeKvWriteParams& a, void* stream) {
+  if (Status s = norm_rope_shape(a.batch, a.tokens, a.heads, a.head_dim)) return s;
+  if (a.batch == 0 || a.tokens == 0) return nullptr;
+  if (Status s = ring_problem(a.ring, a.tokens)) return s;
+  return launch_norm_rope<false>(kernel_params(a), a.batch, a.dtype, stream);
 }
 
 }  // namespace lingbot::cuda

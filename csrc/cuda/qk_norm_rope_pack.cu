@@ -4,12 +4,7 @@
 
 namespace lingbot::cuda {
 
-Status qk_norm_rope_pack(const QkNormRopePackParams& a, void* stream) {
-  if (Status s = norm_rope_shape(a.batch, a.tokens, a.heads, a.head_dim)) return s;
-  if (a.ranks < 1 || a.heads % a.ranks != 0) return "ranks must divide heads";
-  if (a.batch == 0 || a.tokens == 0) return nullptr;
-  if (!a.v.ptr) return "v must be given";
-
+inline NormRopeParams kernel_params(const QkNormRopePackParams& a) {
   NormRopeParams p = {};
   p.dim = static_cast<uint32_t>(a.heads) * a.head_dim;
   p.parts = a.q.ptr ? 3 : 2;
@@ -27,7 +22,15 @@ Status qk_norm_rope_pack(const QkNormRopePackParams& a, void* stream) {
   p.head_dim = a.head_dim;
   p.inv_dim = 1.f / static_cast<float>(p.dim);
   p.eps = a.eps;
-  return launch_norm_rope<true>(p, a.batch, a.dtype, stream);
+  return p;
+}
+
+Status qk_norm_rope_pack(const QkNormRopePackParams& a, void* stream) {
+  if (Status s = norm_rope_shape(a.batch, a.tokens, a.heads, a.head_dim)) return s;
+  if (a.ranks < 1 || a.heads % a.ranks != 0) return "ranks must divide heads";
+  if (a.batch == 0 || a.tokens == 0) return nullptr;
+  if (!a.v.ptr) return "v must be given";
+  return launch_norm_rope<true>(kernel_params(a), a.batch, a.dtype, stream);
 }
 
 }  // namespace lingbot::cuda

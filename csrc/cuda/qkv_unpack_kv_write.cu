@@ -67,6 +67,22 @@ __global__ void __launch_bounds__(512) unpack_to_ring(const __grid_constant__ Un
   }
 }
 
+// `elements`: of one word.
+inline UnpackParams kernel_params(const QkvUnpackKvWriteParams& a, int elements) {
+  const int64_t width = static_cast<int64_t>(a.heads) * a.head_dim, row = a.parts * width;
+  UnpackParams p = {};
+  p.k = static_cast<const char*>(a.packed) + (a.parts - 2) * width * element_size(a.dtype);
+  p.in_batch = row / elements;
+  p.in_token = a.batch * row / elements;
+  p.cache[0] = a.k_cache.ptr, p.cache[1] = a.v_cache.ptr;
+  p.cache_batch[0] = a.k_cache.batch_stride / elements, p.cache_batch[1] = a.v_cache.batch_stride / elements;
+  p.cache_token[0] = a.k_cache.token_stride / elements, p.cache_token[1] = a.v_cache.token_stride / elements;
+  p.ring = device_ring(a.ring);
+  p.tokens = static_cast<uint32_t>(a.tokens);
+  p.width = static_cast<uint32_t>(width / elements);
+  return p;
+}
+
 Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams& a, void* stream) {
   if (a.parts != 2 && a.parts != 3) return "parts must be 2 (k, v) or 3 (q, k, v)";
   if (a.heads < 1 || a.head_dim < 1) return "heads and head_dim must be positive";
@@ -80,22 +96,11 @@ Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams& a, void* stream) {
   if (Status s = device_info(&device)) return s;
 
   const int size = element_size(a.dtype);
-  const int64_t row = a.parts * width;
   const bool vectors = width * size % 16 == 0 && aligned(a.packed, 16) &&
                        rows_aligned(a.k_cache.ptr, a.k_cache.batch_stride, a.k_cache.token_stride, size, 16) &&
                        rows_aligned(a.v_cache.ptr, a.v_cache.batch_stride, a.v_cache.token_stride, size, 16);
   const int elements = vectors ? 16 / size : 1;  // of one word
-  UnpackParams p = {};
-  p.k = static_cast<const char*>(a.packed) + (a.parts - 2) * width * size;
-  p.in_batch = row / elements;
-  p.in_token = a.batch * row / elements;
-  p.cache[0] = a.k_cache.ptr, p.cache[1] = a.v_cache.ptr;
-  p.cache_batch[0] = a.k_cache.batch_stride / elements, p.cache_batch[1] = a.v_cache.batch_stride / elements;
-  p.cache_token[0] = a.k_cache.token_stride / elements, p.cache_token[1] = a.v_cache.token_stride / elements;
-  p.ring = device_ring(a.ring);
-  p.tokens = static_cast<uint32_t>(a.tokens);
-  p.width = static_cast<uint32_t>(width / elements);
-
+  const UnpackParams p = kernel_params(a, elements);
   const UnpackConfig config = unpack_config(static_cast<int>(p.width));
   const dim3 block(config.threads, config.rows);
   const dim3 grid(static_cast<uint32_t>(ceil_div(a.tokens, config.rows * config.tokens)), static_cast<uint32_t>(a.batch));

@@ -121,6 +121,11 @@ __global__ void __launch_bounds__(256) residual_norm_any(const __grid_constant__
   }
 }
 
+inline ResidualNormKernelParams kernel_params(const ResidualNormModulateParams& a) {
+  return {a.x, a.delta, a.gate, a.shift, a.scale, a.x_out, a.y, static_cast<uint32_t>(a.tokens),
+          static_cast<uint32_t>(a.dim), 1.f / static_cast<float>(a.dim), a.eps};
+}
+
 Status residual_norm_modulate(const ResidualNormModulateParams& a, void* stream) {
   if (Status s = row_shape_problem(a.batch, a.tokens, a.dim)) return s;
   if (a.batch == 0 || a.tokens == 0) return nullptr;
@@ -129,8 +134,7 @@ Status residual_norm_modulate(const ResidualNormModulateParams& a, void* stream)
   const bool vectors = aligned(a.x, 16) && aligned(a.delta, 16) && aligned(a.x_out, 16) && aligned(a.y, 16) &&
                        modulation_aligned(a.gate) && modulation_aligned(a.shift) && modulation_aligned(a.scale);
   const RowConfig config = row_config(a.dim, row_width(vectors, a.dim, a.dtype, a.residual_dtype), 1);
-  const ResidualNormKernelParams p = {a.x,   a.delta, a.gate, a.shift, a.scale, a.x_out, a.y, static_cast<uint32_t>(a.tokens),
-                                      static_cast<uint32_t>(a.dim), 1.f / static_cast<float>(a.dim), a.eps};
+  const ResidualNormKernelParams p = kernel_params(a);
   const dim3 grid(p.tokens, static_cast<uint32_t>(a.batch)), block(config.threads);
   return with_types(a.dtype, a.residual_dtype, [&](auto t, auto r) -> Status {
     using T = typename decltype(t)::type;

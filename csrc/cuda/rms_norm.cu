@@ -72,6 +72,11 @@ __global__ void __launch_bounds__(256) rms_norm_any(const __grid_constant__ RmsN
   }
 }
 
+inline RmsNormKernelParams kernel_params(const RmsNormParams& a) {
+  return {a.x.ptr, a.x.batch_stride, a.x.token_stride, a.weight, a.y, static_cast<uint32_t>(a.tokens), static_cast<uint32_t>(a.dim),
+          1.f / static_cast<float>(a.dim), a.eps};
+}
+
 Status rms_norm(const RmsNormParams& a, void* stream) {
   if (Status s = row_shape_problem(a.batch, a.tokens, a.dim)) return s;
   if (a.batch == 0 || a.tokens == 0) return nullptr;
@@ -80,8 +85,7 @@ Status rms_norm(const RmsNormParams& a, void* stream) {
   const bool vectors = rows_aligned(a.x.ptr, a.x.batch_stride, a.x.token_stride, element_size(a.dtype), 16) &&
                        aligned(a.weight, 16) && aligned(a.y, 16);
   const RowConfig config = row_config(a.dim, row_width(vectors, a.dim, a.dtype, a.dtype), 1);
-  const RmsNormKernelParams p = {a.x.ptr, a.x.batch_stride, a.x.token_stride, a.weight, a.y, static_cast<uint32_t>(a.tokens),
-                                 static_cast<uint32_t>(a.dim), 1.f / static_cast<float>(a.dim), a.eps};
+  const RmsNormKernelParams p = kernel_params(a);
   const dim3 grid(p.tokens, static_cast<uint32_t>(a.batch)), block(config.threads);
   return with_type(a.dtype, [&](auto tag) -> Status {
     using T = typename decltype(tag)::type;

@@ -74,20 +74,15 @@ __global__ void __launch_bounds__(kThreads) rope_table(const __grid_constant__ R
   }
 }
 
-Status rope_cos_sin(const RopeCosSinParams& a, void* stream) {
-  if (a.head_dim < 2 || a.head_dim % 2 != 0 || a.head_dim > 2 * kMaxRotaryPairs) return "head_dim must be even and in [2, 256]";
-  if (a.frame_stride < 1 || a.width < 1) return "frame_stride and width must be positive";
-  if (a.num_tokens < 0 || a.token_start < 0) return "num_tokens and token_start must not be negative";
-  if (!(a.theta > 0.0)) return "theta must be positive";
-  if (a.num_tokens == 0) return nullptr;
-  if (a.token_start > INT64_MAX - a.num_tokens) return "token_start + num_tokens must be below 2^63";
-
-  RopeTableParams p = {};
+// Blocks of `tile_rows` x `tile_columns` tokens that hold the tokens asked for.
+inline Status rope_table_params(const RopeCosSinParams& a, int tile_rows, int tile_columns, RopeTableParams* params, uint32_t* blocks) {
+  RopeTableParams& p = *params;
+  p = {};
   p.out = a.out;
   p.num_tokens = a.num_tokens;
   p.token_start = a.token_start;
   p.frame_stride = a.frame_stride;
-  p.width = a.width;
+  p.width = std::min(a.width, a.frame_stride);  // a row longer than a frame is one row
   p.pairs = a.head_dim / 2;
   p.space_pairs = a.head_dim / 6;
   const int32_t time_pairs = p.pairs - 2 * p.space_pairs;
@@ -102,23 +97,38 @@ Status rope_cos_sin(const RopeCosSinParams& a, void* stream) {
   const int64_t last = a.token_start + a.num_tokens - 1;
   p.first_frame = a.token_start / a.frame_stride;
   const int64_t frames = last / a.frame_stride - p.first_frame + 1;
-  const int64_t frame_rows = ceil_div(a.frame_stride, a.width);
+  const int64_t frame_rows = ceil_div(a.frame_stride, p.width);
   // Within one frame only the rows asked for, else all rows of each.
-  p.first_row = frames == 1 ? a.token_start % a.frame_stride / a.width : 0;
-  const int64_t rows = frames == 1 ? last % a.frame_stride / a.width - p.first_row + 1 : frame_rows;
-  const int64_t farthest = std::max(last / a.frame_stride, std::max(frame_rows, std::min(a.width, a.frame_stride)) + 16);
+  p.first_row = frames == 1 ? a.token_start % a.frame_stride / p.width : 0;
+  const int64_t rows = frames == 1 ? last % a.frame_stride / p.width - p.first_row + 1 : frame_rows;
+  const int64_t farthest = std::max(last / a.frame_stride, std::max(frame_rows, p.width) + tile_rows + tile_columns);
   if (static_cast<double>(farthest) * largest >= kMaxAngle) return "token position is too large: an angle is beyond 2^50";
 
-  const RopeTableConfig config = rope_table_config(a.head_dim, aligned(a.out, 16));
-  const int64_t row_tiles = ceil_div(rows, config.rows);
-  const int64_t column_tiles = ceil_div(std::min(a.width, a.frame_stride), config.columns);
+  const int64_t row_tiles = ceil_div(rows, tile_rows);
+  const int64_t column_tiles = ceil_div(p.width, tile_columns);
   if (frames > kMaxGridX / row_tiles || row_tiles * frames > kMaxGridX / column_tiles) return "too many tokens for one launch";
   p.row_tiles = static_cast<uint32_t>(row_tiles);
   p.column_tiles = static_cast<uint32_t>(column_tiles);
+  *blocks = static_cast<uint32_t>(row_tiles * column_tiles * frames);
+  return nullptr;
+}
 
+Status rope_cos_sin(const RopeCosSinParams& a, void* stream) {
+  if (a.head_dim < 2 || a.head_dim % 2 != 0 || a.head_dim > 2 * kMaxRotaryPairs) return "head_dim must be even and in [2, 256]";
+  if (a.frame_stride < 1 || a.width < 1) return "frame_stride and width must be positive";
+  if (a.frame_stride > INT64_MAX / 2) return "frame_stride must be below 2^62";
+  if (a.num_tokens < 0 || a.token_start < 0) return "num_tokens and token_start must not be negative";
+  if (!(a.theta > 0.0)) return "theta must be positive";
+  if (a.num_tokens == 0) return nullptr;
+  if (a.token_start > INT64_MAX - a.num_tokens) return "token_start + num_tokens must be below 2^63";
+
+  const RopeTableConfig config = rope_table_config(a.head_dim, aligned(a.out, 16));
+  RopeTableParams p;
+  uint32_t blocks = 0;
+  if (Status s = rope_table_params(a, config.rows, config.columns, &p, &blocks)) return s;
   DeviceInfo device = {};
   if (Status s = device_info(&device)) return s;
-  const dim3 grid(static_cast<uint32_t>(row_tiles * column_tiles * frames)), block(config.threads);
+  const dim3 grid(blocks), block(config.threads);
   const bool overlap = device.capability >= 90;
   if (config.width == 4) return launch(rope_table<288, 4, 8, 4>, grid, block, 0, stream, overlap, p);
   return launch(rope_table<288, 4, 8, 1>, grid, block, 0, stream, overlap, p);

@@ -1,0 +1,422 @@
+// Times the launch variants of every CUDA kernel against copies of the same bytes, each behind a correctness gate.
+//
+//   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o tune bench/cuda_tuning/tune.cu
+//   ./tune [--op NAME] [--variant NAME] [--dim 5120,1536] [--tokens 4524,1131] [--no-sweep] [--no-time]
+//
+// A row: op, shape, variant, microseconds a launch in a replayed graph and between two events, and their ratios to
+// cudaMemcpyAsync and (graph only) to a plain copy kernel. `flips`: share of 16-bit elements unlike the rounded reference.
+#include "../../csrc/cuda/gated_residual.cu"
+#include "../../csrc/cuda/gated_residual_camera_norm.cu"
+#include "../../csrc/cuda/layer_norm_modulate.cu"
+#include "../../csrc/cuda/qk_norm_rope_kv_write.cu"
+#include "../../csrc/cuda/qk_norm_rope_pack.cu"
+#include "../../csrc/cuda/qkv_unpack_kv_write.cu"
+#include "../../csrc/cuda/residual_norm_modulate.cu"
+#include "../../csrc/cuda/rms_norm.cu"
+#include "../../csrc/cuda/rope_cos_sin.cu"
+#include "row_cases.cuh"
+#include "sweep.cuh"
+
+namespace tune {
+
+using B = __nv_bfloat16;
+constexpr LoadHint NA = LoadHint::kNoAllocate, EF = LoadHint::kEvictFirst, EF2 = LoadHint::kEvictFirstL2, P256 = LoadHint::kPrefetch256;
+constexpr StoreHint WB = StoreHint::kWriteBack, CS = StoreHint::kStream;
+
+struct Variant {
+  std::string name;
+  Run run;
+};
+
+Options options;
+Arena* arena;
+Gate* gate;
+cudaStream_t stream;
+DeviceInfo device;
+int failures = 0;
+
+bool wanted(const std::string& variant) { return options.variant.empty() || variant.find(options.variant) != std::string::npos; }
+
+template <typename Problem>
+void time_variants(const char* op, const std::string& shape, Problem& problem, int sets, const CopyTimes& copy, const std::vector<Variant>& variants) {
+  std::printf("%-26s %-22s %-26s %8.2f %8.2f\n", op, shape.c_str(), "memcpy", copy.memcpy.graph_us, copy.memcpy.single_us);
+  std::printf("%-26s %-22s %-26s %8.2f %8.2f\n", op, shape.c_str(), "copy kernel", copy.kernel.graph_us, copy.kernel.single_us);
+  for (const Variant& v : variants) {
+    if (!wanted(v.name)) continue;
+    problem.poison();
+    gate->clear();
+    check(cudaDeviceSynchronize(), "poison");
+    Status s = v.run(0, stream);
+    check(cudaStreamSynchronize(stream), v.name.c_str());
+    Times t;
+    if (!s) {
+      problem.compare(*gate, *arena);
+      if (!gate->passed()) ++failures, s = "WRONG";
+    }
+    if (!s && options.time) s = time_run(v.run, sets, stream, &t);
+    std::printf("%-26s %-22s %-26s %8.2f %8.2f  graph %.3f  single %.3f  kernel %.3f  flips %.1e%s%s\n", op, shape.c_str(), v.name.c_str(), t.graph_us,
+                t.single_us, t.graph_us / copy.memcpy.graph_us, t.single_us / copy.memcpy.single_us, t.graph_us / copy.kernel.graph_us,
+                gate->wrong_share(), s ? "  " : "", s ? s : "");
+    if (s && gate->last.not_finite + gate->last.touched + gate->last.wrong_bits > 0) {
+      std::printf("    not finite %llu, touched %llu, unequal %llu, worst %.3g %.3g\n", gate->last.not_finite, gate->last.touched,
+                  gate->last.wrong_bits, gate->last.worst[0], gate->last.worst[1]);
+    }
+    std::fflush(stdout);
+  }
+}
+
+int sets_for(int64_t bytes) { return static_cast<int>(std::clamp<int64_t>(400'000'000 / bytes + 1, 3, 12)); }
+
+std::string shape_name(int64_t tokens, int64_t dim, const char* extra = "") {
+  return "S=" + std::to_string(tokens) + " D=" + std::to_string(dim) + extra;
+}
+
+// Blocks that a kernel can have on the device at once.
+template <typename Kernel>
+int resident(Kernel kernel, int threads, size_t shared) {
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "occupancy");
+  return std::max(1, blocks) * device.multiprocessors;
+}
+
+using NormRopeSets = std::vector<NormRopeParams>;
+
+template <int kVecs, int kThreads, int kRows, int kMinBlocks, LoadHint kLoad = NA, StoreHint kStore = WB>
+Run rows_variant(const NormRopeSets& sets, bool overlap = true) {
+  return [=](int set, cudaStream_t s) {
+    const NormRopeParams& p = sets[set];
+    const dim3 grid(static_cast<unsigned>(ceil_div(static_cast<int64_t>(p.tokens) * p.parts, kRows))), block(kThreads, kRows);
+    return launch(norm_rope_rows<B, 8, kVecs, kThreads, kRows, kMinBlocks, false, kLoad, kStore>, grid, block, 0, s, overlap, p);
+  };
+}
+
+template <int kVecs, int kThreads, int kMinBlocks, LoadHint kLoad = NA, StoreHint kStore = WB>
+Run tokens_variant(const NormRopeSets& sets, bool q, bool overlap = true) {
+  return [=](int set, cudaStream_t s) {
+    const NormRopeParams& p = sets[set];
+    if (q) return launch(norm_rope_tokens<B, 8, kVecs, kThreads, kMinBlocks, true, false, kLoad, kStore>, dim3(p.tokens), dim3(kThreads), 0, s, overlap, p);
+    return launch(norm_rope_tokens<B, 8, kVecs, kThreads, kMinBlocks, false, false, kLoad, kStore>, dim3(p.tokens), dim3(kThreads), 0, s, overlap, p);
+  };
+}
+
+// `persistent`: as many blocks as fit, stepping through the tokens; else one token a block.
+template <int kVecs, int kThreads, int kMinBlocks, int kStages, LoadHint kLoad = NA, StoreHint kStore = WB>
+Run bulk_variant(const NormRopeSets& sets, bool q, bool persistent, bool overlap = true) {
+  const auto with = [=](auto kernel) -> Run {
+    const size_t shared = norm_rope_bulk_bytes(kStages, sets[0].parts, sets[0].dim, 2);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), "shared memory");
+    const unsigned most = static_cast<unsigned>(resident(kernel, kThreads, shared));
+    return [=](int set, cudaStream_t s) {
+      const unsigned grid = persistent ? std::min(most, sets[set].tokens) : sets[set].tokens;
+      return launch(kernel, dim3(grid), dim3(kThreads), shared, s, overlap, sets[set]);
+    };
+  };
+  if (q) return with(norm_rope_bulk<B, 8, kVecs, kThreads, kMinBlocks, kStages, true, kLoad, kStore>);
+  return with(norm_rope_bulk<B, 8, kVecs, kThreads, kMinBlocks, kStages, false, kLoad, kStore>);
+}
+
+std::vector<Variant> norm_rope_variants(const NormRopeSets& s, bool q) {
+  switch (s[0].dim) {
+    case 5120:
+      return {{"rows_640x1", rows_variant<1, 640, 1, 3>(s)},
+              {"rows_320x2", rows_variant<2, 320, 1, 4>(s)},
+              {"rows_160x4", rows_variant<4, 160, 1, 8>(s)},
+              {"rows_160x4_lazy", rows_variant<4, 160, 1, 8>(s, false)},
+              {"rows_160x4_ef", rows_variant<4, 160, 1, 8, EF>(s)},
+              {"rows_160x4_ef2", rows_variant<4, 160, 1, 8, EF2>(s)},
+              {"rows_160x4_p256", rows_variant<4, 160, 1, 8, P256>(s)},
+              {"rows_160x4_cs", rows_variant<4, 160, 1, 8, NA, CS>(s)},
+              {"rows_160x4_ef_cs", rows_variant<4, 160, 1, 8, EF, CS>(s)},
+              {"rows_128x5", rows_variant<5, 128, 1, 8>(s)},
+              {"rows_64x10", rows_variant<10, 64, 1, 1>(s)},
+              {"rows_32x20_by4", rows_variant<20, 32, 4, 1>(s)},
+              {"rows_32x20_by4_min4", rows_variant<20, 32, 4, 4>(s)},
+              {"tokens_640x1", tokens_variant<1, 640, 2>(s, q)},
+              {"tokens_640x1_lazy", tokens_variant<1, 640, 2>(s, q, false)},
+              {"tokens_640x1_ef_cs", tokens_variant<1, 640, 2, EF, CS>(s, q)},
+              {"tokens_320x2", tokens_variant<2, 320, 1>(s, q)},
+              {"tokens_160x4", tokens_variant<4, 160, 1>(s, q)},
+              {"bulk_320x2_one", bulk_variant<2, 320, 3, 1>(s, q, false)},
+              {"bulk_640x1_one", bulk_variant<1, 640, 2, 1>(s, q, false)},
+              {"bulk_320x2_s2", bulk_variant<2, 320, 2, 2>(s, q, true)},
+              {"bulk_320x2_s3", bulk_variant<2, 320, 2, 3>(s, q, true)},
+              {"bulk_320x2_s3_ef", bulk_variant<2, 320, 2, 3, EF>(s, q, true)},
+              {"bulk_320x2_s3_cs", bulk_variant<2, 320, 2, 3, NA, CS>(s, q, true)},
+              {"bulk_320x2_s3_lazy", bulk_variant<2, 320, 2, 3>(s, q, true, false)},
+              {"bulk_640x1_s3", bulk_variant<1, 640, 1, 3>(s, q, true)},
+              {"bulk_640x1_s6", bulk_variant<1, 640, 1, 6>(s, q, true)}};
+    case 3072:
+      return {{"rows_384x1", rows_variant<1, 384, 1, 4>(s)},
+              {"rows_192x2", rows_variant<2, 192, 1, 6>(s)},
+              {"rows_128x3", rows_variant<3, 128, 1, 8>(s)},
+              {"rows_96x4", rows_variant<4, 96, 1, 1>(s)},
+              {"rows_96x4_ef", rows_variant<4, 96, 1, 1, EF>(s)},
+              {"rows_32x12_by4", rows_variant<12, 32, 4, 1>(s)},
+              {"tokens_384x1", tokens_variant<1, 384, 3>(s, q)},
+              {"tokens_192x2", tokens_variant<2, 192, 1>(s, q)},
+              {"bulk_192x2_s2", bulk_variant<2, 192, 3, 2>(s, q, true)},
+              {"bulk_192x2_s3", bulk_variant<2, 192, 3, 3>(s, q, true)},
+              {"bulk_384x1_one", bulk_variant<1, 384, 3, 1>(s, q, false)}};
+    case 1536:
+      return {{"rows_192x1", rows_variant<1, 192, 1, 8>(s)},
+              {"rows_96x2", rows_variant<2, 96, 1, 1>(s)},
+              {"rows_96x2_ef", rows_variant<2, 96, 1, 1, EF>(s)},
+              {"rows_64x3", rows_variant<3, 64, 1, 1>(s)},
+              {"rows_32x6_by4", rows_variant<6, 32, 4, 1>(s)},
+              {"rows_32x6_by8", rows_variant<6, 32, 8, 1>(s)},
+              {"tokens_192x1", tokens_variant<1, 192, 6>(s, q)},
+              {"tokens_96x2", tokens_variant<2, 96, 1>(s, q)},
+              {"bulk_96x2_s3", bulk_variant<2, 96, 6, 3>(s, q, true)},
+              {"bulk_192x1_s3", bulk_variant<1, 192, 4, 3>(s, q, true)},
+              {"bulk_96x2_one", bulk_variant<2, 96, 6, 1>(s, q, false)}};
+  }
+  return {};
+}
+
+void time_norm_rope(int64_t tokens, int64_t dim, bool q) {
+  arena->reset();
+  NormRopeCase c;
+  c.tokens = tokens, c.head_dim = 128, c.heads = dim / 128, c.has_q = q;
+  c.sink = 3 * 1560, c.capacity = c.sink + tokens + 1000, c.chunk_start = c.sink + 400;
+  const int64_t bytes = 2 * c.parts() * tokens * dim * 2;
+  const CopyTimes copy = copy_times(*arena, bytes, stream);
+  const int sets = sets_for(bytes);
+  NormRopeProblem<B> problem(*arena, c, sets, 1000);
+  NormRopeSets params;
+  for (const auto& a : problem.write) params.push_back(kernel_params(a));
+  std::vector<Variant> variants = {
+      {"shipped", [&](int set, cudaStream_t s) { return lingbot::cuda::qk_norm_rope_kv_write(problem.write[set], s); }}};
+  for (const Variant& v : norm_rope_variants(params, q)) variants.push_back(v);
+  time_variants(q ? "qk_norm_rope_kv_write" : "k_norm_rope_kv_write", shape_name(tokens, dim), problem, sets, copy, variants);
+}
+
+void time_pack(int64_t tokens, int64_t dim) {
+  arena->reset();
+  NormRopeCase c;
+  c.tokens = tokens, c.head_dim = 128, c.heads = dim / 128, c.ranks = 4;
+  const int64_t bytes = 6 * tokens * dim * 2;
+  const CopyTimes copy = copy_times(*arena, bytes, stream);
+  const int sets = sets_for(bytes);
+  NormRopeProblem<B> problem(*arena, c, sets, 2000);
+  time_variants("qk_norm_rope_pack", shape_name(tokens, dim), problem, sets, copy,
+                {{"shipped", [&](int set, cudaStream_t s) { return lingbot::cuda::qk_norm_rope_pack(problem.pack[set], s); }}});
+}
+
+template <int kTokens, LoadHint kLoad = NA, StoreHint kStore = WB>
+Run unpack_variant(const std::vector<QkvUnpackKvWriteParams>& sets, int threads, int rows) {
+  return [=](int set, cudaStream_t s) {
+    const UnpackParams p = kernel_params(sets[set], 8);
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.tokens, kTokens * rows)));
+    return launch(unpack_to_ring<uint4, kTokens, kLoad, kStore>, grid, dim3(threads, rows), 0, s, true, p);
+  };
+}
+
+void time_unpack(int64_t tokens, int64_t dim) {
+  arena->reset();
+  const int64_t heads = dim / 128 / 4, bytes = 4 * tokens * heads * 128 * 2;
+  const CopyTimes copy = copy_times(*arena, bytes, stream);
+  const int sets = sets_for(bytes);
+  UnpackProblem<B> problem(*arena, 1, tokens, heads, 128, 3, 0, 5000, 1560, 1560 + tokens + 1000, sets, 3000);
+  const int words = static_cast<int>(heads * 16), whole = round_up(words, 32);
+  const auto& p = problem.params;
+  time_variants("qkv_unpack_kv_write", shape_name(tokens, dim, " P=4"), problem, sets, copy,
+                {{"shipped", [&](int set, cudaStream_t s) { return lingbot::cuda::qkv_unpack_kv_write(p[set], s); }},
+                 {"1_token", unpack_variant<1>(p, whole, 1)},
+                 {"1_token_by2", unpack_variant<1>(p, whole, 2)},
+                 {"2_tokens", unpack_variant<2>(p, whole, 1)},
+                 {"2_tokens_by2", unpack_variant<2>(p, whole, 2)},
+                 {"2_tokens_by2_ef", unpack_variant<2, EF>(p, whole, 2)},
+                 {"4_tokens", unpack_variant<4>(p, whole, 1)},
+                 {"4_tokens_by2", unpack_variant<4>(p, whole, 2)}});
+}
+
+// A kernel over rows, one row a block, or blocks that step through the rows.
+template <typename Kernel, typename Params>
+Run row_variant(Kernel kernel, const std::vector<Params>& sets, int threads, bool persistent, bool overlap = true) {
+  const unsigned most = static_cast<unsigned>(resident(kernel, threads, 0));
+  return [=](int set, cudaStream_t s) {
+    const auto p = kernel_params(sets[set]);
+    return launch(kernel, dim3(persistent ? std::min(most, p.tokens) : p.tokens), dim3(threads), 0, s, overlap, p);
+  };
+}
+
+// One variant of a row kernel with modulation: its name, and its launch.
+#define ROW_VARIANT(name, kernel, R, V, vecs, threads, persistent, load, store) \
+  {name, row_variant(kernel<B, R, V, vecs, threads, 1, persistent, load, store>, sets, threads, persistent)}
+
+// The three row kernels with modulation take the same arguments; widths of 5120 for 16-bit and float32 residuals.
+#define ROW_VARIANTS_16(kernel, R)                                                                                              \
+  {ROW_VARIANT("640x1", kernel, R, 8, 1, 640, false, NA, WB), ROW_VARIANT("320x2", kernel, R, 8, 2, 320, false, NA, WB),          \
+   ROW_VARIANT("320x2_ef", kernel, R, 8, 2, 320, false, EF, WB), ROW_VARIANT("320x2_cs", kernel, R, 8, 2, 320, false, NA, CS),    \
+   ROW_VARIANT("160x4", kernel, R, 8, 4, 160, false, NA, WB), ROW_VARIANT("160x4_ef", kernel, R, 8, 4, 160, false, EF, WB),       \
+   ROW_VARIANT("128x5", kernel, R, 8, 5, 128, false, NA, WB),                                                                     \
+   ROW_VARIANT("640x1_persistent", kernel, R, 8, 1, 640, true, NA, WB), ROW_VARIANT("320x2_persistent", kernel, R, 8, 2, 320, true, NA, WB), \
+   {"320x2_lazy", row_variant(kernel<B, R, 8, 2, 320, 1, false, NA, WB>, sets, 320, false, false)}}
+#define ROW_VARIANTS_32(kernel, R)                                                                                             \
+  {ROW_VARIANT("640x2", kernel, R, 4, 2, 640, false, NA, WB), ROW_VARIANT("320x4", kernel, R, 4, 4, 320, false, NA, WB),         \
+   ROW_VARIANT("320x4_ef", kernel, R, 4, 4, 320, false, EF, WB), ROW_VARIANT("256x5", kernel, R, 4, 5, 256, false, NA, WB),      \
+   ROW_VARIANT("640x2_persistent", kernel, R, 4, 2, 640, true, NA, WB), ROW_VARIANT("320x4_persistent", kernel, R, 4, 4, 320, true, NA, WB)}
+
+template <typename R>
+std::vector<Variant> variants_of(const std::vector<LayerNormModulateParams>& sets) {
+  if constexpr (sizeof(R) == 4) return ROW_VARIANTS_32(layer_norm_rows, R);
+  else return ROW_VARIANTS_16(layer_norm_rows, R);
+}
+
+template <typename R>
+std::vector<Variant> variants_of(const std::vector<ResidualNormModulateParams>& sets) {
+  if constexpr (sizeof(R) == 4) return ROW_VARIANTS_32(residual_norm_rows, R);
+  else return ROW_VARIANTS_16(residual_norm_rows, R);
+}
+
+template <typename R>
+std::vector<Variant> variants_of(const std::vector<GatedResidualCameraNormParams>& sets) {
+  if constexpr (sizeof(R) == 4) return ROW_VARIANTS_32(camera_norm_rows, R);
+  else return ROW_VARIANTS_16(camera_norm_rows, R);
+}
+
+#define RMS_VARIANT(name, vecs, threads, load, store) \
+  {name, row_variant(rms_norm_rows<B, 8, vecs, threads, 1, load, store>, sets, threads, false)}
+
+template <typename R>
+std::vector<Variant> variants_of(const std::vector<RmsNormParams>& sets) {
+  return {RMS_VARIANT("640x1", 1, 640, NA, WB),    RMS_VARIANT("320x2", 2, 320, NA, WB),    RMS_VARIANT("320x2_ef", 2, 320, EF, WB),
+          RMS_VARIANT("160x4_cs", 4, 160, NA, CS), RMS_VARIANT("160x4_ef", 4, 160, EF, WB), RMS_VARIANT("128x5", 5, 128, NA, WB)};
+}
+
+template <typename R, int kRows, LoadHint kLoad = NA, StoreHint kStore = WB>
+Run columns_variant(const std::vector<GatedResidualParams>& sets, int threads) {
+  return [=](int set, cudaStream_t s) {
+    constexpr int V = kVectorElements<B, R>;
+    const GatedResidualKernelParams p = kernel_params(sets[set]);
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.dim / V, threads)), static_cast<unsigned>(ceil_div(p.tokens, kRows)));
+    return launch(gated_residual_columns<B, R, V, kRows, kLoad, kStore>, grid, dim3(threads), 0, s, true, p);
+  };
+}
+
+template <typename R>
+std::vector<Variant> variants_of(const std::vector<GatedResidualParams>& sets) {
+  return {{"2_rows_160", columns_variant<R, 2>(sets, 160)},        {"4_rows_128", columns_variant<R, 4>(sets, 128)},
+          {"4_rows_256", columns_variant<R, 4>(sets, 256)},        {"4_rows_160_ef", columns_variant<R, 4, EF>(sets, 160)},
+          {"4_rows_160_cs", columns_variant<R, 4, NA, CS>(sets, 160)}, {"8_rows_160", columns_variant<R, 8>(sets, 160)},
+          {"1_row_160", columns_variant<R, 1>(sets, 160)}};
+}
+
+template <typename R, typename Params>
+void time_row_op(RowOp op, const char* name, std::vector<Params> RowProblem<B, R>::* sets_of, Status (*shipped)(const Params&, void*), int64_t tokens,
+                 int64_t dim) {
+  if (std::string(name).find(options.op) == std::string::npos) return;
+  arena->reset();
+  RowCase c;
+  c.op = op, c.tokens = tokens, c.dim = dim;
+  const int64_t bytes = RowProblem<B, R>::bytes_of(c);
+  const CopyTimes copy = copy_times(*arena, bytes, stream);
+  const int sets = sets_for(bytes);
+  RowProblem<B, R> problem(*arena, c, sets, 4000);
+  const std::vector<Params>& params = problem.*sets_of;
+  std::vector<Variant> variants = {{"shipped", [&](int set, cudaStream_t s) { return shipped(params[set], s); }}};
+  if (dim == 5120) {
+    for (const Variant& v : variants_of<R>(params)) variants.push_back(v);
+  }
+  time_variants(name, shape_name(tokens, dim, sizeof(R) == 4 ? " R=f32" : ""), problem, sets, copy, variants);
+}
+
+template <typename R>
+void time_row_ops(int64_t tokens, int64_t dim) {
+  using Problem = RowProblem<B, R>;
+  if constexpr (sizeof(R) == 2) time_row_op<R>(RowOp::kRmsNorm, "rms_norm", &Problem::rms, lingbot::cuda::rms_norm, tokens, dim);
+  time_row_op<R>(RowOp::kLayerNorm, "layer_norm_modulate", &Problem::layer, lingbot::cuda::layer_norm_modulate, tokens, dim);
+  time_row_op<R>(RowOp::kResidualNorm, "residual_norm_modulate", &Problem::residual, lingbot::cuda::residual_norm_modulate, tokens, dim);
+  time_row_op<R>(RowOp::kCameraNorm, "gated_residual_camera_norm", &Problem::camera, lingbot::cuda::gated_residual_camera_norm, tokens, dim);
+  time_row_op<R>(RowOp::kGatedResidual, "gated_residual", &Problem::gated, lingbot::cuda::gated_residual, tokens, dim);
+}
+
+template <int kThreads, int kRows, int kColumns>
+Run table_variant(const std::vector<RopeCosSinParams>& sets, bool overlap = true) {
+  return [=](int set, cudaStream_t s) {
+    RopeTableParams p;
+    unsigned blocks;
+    if (Status e = rope_table_params(sets[set], kRows, kColumns, &p, &blocks)) return e;
+    return launch(rope_table<kThreads, kRows, kColumns, 4>, dim3(blocks), dim3(kThreads), 0, s, overlap, p);
+  };
+}
+
+struct TableProblem {
+  std::vector<RopeCosSinParams> sets;
+  double* ref;
+
+  void poison() { check(cudaMemset(sets[0].out, kPoison, sets[0].num_tokens * sets[0].head_dim * 4), "poison"); }
+  void compare(Gate& g, Arena&) { g.rows<float>(sets[0].out, sets[0].head_dim, nullptr, ref, sets[0].num_tokens, sets[0].head_dim); }
+};
+
+void time_table(int64_t tokens) {
+  if (std::string("rope_cos_sin").find(options.op) == std::string::npos) return;
+  arena->reset();
+  const RopeCosSinParams a = {nullptr, tokens, 300 * 1508 + 17, 1508, 52, 128, 10000.0};
+  const CopyTimes copy = copy_times(*arena, tokens * 128 * 4, stream);
+  TableProblem problem;
+  for (int s = 0; s < 12; ++s) problem.sets.push_back(a), problem.sets.back().out = arena->take<float>(tokens * 128);
+  problem.ref = table_reference(*arena, a);
+  const auto& p = problem.sets;
+  time_variants("rope_cos_sin", shape_name(tokens, 128), problem, 12, copy,
+                {{"shipped", [&](int set, cudaStream_t s) { return lingbot::cuda::rope_cos_sin(p[set], s); }},
+                 {"288_4x8_lazy", table_variant<288, 4, 8>(p, false)},
+                 {"128_4x8", table_variant<128, 4, 8>(p)},
+                 {"512_4x8", table_variant<512, 4, 8>(p)},
+                 {"256_8x8", table_variant<256, 8, 8>(p)},
+                 {"192_2x8", table_variant<192, 2, 8>(p)},
+                 {"192_4x4", table_variant<192, 4, 4>(p)},
+                 {"256_4x13", table_variant<256, 4, 13>(p)}});
+}
+
+std::vector<int> numbers(const char* text) {
+  std::vector<int> out;
+  for (char* at = const_cast<char*>(text); *at;) {
+    out.push_back(static_cast<int>(std::strtol(at, &at, 10)));
+    if (*at == ',') ++at;
+  }
+  return out;
+}
+
+int run(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string a = argv[i];
+    const char* value = i + 1 < argc ? argv[i + 1] : "";
+    if (a == "--op") options.op = value, ++i;
+    else if (a == "--variant") options.variant = value, ++i;
+    else if (a == "--dim") options.dims = numbers(value), ++i;
+    else if (a == "--tokens") options.tokens = numbers(value), ++i;
+    else if (a == "--no-sweep") options.sweep = false;
+    else if (a == "--no-time") options.time = false;
+    else return std::fprintf(stderr, "unknown argument %s\n", argv[i]), 2;
+  }
+  if (Status s = device_info(&device)) return std::fprintf(stderr, "%s\n", s), 1;
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, 0), "properties");
+  std::printf("%s, %d multiprocessors, L2 %d MB\n", properties.name, device.multiprocessors, properties.l2CacheSize >> 20);
+  Arena memory(size_t{8} << 30);
+  Gate comparison;
+  arena = &memory, gate = &comparison;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  if (options.sweep) failures += sweep(*arena, *gate, stream);
+  const auto asked = [](const char* name) { return std::string(name).find(options.op) != std::string::npos; };
+  if (options.time) {
+    for (int tokens : options.tokens) time_table(tokens);
+    for (int dim : options.dims) {
+      for (int tokens : options.tokens) {
+        if (asked("qk_norm_rope_kv_write")) time_norm_rope(tokens, dim, true);
+        if (asked("k_norm_rope_kv_write")) time_norm_rope(tokens, dim, false);
+        if (asked("qk_norm_rope_pack")) time_pack(tokens, dim);
+        if (asked("qkv_unpack_kv_write")) time_unpack(tokens, dim);
+        time_row_ops<B>(tokens, dim);
+        if (dim == 5120) time_row_ops<float>(tokens, dim);
+      }
+    }
+  }
+  std::printf("%d failed\n", failures);
+  return failures != 0;
+}
+
+}  // namespace tune
+
+int main(int argc, char** argv) { return tune::run(argc, argv); }
