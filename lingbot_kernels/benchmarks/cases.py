@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 FRAMES_PER_CHUNK = 3
 WINDOW_FRAMES = 18
@@ -60,8 +61,8 @@ class Case:
         return capacity - tokens // 2 if self.wrap else sink
 
 
-_14B = {"heads": 40, "head_dim": 128, "ffn_dim": 13824}
-_1_3B = {"heads": 12, "head_dim": 128, "ffn_dim": 8960}
+_14B: dict[str, Any] = {"heads": 40, "head_dim": 128, "ffn_dim": 13824}
+_1_3B: dict[str, Any] = {"heads": 12, "head_dim": 128, "ffn_dim": 8960}
 
 CASES: dict[str, Case] = {
     case.name: case

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from lingbot_kernels.benchmarks.peers import Peer, gate_run, peers_of
 from lingbot_kernels.benchmarks.problems import Inputs, Outputs, Problem, as_tuple, problems
 from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row
 from lingbot_kernels.benchmarks.timing import QUICK, CopyCeiling, Effort, measure, rotated_sets, wall_us
-from lingbot_kernels.ops import _dispatch, windowed_attention  # noqa: F401  (registers its libraries)
+from lingbot_kernels.ops import _dispatch
 from lingbot_kernels.ops.windowed_attention import LIBRARIES
 from lingbot_kernels.ops.windowed_attention import why_not as attention_why_not
 
@@ -86,9 +87,9 @@ class KernelBench:
                 self._add(_row(problem, backend, gate=FAILED, note=_one_line(error)))
             return
         for backend in backends:
-            self._add(work.guarded(backend, False, lambda backend=backend: work.backend(backend)))
+            self._add(work.guarded(backend, False, partial(work.backend, backend)))
         for peer in peers:
-            self._add(work.guarded(peer.name, True, lambda peer=peer: work.peer(peer)))
+            self._add(work.guarded(peer.name, True, partial(work.peer, peer)))
 
     def _backends(self, problem: Problem) -> list[str]:
         if self.plan.backends:
@@ -213,7 +214,3 @@ def format_row(row: Row) -> str:
     held = f"{row.ratio:6.3f} x {row.ceiling} {row.ceiling_us:.1f}" if row.ratio is not None else ""
     times = f"{row.p50_us:9.2f} us ({row.p20_us:.2f}-{row.p80_us:.2f})"
     return f"{head}{times:<30} {rate}  wall {row.wall_us:6.1f} us  {held}" + (f"  [{row.note}]" if row.note else "")
-
-
-def green_rows(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row.gate == GREEN]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import device as Device
 
 from lingbot_kernels._version import __version__
 
@@ -38,7 +39,7 @@ class Environment:
     date: str
 
     @classmethod
-    def collect(cls, device: torch.device) -> Environment:
+    def collect(cls, device: Device) -> Environment:
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {cpu_name()}"
         return cls(
             gpu=gpu,
@@ -46,7 +47,7 @@ class Environment:
             torch=torch.__version__,
             cuda=torch.version.cuda,
             triton=_triton_version(),
-            commit=commit(),
+            commit=commit_name(),
             date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         )
 
@@ -153,7 +154,7 @@ def default_path(environment: Environment) -> Path:
     return base / "bench" / "results" / f"kernels-{slug}.jsonl"
 
 
-def commit(root: Path = ROOT) -> str:
+def commit_name(root: Path = ROOT) -> str:
     """Commit of the checkout, "-dirty" behind it where tracked files differ; else LINGBOT_KERNELS_COMMIT, else the
     version.
     """
