@@ -1,0 +1,1 @@
+"""The subcommands of `lingbot-kernels`: a module each, with what they share beside them."""
