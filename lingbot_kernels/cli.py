@@ -32,6 +32,6 @@ def main() -> None:
     """
 
 
-@main.group(cls=LazyGroup, table=BENCHES)
+@main.group(cls=LazyGroup, table=BENCHES, short_help="Measure what the library is worth, and check it first.")
 def bench() -> None:
     """Measurements. Each checks its results first: a wrong result has no speed, and exits with 1."""

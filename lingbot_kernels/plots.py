@@ -21,6 +21,7 @@ def latency_per_chunk(report: dict[str, Any], path: Path) -> None:
     require()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     chunks = report["chunks"]
     index = [chunk["index"] for chunk in chunks]
@@ -29,7 +30,7 @@ def latency_per_chunk(report: dict[str, Any], path: Path) -> None:
     parts["context update"] = [chunk["context_ms"] for chunk in chunks]
     known = [sum(values) for values in zip(*parts.values(), strict=True)]
     parts["inputs and sampler"] = [chunk["total_ms"] - sum_ for chunk, sum_ in zip(chunks, known, strict=True)]
-    colors = [f"C{0}"] * steps + ["C1", "0.7"]
+    colors = ["C0"] * steps + ["C1", "0.7"]
     shades = [0.95 - 0.55 * i / max(steps, 1) for i in range(steps)] + [1.0, 1.0]
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -51,5 +52,5 @@ def latency_per_chunk(report: dict[str, Any], path: Path) -> None:
     axes.set_xlabel(f"chunk ({report['summary']['video_frames_per_chunk']} video frames each)")
     axes.set_ylabel("milliseconds")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)

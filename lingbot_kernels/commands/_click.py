@@ -86,22 +86,23 @@ def output_path(*suffixes: str) -> click.Path:
 
     class OutputPath(click.Path):
         def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-            path: Path = super().convert(value, param, ctx)
+            path = Path(str(super().convert(value, param, ctx)))
             if not path.parent.is_dir():
                 self.fail(f"{path}: the folder {path.parent} does not exist.", param, ctx)
             if suffixes and path.suffix not in suffixes:
                 self.fail(f"{path}: must end in {' or '.join(suffixes)}.", param, ctx)
             return path
 
-    return OutputPath(dir_okay=False, writable=True, path_type=Path)
+    return OutputPath(dir_okay=False, writable=True)
 
 
 @contextlib.contextmanager
 def blame(option: str, *also: type[Exception]) -> Iterator[None]:
-    """Report a ValueError, TypeError or OSError (or one of `also`) as a bad value of `option`: one line, exit code 2."""
+    """Report ValueError, TypeError, OSError (and `also`) as a bad value of `option`: one line, exit code 2."""
+    expected: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, *also)
     try:
         yield
-    except (ValueError, TypeError, OSError, *also) as error:
+    except expected as error:
         # A configuration's error names the field; the option has the field's name.
         message = re.sub(r"LingBotConfig\.(\w+)", lambda field: "--" + field[1].replace("_", "-"), str(error))
         raise click.BadParameter(message, param_hint=option) from error

@@ -70,8 +70,12 @@ _OPTIONS = (
         help="Folder of safetensors shards: official, FastVideo / sglang or diffusers names.",
     ),
     _model("--seed", type=int, default=0, show_default=True, help="Of random weights, noise and prompt."),
-    _run("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto takes a GPU where there is one."),
-    _run("--dtype", type=click.Choice(DTYPES), help="Of weights and caches. [default: bfloat16 on a GPU, else float32]"),
+    _run(
+        "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto takes a GPU where there is one."
+    ),
+    _run(
+        "--dtype", type=click.Choice(DTYPES), help="Of weights and caches. [default: bfloat16 on a GPU, else float32]"
+    ),
     _run(
         "--backend",
         type=click.Choice(BACKENDS),

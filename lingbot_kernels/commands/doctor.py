@@ -29,7 +29,6 @@ def command(dtype: str, as_json: bool) -> None:
       lingbot-kernels doctor --dtype float32 --json
     """
     import torch
-    from rich.console import Console
 
     from lingbot_kernels.commands import backends, environment, tables
     from lingbot_kernels.commands._click import blame
@@ -47,4 +46,4 @@ def command(dtype: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
-        tables.print_doctor(Console(), report)
+        tables.print_doctor(tables.console(), report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,7 @@ class ChunkTimer:
         spans = {
             phase: [
                 end - begin
-                for (first, begin), (second, end) in zip(at, at[1:], strict=False)
+                for (first, begin), (second, end) in itertools.pairwise(at)
                 if (first, second) == (f"{phase} begins", f"{phase} ends")
             ]
             for phase in ("denoise", "context")
@@ -88,9 +89,9 @@ class ChunkTimer:
 
 
 def _milliseconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(start, torch.cuda.Event):
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
         return start.elapsed_time(end)
-    assert not isinstance(end, torch.cuda.Event)
+    assert isinstance(start, float) and isinstance(end, float)
     return 1e3 * (end - start)
 
 

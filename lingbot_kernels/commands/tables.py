@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -21,11 +22,16 @@ def bytes_text(count: float) -> str:
     return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
 
 
+def console() -> Console:
+    """Standard output: as wide as the terminal, or as wide as the tables where it is none."""
+    return Console() if sys.stdout.isatty() else Console(width=150)
+
+
 def _table(title: str, first: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False)
     table.add_column(first)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -131,8 +137,8 @@ def _environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("driver", found["driver"] or "none"),
         ("cuDNN", found["cudnn"] or "none"),
         ("triton", found["triton"] or "not installed"),
-        ("flash-attn-4", found["flash_attn_4"] or "not installed (extra [fa4])"),
-        ("matplotlib", found["matplotlib"] or "not installed (extra [plot])"),
+        ("flash-attn-4", found["flash_attn_4"] or "not installed (extra fa4)"),
+        ("matplotlib", found["matplotlib"] or "not installed (extra plot)"),
         ("compiled core", core_text),
     ]
 

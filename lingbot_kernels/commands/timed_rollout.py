@@ -195,7 +195,7 @@ def run(options: RolloutOptions) -> None:
     """The command: run, print, write. click.ClickException (exit code 1) where the latents are not finite."""
     if options.plot_path is not None:
         _require_plots()
-    console, notes = Console(), Console(stderr=True, quiet=options.quiet)
+    notes = Console(stderr=True, quiet=options.quiet, soft_wrap=True)
     model = make_model(options.session)
     schedule, size = make_schedule(options.session), video_size(options.session, model.config)
     frames = options.chunks * model.config.frames_per_chunk
@@ -225,7 +225,7 @@ def run(options: RolloutOptions) -> None:
         report["chunks"] = chunks
         report["summary"] = summary(chunks, state.stats(), model, report["settings"]["tokens_per_chunk"])
 
-    tables.print_rollout(console, report)
+    tables.print_rollout(tables.console(), report)
     if options.json_path is not None:
         options.json_path.write_text(json.dumps(report, indent=2) + "\n")
     if options.plot_path is not None:
