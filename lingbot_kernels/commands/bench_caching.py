@@ -24,9 +24,12 @@ _output = option_group("Output")
     show_default=True,
     help="What alternates between variants; auto: chunks, where all sessions fit in half of the free memory.",
 )
+@_bench("--cuda-graphs", is_flag=True, help="Replay graphs where a variant can: without some caches none can.")
 @session_options
 @_output("--json", "json_path", type=output_path(), help="Write the rows.")
-def command(chunks: int, repeats: int, interleave: str, json_path: Path | None, **options: Any) -> None:
+def command(
+    chunks: int, repeats: int, interleave: str, cuda_graphs: bool, json_path: Path | None, **options: Any
+) -> None:
     """Measure what each cache of a session is worth.
 
     The same rollout runs with each of the RoPE, time-embedding, camera and text K/V caches switched off, with a full
@@ -43,4 +46,4 @@ def command(chunks: int, repeats: int, interleave: str, json_path: Path | None, 
 
     from lingbot_kernels.commands import caching
 
-    caching.run(session, chunks, repeats, interleave, json_path)
+    caching.run(session, chunks, repeats, interleave, cuda_graphs, json_path)

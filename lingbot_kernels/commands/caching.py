@@ -36,7 +36,7 @@ from lingbot_kernels.commands.session import (
     make_schedule,
     video_size,
 )
-from lingbot_kernels.commands.timed_rollout import RolloutOptions, describe_model, settings
+from lingbot_kernels.commands.timed_rollout import RolloutOptions, cache_bytes, describe_model, settings
 from lingbot_kernels.ops import BackendUnavailable, use_backend
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.stages.causal_denoising import CONTEXT_STEP_INDEX, CausalDenoisingStage
@@ -102,6 +102,7 @@ class Session:
     state: RealtimeCausalDiTState
     times: list[ChunkTimes] = field(default_factory=list)
     full: list[bool] = field(default_factory=list)
+    captures: list[int] = field(default_factory=list)
 
     def denoise(self, inputs: ChunkInputs, text: Tensor) -> Tensor:
         self.timer.start()
@@ -114,6 +115,7 @@ class Session:
         self.times.append(self.timer.stop())
         stats = self.state.stats()
         self.full.append(stats["visible_tokens"] == stats["capacity_tokens"])
+        self.captures.append(stats["cuda_graphs"]["captures"] - sum(self.captures))
         return latents
 
 
@@ -147,8 +149,9 @@ class CachingBench:
         cache_bytes: what each store of that variant held in the end.
     """
 
-    def __init__(self, options: SessionOptions, chunks: int) -> None:
+    def __init__(self, options: SessionOptions, chunks: int, cuda_graphs: bool = False) -> None:
         self.model = make_model(options)
+        self.model.cuda_graphs = cuda_graphs
         self.schedule = make_schedule(options)
         self.size = video_size(options, self.model.config)
         frames = chunks * self.model.config.frames_per_chunk
@@ -170,8 +173,7 @@ class CachingBench:
 
     def end(self, session: Session) -> None:
         if session.variant.off is None:
-            stats = session.state.stats()
-            self.cache_bytes = {name: value["bytes"] for name, value in stats.items() if isinstance(value, dict)}
+            self.cache_bytes = cache_bytes(session.state.stats())
         session.state.dispose()
 
     def by_chunk(self, repeat: int) -> list[Session]:
@@ -210,7 +212,7 @@ class CachingBench:
 
 def rows(bench: CachingBench, passes: Sequence[Sequence[Session]]) -> tuple[list[dict[str, Any]], list[int]]:
     """(the report's rows, the steady chunks) of the sessions of each pass."""
-    chosen = steady(passes[0][0].full)
+    chosen = steady(passes[0][0].full, passes[0][0].captures)
 
     def series(i: int) -> dict[str, list[float]]:
         times = [sessions[i].times[chunk] for sessions in passes for chunk in chosen]
@@ -236,12 +238,13 @@ def rows(bench: CachingBench, passes: Sequence[Sequence[Session]]) -> tuple[list
     return table, chosen
 
 
-def run(options: SessionOptions, chunks: int, repeats: int, interleave: str, json_path: Path | None) -> None:
+def run(
+    options: SessionOptions, chunks: int, repeats: int, interleave: str, cuda_graphs: bool, json_path: Path | None
+) -> None:
     """The command: measure, print, write. click.ClickException (exit code 1) where bits differ."""
-    bench = CachingBench(options, chunks)
-    described = settings(
-        RolloutOptions(options, CameraOptions(), chunks), bench.model, bench.schedule, bench.size, bench.camera
-    )
+    bench = CachingBench(options, chunks, cuda_graphs)
+    like_rollout = RolloutOptions(options, CameraOptions(), chunks, cuda_graphs=cuda_graphs)
+    described = settings(like_rollout, bench.model, bench.schedule, bench.size, bench.camera)
     with use_backend(options.backend):
         with blame("--backend", BackendUnavailable):
             cfg, tokens = bench.model.config, described["tokens_per_chunk"]

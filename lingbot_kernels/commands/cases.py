@@ -11,6 +11,6 @@ from lingbot_kernels.commands._click import Passthrough
 @click.pass_context
 def command(ctx: click.Context, arguments: tuple[str, ...]) -> None:
     """List the CI cases of a diffusion test suite."""
-    from lingbot_kernels.tools import diffusion_case_parser
+    from lingbot_kernels.tools.diffusion_case_parser import main
 
-    ctx.exit(diffusion_case_parser.main(list(arguments)))
+    ctx.exit(main(list(arguments)))

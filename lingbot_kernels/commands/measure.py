@@ -103,10 +103,16 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
 
 
-def steady(full: Sequence[bool]) -> list[int]:
-    """Indices of the chunks that stand for an endless rollout: those that saw a full window, but not the first chunk.
+def steady(full: Sequence[bool], captures: Sequence[int]) -> list[int]:
+    """Indices of the chunks that stand for an endless rollout.
 
-    Where there are none, those after the first; where there is one chunk, that one.
+    They saw a full window, are not the first chunk, and come after the last one in which a CUDA graph was captured.
+    Where there are none, the latter condition falls, then all chunks after the first will do, then the first.
+
+    Args:
+        full: whether each chunk saw a full window.
+        captures: CUDA graphs captured in each chunk.
     """
     chosen = [i for i, is_full in enumerate(full) if is_full and i > 0]
-    return chosen or list(range(1, len(full))) or [0]
+    captured = max((i for i, count in enumerate(captures) if count), default=-1)
+    return [i for i in chosen if i > captured] or chosen or list(range(1, len(full))) or [0]

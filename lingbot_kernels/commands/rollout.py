@@ -19,6 +19,7 @@ _output = option_group("Output")
 @click.command("rollout", cls=GroupedCommand)
 @_rollout("--chunks", type=click.IntRange(min=1), default=8, show_default=True, help="Chunks to denoise.")
 @_rollout("--no-camera-cache", is_flag=True, help="Compute the camera modulation in every forward: slower, smaller.")
+@_rollout("--no-cuda-graphs", is_flag=True, help="Launch every kernel of a steady chunk, instead of replaying graphs.")
 @_camera("--poses", type=_INPUT, help=".npy [N, 4, 4], camera to world, one a pixel frame. [default: a made path]")
 @_camera("--intrinsics", type=_INPUT, help=".npy [N, 4] or [4]: fx, fy, cx, cy for an 832x480 image.")
 @_camera("--actions", help="Keys held, a latent frame each: 'w*6,w+l*3,.' (w a s d move, j l turn, i k look).")
@@ -38,6 +39,7 @@ _output = option_group("Output")
 def command(
     chunks: int,
     no_camera_cache: bool,
+    no_cuda_graphs: bool,
     json_path: Path | None,
     plot_path: Path | None,
     save_latents: Path | None,
@@ -71,6 +73,7 @@ def command(
             chunks=chunks,
             prompt_embeds=prompt_embeds,
             camera_cache=not no_camera_cache,
+            cuda_graphs=not no_cuda_graphs,
             json_path=json_path,
             plot_path=plot_path,
             save_latents=save_latents,

@@ -82,6 +82,9 @@ def print_rollout(console: Console, report: dict[str, Any]) -> None:
     facts.add_row("video rate", f"{rate} ({result['video_frames_per_chunk']} frames a chunk)")
     sizes = (f"{STORE_NAMES.get(key, key)} {bytes_text(value)}" for key, value in result["cache_bytes"].items())
     facts.add_row("caches", ", ".join(sizes))
+    graphs = result["cuda_graphs"]
+    if settings["cuda_graphs"]:
+        facts.add_row("CUDA graphs", f"{graphs['captures']} captured, {graphs['replays']} forwards replayed")
     facts.add_row("peak memory", bytes_text(result["peak_memory_bytes"]))
     served: dict[str, list[str]] = {}
     for op, backend in result["backends"].items():

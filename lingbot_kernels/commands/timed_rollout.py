@@ -6,14 +6,14 @@ The report (`--json`) is one object:
 - model: preset, checkpoint (one of them None), parameters, config (the fields of LingBotConfig).
 - settings: device, dtype, backend, seed, chunks, height, width (pixels), tokens_per_frame, tokens_per_chunk,
   schedule (times, sigmas, noise_sigmas), camera ("poses", "actions", "made path" or None), camera_scale (None: running
-  maximum), camera_cache, prompt (file or "seeded noise").
+  maximum), camera_cache, cuda_graphs (whether they may be used), prompt (file or "seeded noise").
 - chunks: for each index, start_frame, inputs_ms, denoise_ms (a list, one a step), context_ms, time_to_chunk_ms
   (inputs and denoising), total_ms (with the context update), visible_tokens, window_full, cache_hits and cache_misses
-  (by store; of the chunk's forwards), latents_rms.
+  (by store; of the chunk's forwards), cuda_graphs (captures and replays in its forwards), latents_rms.
 - summary: first_chunk_ms (its time to chunk), steady_chunks (their indices), time_to_chunk_ms, denoise_step_ms,
   context_ms and total_ms (p20, p50, p80 over steady chunks), video_frames_per_chunk, frames_per_second (of video, by
-  the median total), cache_bytes (by store, and total), peak_memory_bytes (of the GPU, or of the process), backends (by
-  op).
+  the median total), cache_bytes (by store, and total), cuda_graphs (captures and replays in all), peak_memory_bytes
+  (of the GPU, or of the process), backends (by op).
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class RolloutOptions:
     chunks: int
     prompt_embeds: Path | None = None
     camera_cache: bool = True
+    cuda_graphs: bool = True
     json_path: Path | None = None
     plot_path: Path | None = None
     save_latents: Path | None = None
@@ -126,20 +127,30 @@ def record(index: int, chunk: Chunk) -> dict[str, Any]:
             f"cache_{kind}": {name: chunk.after[name][kind] - chunk.before[name][kind] for name in stores}
             for kind in ("hits", "misses")
         },
+        "cuda_graphs": {
+            kind: chunk.after["cuda_graphs"][kind] - chunk.before["cuda_graphs"][kind]
+            for kind in ("captures", "replays")
+        },
         "latents_rms": chunk.latents.double().square().mean().sqrt().item(),
     }
+
+
+def cache_bytes(stats: dict[str, Any]) -> dict[str, int]:
+    """Bytes by cache, of a session's `stats()`."""
+    return {name: held["bytes"] for name, held in stats.items() if isinstance(held, dict) and "bytes" in held}
 
 
 def summary(
     chunks: list[dict[str, Any]], stats: dict[str, Any], model: CausalLingBotTransformer, tokens: int
 ) -> dict[str, Any]:
     """The report's summary; to be called under the backend that served the rollout."""
-    chosen = steady([chunk["window_full"] for chunk in chunks])
+    captures = [chunk["cuda_graphs"]["captures"] for chunk in chunks]
+    chosen = steady([chunk["window_full"] for chunk in chunks], captures)
     spread = {
         name: percentiles([chunks[i][name] for i in chosen]) for name in ("time_to_chunk_ms", "context_ms", "total_ms")
     }
     frames = PIXEL_FRAMES_PER_LATENT * model.config.frames_per_chunk
-    sizes = {name: counters["bytes"] for name, counters in stats.items() if isinstance(counters, dict)}
+    sizes = cache_bytes(stats)
     return {
         "first_chunk_ms": chunks[0]["time_to_chunk_ms"],
         "steady_chunks": chosen,
@@ -148,6 +159,7 @@ def summary(
         "video_frames_per_chunk": frames,
         "frames_per_second": 1e3 * frames / spread["total_ms"]["p50"],
         "cache_bytes": {**sizes, "total": sum(sizes.values())},
+        "cuda_graphs": stats["cuda_graphs"],
         "peak_memory_bytes": _peak_memory(model.device),
         "backends": backends.serving(model.config, model.device.type, model.dtype, tokens),
     }
@@ -177,6 +189,7 @@ def settings(
         "camera": None if camera is None else options.camera.source,
         "camera_scale": None if camera is None else camera.scale,
         "camera_cache": options.camera_cache,
+        "cuda_graphs": options.cuda_graphs and model.device.type == "cuda",
         "prompt": "seeded noise" if options.prompt_embeds is None else str(options.prompt_embeds),
     }
 
@@ -197,6 +210,7 @@ def run(options: RolloutOptions) -> None:
         _require_plots()
     notes = Console(stderr=True, quiet=options.quiet, soft_wrap=True)
     model = make_model(options.session)
+    model.cuda_graphs = options.cuda_graphs
     schedule, size = make_schedule(options.session), video_size(options.session, model.config)
     frames = options.chunks * model.config.frames_per_chunk
     camera = make_camera(options.camera, model.config, frames)
