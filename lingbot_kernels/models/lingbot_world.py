@@ -154,7 +154,11 @@ class FeedForward(nn.Sequential):
 
 
 class LingBotTransformerBlock(nn.Module):
-    """Self-attention, camera modulation, cross-attention, MLP; between two matrix products one fused pass."""
+    """Self-attention, camera modulation, cross-attention, MLP; between two matrix products one fused pass.
+
+    The layer norm that opens a block is fused with the residual addition that closes the one before. So blocks hand on
+    the residual stream x together with y, its norm as the next block (or the head) modulates it.
+    """
 
     def __init__(self, cfg: LingBotConfig, **factory: Any) -> None:
         super().__init__()
@@ -179,27 +183,30 @@ class LingBotTransformerBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
+        y: Tensor,
         modulation: Tensor,
+        following: Tensor,
         cos_sin: Tensor,
         kv: KeyValue,
         position: ChunkPosition,
         text_kv: KeyValue,
         camera: KeyValue | None = None,
         update_cache_only: bool = False,
-    ) -> Tensor | None:
-        """One block over a chunk.
+    ) -> tuple[Tensor, Tensor] | None:
+        """One block over a chunk: (x, y) -> (x, y) for what follows.
 
         Args:
             x: residual stream [B, S, d].
+            y: layer_norm(x), scaled and shifted by this block's modulation, [B, S, d].
             modulation: float32 [6, d]: shift, scale, gate of self-attention, then of the MLP.
+            following: float32 [>= 2, d]: shift and scale of the next block's self-attention, or of the head.
             cos_sin: float32 [S, head_dim].
             kv: this layer's ring, K and V [B, capacity, heads, head_dim], written in the chunk's slots.
             text_kv: this layer's text K and V.
             camera: this layer's (scale, shift) [B, S, d], or None.
             update_cache_only: stop after the K/V write and return None.
         """
-        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(0)
-        y = ops.layer_norm_modulate(x, shift_sa, scale_sa, self.eps, out_dtype=self.modulation.dtype)
+        _, _, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(0)
         attended = self.self_attn(y, cos_sin, kv, position, update_cache_only)
         if attended is None:
             return None
@@ -208,22 +215,20 @@ class LingBotTransformerBlock(nn.Module):
             x, attended, gate_sa, cam_scale, cam_shift, norm3.weight, norm3.bias, self.eps
         )
         x, y = ops.residual_norm_modulate(x, self.cross_attn(y, text_kv), shift_ffn, scale_ffn, self.eps)
-        return ops.gated_residual(x, self.ffn(y), gate_ffn)
+        return ops.residual_norm_modulate(x, self.ffn(y), following[0], following[1], self.eps, gate_ffn)
 
 
 class Head(nn.Module):
-    """Modulated layer norm and the projection to a token's output channels, (pt, ph, pw, c) order."""
+    """The projection of the modulated norm to a token's output channels, (pt, ph, pw, c) order."""
 
     def __init__(self, cfg: LingBotConfig, **factory: Any) -> None:
         super().__init__()
-        self.eps = cfg.eps
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim, **factory) / cfg.dim**0.5)
         self.head = nn.Linear(cfg.dim, cfg.out_channels * cfg.patch_volume, **factory)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x [B, S, d], modulation float32 [2, d] (shift, scale) -> [B, S, pt * ph * pw * out_channels]."""
-        shift, scale = modulation.unbind(0)
-        return self.head(ops.layer_norm_modulate(x, shift, scale, self.eps, out_dtype=self.modulation.dtype))
+    def forward(self, y: Tensor) -> Tensor:
+        """y [B, S, d], layer_norm(x) as the head modulates it -> [B, S, pt * ph * pw * out_channels]."""
+        return self.head(y)
 
 
 def _renew_weights(model: nn.Module, _: object = None) -> None:
@@ -364,12 +369,17 @@ class CausalLingBotTransformer(nn.Module):
         self, inputs: ChunkInputs, layers: Sequence[KeyValue], position: ChunkPosition, update_cache_only: bool
     ) -> Tensor | None:
         """Everything between the caches and the output: a function of tensors, which a CUDA graph can capture."""
+        time = inputs.time
         x = self.patch_embedding(inputs.latents).to(self.residual_dtype)
+        shift, scale = time.blocks[0, :2]
+        y = ops.layer_norm_modulate(x, shift, scale, self.config.eps, out_dtype=self.dtype)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = block(
+            after = block(
                 x,
-                inputs.time.blocks[i],
+                y,
+                time.blocks[i],
+                time.head if i == last else time.blocks[i + 1],
                 inputs.cos_sin,
                 layers[i],
                 position,
@@ -377,10 +387,11 @@ class CausalLingBotTransformer(nn.Module):
                 None if inputs.camera is None else inputs.camera[i],
                 update_cache_only=update_cache_only and i == last,
             )
-        if update_cache_only:
-            return None
+            if after is None:
+                return None
+            x, y = after
         _, _, frames, height, width = inputs.latents.shape
-        out = unpatchify(self.head(x, inputs.time.head), self.config.patch_size, frames, height, width)
+        out = unpatchify(self.head(y), self.config.patch_size, frames, height, width)
         return out.to(torch.promote_types(self.dtype, torch.float32))
 
     def cache_layout(self, batch: int, grid: tuple[int, int]) -> CacheLayout:
@@ -398,7 +409,11 @@ class CausalLingBotTransformer(nn.Module):
         assert state.kv_cache is not None
         grid, device, cfg = state.kv_cache.layout.grid, self.device, self.config
         key = (num_tokens, token_start, grid[0] * grid[1], grid[1], cfg.head_dim, cfg.rope_theta)
-        return state.runtime_cache["rope"].get_or_compute((*key, device), lambda: ops.rope_cos_sin(*key, device))
+        return state.runtime_cache["rope"].get_or_compute(
+            (*key, device),
+            lambda: ops.rope_cos_sin(*key, device),
+            lambda table: ops.rope_cos_sin(*key, device, out=table) if table.shape[0] == num_tokens else None,
+        )
 
     def _prepare_cached_time_embeddings(
         self, state: RealtimeCausalDiTState, timestep: float, step_index: int
