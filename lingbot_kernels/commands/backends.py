@@ -1,0 +1,61 @@
+"""Which backend serves each op here, and why the others can't: the ops' own dispatch, asked without running them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lingbot_kernels.config import LingBotConfig
+from lingbot_kernels.ops import BackendUnavailable, _dispatch
+from lingbot_kernels.ops.windowed_attention import LIBRARIES, resolve_library
+from lingbot_kernels.ops.windowed_attention import why_not as attention_why_not
+
+# Matrix products are torch's own: cuBLAS(Lt) on CUDA, oneDNN or MKL on the CPU.
+_MATRIX_PRODUCTS = "torch"
+
+
+def _chosen(op: str, device_type: str, dtype: torch.dtype, tokens: int, dim: int, head_dim: int) -> str:
+    forced_reference = _dispatch.requested_backend() == "reference"
+    if op == "windowed_attention":
+        return resolve_library("reference" if forced_reference else None, device_type, dtype, head_dim)
+    if op == "linear_gelu":
+        return "reference" if forced_reference else _MATRIX_PRODUCTS
+    return _dispatch.resolve(op, None, device_type, dtype, tokens, dim)
+
+
+def serving(cfg: LingBotConfig, device_type: str, dtype: torch.dtype, tokens: int) -> dict[str, str]:
+    """Op -> what serves it in a chunk of `tokens` tokens of this network, under the backend now in force.
+
+    Raises:
+        BackendUnavailable: the backend asked for by name can't serve an op.
+    """
+    residual = torch.promote_types(dtype, getattr(torch, cfg.residual_dtype))
+    of_residual = ("layer_norm_modulate", "gated_residual_camera_norm", "residual_norm_modulate", "gated_residual")
+    served = {"rope_cos_sin": _chosen("rope_cos_sin", device_type, torch.float32, tokens, cfg.head_dim, cfg.head_dim)}
+    for op in ("qk_norm_rope_kv_write", "k_norm_rope_kv_write", "rms_norm", *of_residual):
+        op_dtype = residual if op in of_residual else dtype
+        served[op] = _chosen(op, device_type, op_dtype, tokens, cfg.dim, cfg.head_dim)
+    for op in ("windowed_attention", "linear_gelu"):
+        served[op] = _chosen(op, device_type, dtype, tokens, cfg.dim, cfg.head_dim)
+    return served
+
+
+def survey(device_type: str, dtype: torch.dtype, tokens: int = 4680, dim: int = 5120, head_dim: int = 128) -> Any:
+    """Op -> {"backend": what serves it (None where what was asked for can't), "error", "others": backend -> reason
+    why it can't serve, or None where it could}.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for op in _dispatch.OPS:
+        row: dict[str, Any] = {"backend": None, "error": None}
+        try:
+            row["backend"] = _chosen(op, device_type, dtype, tokens, dim, head_dim)
+        except BackendUnavailable as error:
+            row["error"] = str(error)
+        if op == "windowed_attention":
+            others = {name: attention_why_not(name, device_type, dtype, head_dim) for name in LIBRARIES}
+        else:
+            others = {name: _dispatch.why_not(op, name, device_type, dtype) for name in _dispatch.BACKENDS}
+        row["others"] = {name: reason for name, reason in others.items() if name != row["backend"]}
+        rows[op] = row
+    return rows

@@ -1,0 +1,49 @@
+"""`lingbot-kernels bench caching`: options of the caching bench; `caching` measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lingbot_kernels.commands._click import GroupedCommand, option_group, output_path
+from lingbot_kernels.commands._options import SessionOptions, session_options
+
+_bench = option_group("Bench")
+_output = option_group("Output")
+
+
+@click.command("caching", cls=GroupedCommand)
+@_bench("--chunks", type=click.IntRange(min=2), default=12, show_default=True, help="Chunks of each rollout.")
+@_bench("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rollouts of each variant.")
+@_bench(
+    "--interleave",
+    type=click.Choice(["auto", "chunk", "rollout"]),
+    default="auto",
+    show_default=True,
+    help="What alternates between variants; auto: chunks, where all sessions fit in half of the free memory.",
+)
+@_bench("--cuda-graphs", is_flag=True, help="Replay graphs where a variant can: without some caches none can.")
+@session_options
+@_output("--json", "json_path", type=output_path(), help="Write the rows.")
+def command(
+    chunks: int, repeats: int, interleave: str, cuda_graphs: bool, json_path: Path | None, **options: Any
+) -> None:
+    """Measure what each cache of a session is worth.
+
+    The same rollout runs with each of the RoPE, time-embedding, camera and text K/V caches switched off, with a full
+    forward at t = 0 in place of the context update's `update_cache_only`, and with all of it off. The latents must be
+    the same, bit for bit: if not, the exit code is 1. Variants alternate and their order rotates, so that all of them
+    meet the same machine; a saving is the median of the differences within the same chunk.
+
+    \b
+    Examples:
+      lingbot-kernels bench caching
+      lingbot-kernels bench caching --preset lingbot-world-1.3b --device cuda --json caching.json
+    """
+    session = SessionOptions.take(options)
+
+    from lingbot_kernels.commands import caching
+
+    caching.run(session, chunks, repeats, interleave, cuda_graphs, json_path)

@@ -1,0 +1,273 @@
+"""What each cache of a session is worth: the same rollout with one switch off at a time, and all of them.
+
+The report (`--json`) has environment, device, model and settings as a rollout's, steady_chunks (the chunks that count),
+bit_identical, and rows, one a variant: off (what is switched off, None for the whole), total_ms, denoise_step_ms and
+context_ms (p20, p50, p80; a denoise step is the chunk's mean step), saved (for each of these ms: the median of the
+differences to the same chunk with everything on, and share: that over the variant's own median), cache_bytes (what the
+cache holds with everything on; None where it holds nothing of its own) and bit_identical.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from lingbot_kernels.commands import backends, environment, tables
+from lingbot_kernels.commands._click import blame
+from lingbot_kernels.commands._options import SessionOptions
+from lingbot_kernels.commands.measure import ChunkTimer, ChunkTimes, percentiles, steady
+from lingbot_kernels.commands.session import (
+    CameraOptions,
+    ChunkInputs,
+    chunk_inputs,
+    load_prompt,
+    make_camera,
+    make_model,
+    make_schedule,
+    video_size,
+)
+from lingbot_kernels.commands.timed_rollout import RolloutOptions, cache_bytes, describe_model, settings
+from lingbot_kernels.ops import BackendUnavailable, use_backend
+from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.stages.causal_denoising import CONTEXT_STEP_INDEX, CausalDenoisingStage
+
+TIMES = ("total_ms", "denoise_step_ms", "context_ms")
+
+
+class FullContextStage(CausalDenoisingStage):
+    """The context update as a whole forward at t = 0, its output thrown away: what `update_cache_only` saves."""
+
+    def _update_causal_context_cache(
+        self, state: RealtimeCausalDiTState, chunk: Tensor, condition: Tensor, text: Tensor, camera: Tensor | None
+    ) -> None:
+        with self.observe("context", CONTEXT_STEP_INDEX):
+            self.model(
+                torch.cat([chunk.to(condition.dtype), condition], dim=1),
+                text,
+                0.0,
+                state=state,
+                start_frame=state.chunk_start_frame,
+                camera=camera,
+                step_index=CONTEXT_STEP_INDEX,
+            )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is switched off: keyword arguments of RealtimeCausalDiTState, and update_cache_only.
+
+    Attributes:
+        off: its name in the report; None for the variant that has everything.
+        store: the runtime cache that a single switch turns off.
+    """
+
+    off: str | None
+    switches: tuple[str, ...] = ()
+    update_cache_only: bool = True
+    store: str | None = None
+
+    def session(self) -> RealtimeCausalDiTState:
+        return RealtimeCausalDiTState(**dict.fromkeys(self.switches, False))
+
+
+_SWITCHES = ("rope_cache", "time_cache", "camera_cache", "text_cache")
+VARIANTS = (
+    Variant(None),
+    Variant("RoPE cache", ("rope_cache",), store="rope"),
+    Variant("time-embedding cache", ("time_cache",), store="time_embeddings"),
+    Variant("camera cache", ("camera_cache",), store="camera_modulation"),
+    Variant("text K/V cache", ("text_cache",), store="text"),
+    Variant("update_cache_only", (), update_cache_only=False),
+    Variant("all of them", _SWITCHES, update_cache_only=False),
+)
+
+
+@dataclass
+class Session:
+    """A variant under way: its state, its stage, and what came out so far."""
+
+    variant: Variant
+    stage: CausalDenoisingStage
+    timer: ChunkTimer
+    state: RealtimeCausalDiTState
+    times: list[ChunkTimes] = field(default_factory=list)
+    full: list[bool] = field(default_factory=list)
+    captures: list[int] = field(default_factory=list)
+
+    def denoise(self, inputs: ChunkInputs, text: Tensor) -> Tensor:
+        self.timer.start()
+        self.timer.inputs_ready()
+        latents = self.stage.denoise_chunk(
+            self.state, inputs.noise, text=text, camera=inputs.camera, renoise=inputs.renoise, update_context=False
+        )
+        self.timer.chunk_ready()
+        self.stage.update_context(self.state, latents, text=text, camera=inputs.camera)
+        self.times.append(self.timer.stop())
+        stats = self.state.stats()
+        self.full.append(stats["visible_tokens"] == stats["capacity_tokens"])
+        self.captures.append(stats["cuda_graphs"]["captures"] - sum(self.captures))
+        return latents
+
+
+def rotated(count: int, turn: int) -> list[int]:
+    """0 .. count - 1, beginning at turn: who goes first changes from turn to turn."""
+    return [(i + turn) % count for i in range(count)]
+
+
+def pick_interleave(session_bytes: int, sessions: int, free_bytes: int) -> str:
+    """ "chunk" where all sessions fit in half of the free memory together, else "rollout"."""
+    return "chunk" if sessions * session_bytes <= free_bytes // 2 else "rollout"
+
+
+def savings(everything: Sequence[float], without: Sequence[float]) -> dict[str, float]:
+    """The median of the differences, chunk by chunk, in ms, and its share of the median without."""
+    saved = statistics.median(b - a for a, b in zip(everything, without, strict=True))
+    return {"ms": saved, "share": saved / statistics.median(without)}
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class CachingBench:
+    """Runs every variant `repeats` times over the same inputs and keeps its times.
+
+    Attributes:
+        identical: for each variant, whether all its latents equalled those of the variant with everything, so far.
+        cache_bytes: what each store of that variant held in the end.
+    """
+
+    def __init__(self, options: SessionOptions, chunks: int, cuda_graphs: bool = False) -> None:
+        self.model = make_model(options)
+        self.model.cuda_graphs = cuda_graphs
+        self.schedule = make_schedule(options)
+        self.size = video_size(options, self.model.config)
+        frames = chunks * self.model.config.frames_per_chunk
+        self.camera = make_camera(CameraOptions(), self.model.config, frames)
+        self.text = load_prompt(None, self.model, options.seed)
+        self.chunks, self.seed = chunks, options.seed
+        self.identical = [True] * len(VARIANTS)
+        self.cache_bytes: dict[str, int] = {}
+
+    def inputs(self) -> Iterator[ChunkInputs]:
+        endless = chunk_inputs(self.model, self.schedule, self.size, self.camera, self.seed)
+        return itertools.islice(endless, self.chunks)
+
+    def begin(self, variant: Variant) -> Session:
+        timer = ChunkTimer(self.model.device)
+        kind = CausalDenoisingStage if variant.update_cache_only else FullContextStage
+        stage = kind(self.model, schedule=self.schedule, observe=timer.observe)
+        return Session(variant, stage, timer, variant.session())
+
+    def end(self, session: Session) -> None:
+        if session.variant.off is None:
+            self.cache_bytes = cache_bytes(session.state.stats())
+        session.state.dispose()
+
+    def by_chunk(self, repeat: int) -> list[Session]:
+        """All variants take a chunk each, then the next one."""
+        sessions = [self.begin(variant) for variant in VARIANTS]
+        for index, inputs in enumerate(self.inputs()):
+            results: dict[int, Tensor] = {}
+            for i in rotated(len(sessions), repeat + index):
+                results[i] = sessions[i].denoise(inputs, self.text)
+            for i, latents in results.items():
+                self.identical[i] &= torch.equal(latents, results[0])
+        for session in sessions:
+            self.end(session)
+        return sessions
+
+    def by_rollout(self, repeat: int) -> list[Session]:
+        """One session at a time: a rollout of one variant, then of the next."""
+        sessions: dict[int, Session] = {}
+        results: dict[int, list[Tensor]] = {}
+        for i in rotated(len(VARIANTS), repeat):
+            session = sessions[i] = self.begin(VARIANTS[i])
+            results[i] = [session.denoise(inputs, self.text) for inputs in self.inputs()]
+            self.end(session)
+        for i, latents in results.items():
+            self.identical[i] &= all(map(torch.equal, latents, results[0]))
+        return [sessions[i] for i in range(len(VARIANTS))]
+
+    def session_bytes(self) -> int:
+        """Bytes of a session with everything on, from a chunk of one."""
+        session = self.begin(VARIANTS[0])
+        session.denoise(next(self.inputs()), self.text)
+        size = session.state.nbytes()
+        session.state.dispose()
+        return size
+
+
+def rows(bench: CachingBench, passes: Sequence[Sequence[Session]]) -> tuple[list[dict[str, Any]], list[int]]:
+    """(the report's rows, the steady chunks) of the sessions of each pass."""
+    chosen = steady(passes[0][0].full, passes[0][0].captures)
+
+    def series(i: int) -> dict[str, list[float]]:
+        times = [sessions[i].times[chunk] for sessions in passes for chunk in chosen]
+        return {
+            "total_ms": [t.total for t in times],
+            "denoise_step_ms": [statistics.mean(t.denoise) for t in times],
+            "context_ms": [t.context for t in times],
+        }
+
+    everything = series(0)
+    table = []
+    for i, variant in enumerate(VARIANTS):
+        measured = series(i)
+        table.append(
+            {
+                "off": variant.off,
+                **{name: percentiles(measured[name]) for name in TIMES},
+                "saved": {name: savings(everything[name], measured[name]) for name in TIMES} if i else {},
+                "cache_bytes": bench.cache_bytes[variant.store] if variant.store else None,
+                "bit_identical": bench.identical[i],
+            }
+        )
+    return table, chosen
+
+
+def run(
+    options: SessionOptions, chunks: int, repeats: int, interleave: str, cuda_graphs: bool, json_path: Path | None
+) -> None:
+    """The command: measure, print, write. click.ClickException (exit code 1) where bits differ."""
+    bench = CachingBench(options, chunks, cuda_graphs)
+    like_rollout = RolloutOptions(options, CameraOptions(), chunks, cuda_graphs=cuda_graphs)
+    described = settings(like_rollout, bench.model, bench.schedule, bench.size, bench.camera)
+    with use_backend(options.backend):
+        with blame("--backend", BackendUnavailable):
+            cfg, tokens = bench.model.config, described["tokens_per_chunk"]
+            backends.serving(cfg, bench.model.device.type, bench.model.dtype, tokens)
+        if interleave == "auto":
+            session_bytes = bench.session_bytes()
+            interleave = pick_interleave(session_bytes, len(VARIANTS), _free_bytes(bench.model.device))
+        one_pass = bench.by_chunk if interleave == "chunk" else bench.by_rollout
+        one_pass(0)  # warm up: the allocator, and what libraries pick for these shapes
+        passes = [one_pass(repeat) for repeat in range(repeats)]
+    table, chosen = rows(bench, passes)
+    report = {
+        "environment": environment.collect(),
+        "device": environment.device_name(bench.model.device),
+        "model": describe_model(options, bench.model),
+        "settings": {**described, "repeats": repeats, "interleave": interleave},
+        "steady_chunks": chosen,
+        "bit_identical": all(bench.identical),
+        "rows": table,
+    }
+    tables.print_caching(tables.console(), report)
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    differing = [variant.off for variant, same in zip(VARIANTS, bench.identical, strict=True) if not same]
+    if differing:
+        raise click.ClickException(f"the latents differ without: {', '.join(map(str, differing))}")

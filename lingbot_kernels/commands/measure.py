@@ -1,0 +1,118 @@
+"""Times of a chunk and its forwards, and the medians over steady chunks."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class ChunkTimes:
+    """One chunk, in milliseconds.
+
+    Attributes:
+        inputs: camera rays and noise.
+        denoise: each denoise step's forward.
+        context: the context update's forward.
+        to_chunk: from the start, inputs included, to clean latents.
+        total: from the start to the end of the context update; the sampler's own arithmetic is in here as well.
+    """
+
+    inputs: float
+    denoise: tuple[float, ...]
+    context: float
+    to_chunk: float
+    total: float
+
+
+@dataclass
+class ChunkTimer:
+    """Times one chunk after another: start, inputs_ready, the stage's forwards through `observe`, then stop.
+
+    On CUDA it records events and waits once, in `stop`; elsewhere it reads the clock.
+    """
+
+    device: torch.device
+    _marks: list[tuple[str, float | torch.cuda.Event]] = field(default_factory=list)
+
+    def _mark(self, name: str) -> None:
+        if self.device.type != "cuda":
+            self._marks.append((name, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        self._marks.append((name, event))
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._marks.clear()
+        self._mark("start")
+
+    def inputs_ready(self) -> None:
+        self._mark("inputs")
+
+    @contextlib.contextmanager
+    def observe(self, phase: str, index: int) -> Iterator[None]:
+        """`CausalDenoisingStage`'s hook around each forward."""
+        self._mark(f"{phase} begins")
+        yield
+        self._mark(f"{phase} ends")
+
+    def chunk_ready(self) -> None:
+        self._mark("chunk")
+
+    def stop(self) -> ChunkTimes:
+        self._mark("stop")
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        start = self._marks[0][1]
+        at = [(name, _milliseconds(start, mark)) for name, mark in self._marks]
+        spans = {
+            phase: [
+                end - begin
+                for (first, begin), (second, end) in itertools.pairwise(at)
+                if (first, second) == (f"{phase} begins", f"{phase} ends")
+            ]
+            for phase in ("denoise", "context")
+        }
+        single = dict(at)
+        return ChunkTimes(
+            single["inputs"], tuple(spans["denoise"]), sum(spans["context"]), single["chunk"], single["stop"]
+        )
+
+
+def _milliseconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return start.elapsed_time(end)
+    assert isinstance(start, float) and isinstance(end, float)
+    return 1e3 * (end - start)
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p20, p50 and p80 by linear interpolation."""
+    if len(values) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), values[0])
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
+
+
+def steady(full: Sequence[bool], captures: Sequence[int]) -> list[int]:
+    """Indices of the chunks that stand for an endless rollout.
+
+    They saw a full window, are not the first chunk, and come after the last one in which a CUDA graph was captured.
+    Where there are none, the latter condition falls, then all chunks after the first will do, then the first.
+
+    Args:
+        full: whether each chunk saw a full window.
+        captures: CUDA graphs captured in each chunk.
+    """
+    chosen = [i for i, is_full in enumerate(full) if is_full and i > 0]
+    captured = max((i for i, count in enumerate(captures) if count), default=-1)
+    return [i for i in chosen if i > captured] or chosen or list(range(1, len(full))) or [0]

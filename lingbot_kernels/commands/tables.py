@@ -1,0 +1,177 @@
+"""Reports as tables on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+MOST_ROWS = 40  # of chunks: a longer rollout shows its first and last ones; the JSON has all
+
+STORE_NAMES = {"rope": "rope", "time_embeddings": "time", "camera_modulation": "camera", "text": "text"}
+
+
+def bytes_text(count: float) -> str:
+    """With a unit of 1000: 86.0 kB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def console() -> Console:
+    """Standard output: as wide as the terminal, or as wide as the tables where it is none."""
+    return Console() if sys.stdout.isatty() else Console(width=150)
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False)
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def chunk_table(report: dict[str, Any]) -> Table:
+    """A row a chunk: time to chunk, each denoise step, the context update; cache hits by store."""
+    chunks = report["chunks"]
+    stores = list(chunks[0]["cache_hits"])
+    steps = len(chunks[0]["denoise_ms"])
+    table = _table(
+        "Milliseconds a chunk; cache hits in its forwards",
+        "chunk",
+        "to chunk",
+        *(f"step {i}" for i in range(steps)),
+        "context",
+        "total",
+        "visible",
+        *(f"{STORE_NAMES.get(store, store)} hits" for store in stores),
+    )
+    half = MOST_ROWS // 2
+    for chunk in chunks if len(chunks) <= MOST_ROWS else [*chunks[:half], None, *chunks[-half:]]:
+        if chunk is None:
+            table.add_row("...")
+            continue
+        times = (chunk["time_to_chunk_ms"], *chunk["denoise_ms"], chunk["context_ms"], chunk["total_ms"])
+        hits = (f"{chunk['cache_hits'][s]}/{chunk['cache_hits'][s] + chunk['cache_misses'][s]}" for s in stores)
+        table.add_row(str(chunk["index"]), *(f"{t:.1f}" for t in times), str(chunk["visible_tokens"]), *hits)
+    return table
+
+
+def print_rollout(console: Console, report: dict[str, Any]) -> None:
+    """The table of chunks, then the summary."""
+    model, settings, result = report["model"], report["settings"], report["summary"]
+    console.print(chunk_table(report))
+    console.print()
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    name = model["preset"] or model["checkpoint"]
+    facts.add_row("model", f"{name}, {model['parameters']:,} parameters, {settings['dtype']}")
+    facts.add_row("device", report["device"])
+    size = f"{settings['height']}x{settings['width']} pixels"
+    facts.add_row("video", f"{size}, {settings['tokens_per_chunk']} tokens a chunk")
+    facts.add_row("first chunk", f"{result['first_chunk_ms']:.1f} ms to clean latents")
+    steady, total = result["time_to_chunk_ms"]["p50"], result["total_ms"]["p50"]
+    count = len(result["steady_chunks"])
+    facts.add_row("steady chunk", f"{steady:.1f} ms to clean latents, {total:.1f} ms in all (medians of {count})")
+    rate = f"{result['frames_per_second']:.1f} frames a second"
+    facts.add_row("video rate", f"{rate} ({result['video_frames_per_chunk']} frames a chunk)")
+    sizes = (f"{STORE_NAMES.get(key, key)} {bytes_text(value)}" for key, value in result["cache_bytes"].items())
+    facts.add_row("caches", ", ".join(sizes))
+    graphs = result["cuda_graphs"]
+    if settings["cuda_graphs"]:
+        facts.add_row("CUDA graphs", f"{graphs['captures']} captured, {graphs['replays']} forwards replayed")
+    facts.add_row("peak memory", bytes_text(result["peak_memory_bytes"]))
+    served: dict[str, list[str]] = {}
+    for op, backend in result["backends"].items():
+        served.setdefault(backend, []).append(op)
+    for backend, names in served.items():
+        facts.add_row(f"by {backend}", ", ".join(names))
+    console.print(facts, highlight=False)
+
+
+def print_doctor(console: Console, report: dict[str, Any]) -> None:
+    """The environment, then each device's backends and what keeps the others from serving."""
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    for key, value in _environment_rows(report["environment"]):
+        facts.add_row(key, value)
+    console.print(facts, highlight=False)
+    for device, rows in report["ops"].items():
+        console.print()
+        table = _table(f"{device} tensors, {report['dtype']}", "op", "served by", "could serve too")
+        table.columns[1].justify = table.columns[2].justify = "left"
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for op, row in rows.items():
+            able = [name for name, reason in row["others"].items() if reason is None]
+            table.add_row(op, row["backend"] or "nothing", ", ".join(able))
+            for name, reason in row["others"].items():
+                if reason is not None:
+                    reasons.setdefault((name, reason), []).append(op)
+        console.print(table, highlight=False)
+        for error in dict.fromkeys(row["error"] for row in rows.values() if row["error"]):
+            console.print(f"error: {error}", highlight=False, soft_wrap=True)
+        console.print("why not the others:", highlight=False)
+        for (name, reason), ops in reasons.items():
+            where = f"{len(ops)} ops" if len(ops) > 2 else ", ".join(ops)
+            console.print(f"  {name} ({where}): {reason}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    core = found["core"]
+    cuda = found["torch_cuda"]
+    gpus = [f"{gpu['name']} (sm {gpu['compute_capability']}, {bytes_text(gpu['bytes'])})" for gpu in found["gpus"]]
+    if core is None:
+        core_text = f"no: {found['core_missing']}"
+    else:
+        built = f"CUDA for {core['cuda_architectures']}" if core["cuda"] else "no CUDA"
+        core_text = f"{core['version']}, {built}; CPU code for {core['cpu_isa']}"
+    return [
+        ("lingbot-kernels", found["lingbot_kernels"] + (f" at {found['commit']}" if found["commit"] else "")),
+        ("python", f"{found['python']} on {found['platform']}"),
+        ("cpu", f"{found['cpu']}, {found['cpu_cores']} cores"),
+        ("torch", f"{found['torch']}, {f'CUDA {cuda}' if cuda else 'no CUDA'}, {found['torch_threads']} threads"),
+        ("gpu", ", ".join(gpus) or "none"),
+        ("driver", found["driver"] or "none"),
+        ("cuDNN", found["cudnn"] or "none"),
+        ("triton", found["triton"] or "not installed"),
+        ("flash-attn-4", found["flash_attn_4"] or "not installed (extra fa4)"),
+        ("matplotlib", found["matplotlib"] or "not installed (extra plot)"),
+        ("compiled core", core_text),
+    ]
+
+
+def print_caching(console: Console, report: dict[str, Any]) -> None:
+    """A row for each switch: times without it, and what it saves."""
+    table = _table(
+        "Milliseconds, medians over steady chunks",
+        "switched off",
+        "chunk",
+        "saved by it",
+        "denoise step",
+        "saved by it",
+        "context",
+        "saved by it",
+        "kept",
+        "same bits",
+    )
+    for row in report["rows"]:
+        cells = []
+        for name in ("total_ms", "denoise_step_ms", "context_ms"):
+            cells.append(f"{row[name]['p50']:.2f}")
+            saved = row["saved"].get(name)
+            cells.append("" if saved is None else f"{saved['ms']:.2f} ({saved['share']:.1%})")
+        kept = "" if row["cache_bytes"] is None else bytes_text(row["cache_bytes"])
+        table.add_row(row["off"] or "nothing", *cells, kept, "yes" if row["bit_identical"] else "NO")
+    console.print(table, highlight=False)
+    settings = report["settings"]
+    facts = (
+        f"{report['device']}, {settings['dtype']}, {settings['tokens_per_chunk']} tokens a chunk; "
+        f"{len(report['steady_chunks'])} steady chunks x {settings['repeats']} repeats"
+    )
+    console.print(facts, highlight=False, soft_wrap=True)

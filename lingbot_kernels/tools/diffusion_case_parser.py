@@ -1,0 +1,285 @@
+#!/usr/bin/env python3
+"""Which cases a diffusion test config declares, read without importing it (no GPU, no torch, no package installed).
+
+Runs by path: ``python lingbot_kernels/tools/diffusion_case_parser.py list CONFIG``. What can't be resolved is reported with its
+place and reason, so that no case is lost in silence; ``_case_parser`` holds the static evaluator.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING or __package__:
+    from ._case_parser import cli, collect, planning
+    from ._case_parser.evaluator import parse_source, read_source
+    from ._case_parser.planning import DEFAULT_EST_TIME_SECONDS, STARTUP_OVERHEAD_SECONDS, load_baselines
+    from ._case_parser.values import FunctionV, Instance
+else:  # run or loaded by path: the evaluator's package lies beside this file
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    try:
+        from _case_parser import cli, collect, planning
+        from _case_parser.evaluator import parse_source, read_source
+        from _case_parser.planning import DEFAULT_EST_TIME_SECONDS, STARTUP_OVERHEAD_SECONDS, load_baselines
+        from _case_parser.values import FunctionV, Instance
+    finally:
+        sys.path.pop(0)
+    sys.modules.setdefault(__name__, sys.modules["_case_parser"])  # dataclasses look their module up by name
+
+CASE_LIST_TO_SUITE = {
+    "ONE_GPU_CASES": "1-gpu",
+    "ONE_GPU_CASES_A": "1-gpu",
+    "ONE_GPU_CASES_B": "1-gpu",
+    "ONE_GPU_CASES_C": "1-gpu-b200",
+    "ONE_GPU_MODELOPT_CASES": "1-gpu-b200",
+    "ONE_GPU_B200_CASES": "1-gpu-b200",
+    "TWO_GPU_CASES": "2-gpu",
+    "TWO_GPU_CASES_A": "2-gpu",
+    "TWO_GPU_CASES_B": "2-gpu",
+}
+"""List variable -> suite; the order of the lists is the order of a suite's cases."""
+
+CASE_CLASS = "DiffusionTestCase"
+ID_PARAM = "id"
+BASELINE_REL_PATH = "python/sglang/multimodal_gen/test/server/perf_baselines.json"
+RUN_SUITE_REL_PATH = "python/sglang/multimodal_gen/test/run_suite.py"
+
+
+class UnresolvedCaseWarning(UserWarning):
+    """Something in a config could hide a case."""
+
+
+@dataclass
+class DiffusionCaseInfo:
+    """A case with its suite and estimated seconds."""
+
+    case_id: str
+    suite: str
+    est_time: float
+
+
+@dataclass
+class DiffusionSuiteInfo:
+    """A suite: its cases, its standalone files, their estimated seconds, and those without an estimate."""
+
+    suite: str
+    cases: list[DiffusionCaseInfo]
+    standalone_files: list[str]
+    standalone_est_times: dict[str, float]
+    missing_standalone_estimates: list[str]
+
+
+class DiffusionTestCaseVisitor(ast.NodeVisitor):
+    """Visits the tree of a config; afterwards `cases` has the ids of every list of cases.
+
+    `config_path`, where given, lets imports inside its tree be followed. `parsed` has conditions, duplicates and what stayed
+    unresolved.
+    """
+
+    def __init__(
+        self,
+        config_path: Path | None = None,
+        *,
+        list_to_suite: Mapping[str, str] | None = None,
+        case_class: str = CASE_CLASS,
+        id_param: str = ID_PARAM,
+        source: str = "",
+    ) -> None:
+        self.config_path = config_path
+        self.source = source
+        self.cases: dict[str, list[str]] = {}
+        self.parsed = collect.ParsedConfig()
+        self._collector = collect.Collector(list_to_suite or CASE_LIST_TO_SUITE, case_class=case_class, id_param=id_param)
+
+    @property
+    def unresolved(self) -> list[collect.Unresolved]:
+        """What could hide a case."""
+        return self.parsed.unresolved
+
+    def visit_Module(self, node: ast.Module) -> None:
+        """Evaluate a module's body."""
+        self._collector.run(node, self.config_path, self.source)
+        self._refresh()
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self._process_statement(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self._process_statement(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self._process_statement(node)
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        self._process_statement(node)
+
+    def _process_expr(self, node: ast.AST) -> None:
+        """Evaluate an expression statement, such as ``ONE_GPU_CASES.append(make())``, in the state reached so far."""
+        if isinstance(node, ast.expr):
+            node = ast.copy_location(ast.Expr(value=node), node)
+        if not isinstance(node, ast.stmt):
+            raise TypeError(f"node must be an expression or a statement, got {type(node).__name__}")
+        self._process_statement(node)
+
+    def _extract_factory_case_id(self, node: ast.AST) -> str | None:
+        """Id of the case that a factory call, or a factory called without arguments, returns; None if it isn't one id."""
+        evaluator = self._collector.evaluator
+        if not self._collector.started:
+            self._collector.run_more([])
+        name = "_factory_result"
+        saved = dict(evaluator.reports)
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            required = len(node.args.args) + len(node.args.posonlyargs) - len(node.args.defaults)
+            unknown = [ast.Name(id="_factory_argument", ctx=ast.Load()) for _ in range(required)]
+            keywords = [
+                ast.keyword(arg=a.arg, value=ast.Name(id="_factory_argument", ctx=ast.Load()))
+                for a, d in zip(node.args.kwonlyargs, node.args.kw_defaults)
+                if d is None
+            ]
+            function = evaluator.make_function(node, getattr(node, "name", "<lambda>"))
+            assert isinstance(function, FunctionV)
+            evaluator.bind("_factory", function)
+            node = ast.Call(func=ast.Name(id="_factory", ctx=ast.Load()), args=list(unknown), keywords=keywords)
+        elif isinstance(node, ast.Expr):
+            node = node.value
+        if not isinstance(node, ast.Call):
+            return None
+        assign = ast.Assign(targets=[ast.Name(id=name, ctx=ast.Store())], value=node)
+        evaluator.run_statements([ast.fix_missing_locations(assign)])
+        assert evaluator.main is not None
+        value = evaluator.main.ns.vars.pop(name, None)
+        evaluator.main.ns.vars.pop("_factory", None)
+        evaluator.reports = saved
+        case_id = value.ns.vars.get(evaluator.id_param) if isinstance(value, Instance) else None
+        return case_id if isinstance(case_id, str) else None
+
+    def _process_statement(self, node: ast.stmt) -> None:
+        self._collector.run_more([ast.fix_missing_locations(node)])
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.parsed = self._collector.config()
+        self.cases = self.parsed.lists
+
+
+def resolve_case_config_path(repo_root: Path, run_suite_path: Path) -> Path:
+    """The file from which the run-suite file imports ``ONE_GPU_CASES`` and ``TWO_GPU_CASES``, below `repo_root`.
+
+    Raises `RuntimeError` when both aren't imported, or from different modules; `FileNotFoundError` when the module isn't there.
+    """
+    run_suite_path = Path(run_suite_path)
+    repo_root = Path(repo_root)
+    tree = parse_source(read_source(run_suite_path), str(run_suite_path))
+    found: dict[str, tuple[int, str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if alias.name in ("ONE_GPU_CASES", "TWO_GPU_CASES"):
+                    found[alias.name] = (node.level, node.module or "")
+    if len(found) < 2:
+        raise RuntimeError(f"{run_suite_path} must import both ONE_GPU_CASES and TWO_GPU_CASES, imports {sorted(found)}")
+    if len(set(found.values())) > 1:
+        shown = ", ".join(f"{name} from {'.' * level}{module}" for name, (level, module) in sorted(found.items()))
+        raise RuntimeError(f"{run_suite_path} must import both lists from one module, imports {shown}")
+    level, module = found["ONE_GPU_CASES"]
+    relative = Path(*module.split(".")) if module else Path("__init__")
+    if level:
+        bases = [run_suite_path.resolve().parents[level - 1]]
+    else:
+        bases = [repo_root, repo_root / "python", repo_root / "src", run_suite_path.parent]
+    tried = [p for base in bases for p in (base / relative.parent / f"{relative.name}.py", base / relative / "__init__.py")]
+    for path in tried:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{'.' * level}{module} isn't there; looked for {', '.join(map(str, tried))}")
+
+
+def parse_testcase_configs(config_path: Path) -> dict[str, list[str]]:
+    """Ids by list name, for the lists of `CASE_LIST_TO_SUITE`. Each unresolved place is warned of.
+
+    Raises `OSError` for a missing file and `SyntaxError` for an unreadable one.
+    """
+    parsed = _parse(Path(config_path))
+    return {name: ids for name, ids in parsed.lists.items() if name in CASE_LIST_TO_SUITE}
+
+
+def parse_run_suite_standalone_data(run_suite_path: Path) -> tuple[dict[str, list[str]], dict[str, dict[str, float]]]:
+    """``STANDALONE_FILES`` and ``STANDALONE_FILE_EST_TIMES`` of a run-suite file: suite -> files, suite -> file -> seconds."""
+    try:
+        data = collect.parse_standalone(Path(run_suite_path), case_class=CASE_CLASS, id_param=ID_PARAM)
+    except collect.SourceError as e:
+        raise SyntaxError(e.reason, (str(run_suite_path), e.line, e.column, e.source)) from None
+    _warn(data.unresolved)
+    return data.files, data.est_times
+
+
+def get_case_est_time(case_id: str, baselines: Mapping[str, float]) -> float:
+    """Estimated seconds of a case: its baseline, else the default."""
+    return baselines.get(case_id, DEFAULT_EST_TIME_SECONDS)
+
+
+def collect_diffusion_suites(case_config_path: Path, run_suite_path: Path, baseline_path: Path) -> dict[str, DiffusionSuiteInfo]:
+    """Every suite of `CASE_LIST_TO_SUITE` with its cases, standalone files and estimates. Unresolved places are warned of."""
+    parsed = _parse(Path(case_config_path))
+    files, est_times = parse_run_suite_standalone_data(run_suite_path)
+    baselines = load_baselines(Path(baseline_path))
+    suites = {}
+    for suite, cases in parsed.suites.items():
+        times = est_times.get(suite, {})
+        suites[suite] = DiffusionSuiteInfo(
+            suite=suite,
+            cases=[DiffusionCaseInfo(c.id, suite, get_case_est_time(c.id, baselines)) for c in cases],
+            standalone_files=list(files.get(suite, [])),
+            standalone_est_times=dict(times),
+            missing_standalone_estimates=[f for f in files.get(suite, []) if f not in times],
+        )
+    return suites
+
+
+def _parse(path: Path) -> collect.ParsedConfig:
+    parsed = collect.parse_config(path, CASE_LIST_TO_SUITE, case_class=CASE_CLASS, id_param=ID_PARAM)
+    if not parsed.readable:
+        u = parsed.unresolved[0]
+        raise SyntaxError(u.reason, (u.file, u.line, u.column, u.source))
+    _warn(parsed.unresolved)
+    return parsed
+
+
+def _warn(unresolved: Sequence[collect.Unresolved]) -> None:
+    for u in unresolved:
+        message = f"{u.file}:{u.line}:{u.column}: {u.reason}: {u.source}"
+        warnings.warn(message, UnresolvedCaseWarning, stacklevel=4)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    return cli.main(argv, CASE_LIST_TO_SUITE)
+
+
+__all__ = [
+    "BASELINE_REL_PATH",
+    "CASE_LIST_TO_SUITE",
+    "DEFAULT_EST_TIME_SECONDS",
+    "RUN_SUITE_REL_PATH",
+    "STARTUP_OVERHEAD_SECONDS",
+    "DiffusionCaseInfo",
+    "DiffusionSuiteInfo",
+    "DiffusionTestCaseVisitor",
+    "UnresolvedCaseWarning",
+    "collect_diffusion_suites",
+    "get_case_est_time",
+    "load_baselines",
+    "main",
+    "parse_run_suite_standalone_data",
+    "parse_testcase_configs",
+    "planning",
+    "resolve_case_config_path",
+]
+
+if __name__ == "__main__":
+    sys.exit(main())

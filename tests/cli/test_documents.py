@@ -1,0 +1,95 @@
+"""README.md and CONTRIBUTING.md say what is so: code runs, commands run, paths exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from small_video import SMALL
+
+from lingbot_kernels.ops._dispatch import OPS
+
+ROOT = Path(__file__).resolve().parents[2]
+README, CONTRIBUTING = (ROOT / name for name in ("README.md", "CONTRIBUTING.md"))
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_readme_s_python_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code = blocks(README, "python")
+    assert len(code) >= 2
+    names: dict[str, object] = {}
+    for block in code:
+        exec(compile(block, "README.md", "exec"), names)
+    printed = re.findall(r"print\(.*# (\(.*?\))", code[0])
+    assert capsys.readouterr().out.splitlines() == printed * 4
+
+
+COMMANDS = [
+    line for block in blocks(README, "bash") for line in block.splitlines() if line.startswith("lingbot-kernels")
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_readme_s_commands_run(line, invoke, tmp_path):
+    """On a small video, with few chunks."""
+    _, *arguments = shlex.split(line)
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    if arguments[0] != "doctor":
+        arguments += [*SMALL, "--chunks", "2"]
+    if arguments[0] == "bench":
+        arguments += ["--repeats", "1"]
+    invoke(*arguments)
+    for option in ("--json", "--plot", "--save-latents"):
+        if option in arguments:
+            assert (tmp_path / arguments[arguments.index(option) + 1]).stat().st_size > 0
+
+
+def test_readme_shows_every_command_and_make_knows_its_targets():
+    shown = {tuple(word for word in shlex.split(line)[1:3] if word.isalpha()) for line in COMMANDS}
+    assert {("doctor",), ("rollout",), ("bench", "caching")} <= shown
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    wanted = re.findall(r"^make (\w+)", "\n".join(blocks(README, "bash")), re.MULTILINE)
+    assert wanted == ["demo", "test"] and set(wanted) <= set(targets)
+
+
+@pytest.mark.parametrize("path", [README, CONTRIBUTING], ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        text = (path.parent / file).read_text()
+        titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        assert not anchor or anchor in {title.lower().replace(" ", "-") for title in titles}, target
+
+
+def named_paths() -> list[str]:
+    text = CONTRIBUTING.read_text()
+    mapped = [line.split()[0] for line in blocks(CONTRIBUTING, "")[0].splitlines() if line]
+    quoted = re.findall(r"`([\w./<>-]+/[\w./<>-]*)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    return [*mapped, *quoted]
+
+
+def test_contributing_names_paths_that_exist():
+    paths = named_paths()
+    assert len(paths) > 25
+    missing = []
+    for path in paths:
+        # <op> stands for any op: some of them have a home there.
+        candidates = [path.replace("<op>", op) for op in OPS] if "<op>" in path else [path]
+        if not any((ROOT / candidate).exists() for candidate in candidates):
+            missing.append(path)
+    assert missing == []
+
+
+def test_the_map_has_every_top_package():
+    mapped = " ".join(named_paths())
+    packages = {path.parent.name for path in (ROOT / "lingbot_kernels").glob("*/__init__.py")}
+    assert {name for name in packages if f"lingbot_kernels/{name}/" not in mapped} == set()
