@@ -147,11 +147,11 @@ def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(kept.values())
 
 
-def default_path(environment: Environment) -> Path:
-    """bench/results/kernels-<gpu>.jsonl, in the checkout where there is one, else in the working directory."""
+def default_path(environment: Environment, bench: str = "kernels") -> Path:
+    """bench/results/<bench>-<gpu>.jsonl, in the checkout where there is one, else in the working directory."""
     slug = re.sub(r"[^a-z0-9]+", "-", environment.gpu.lower()).strip("-")
     base = ROOT if (ROOT / "bench").is_dir() else Path.cwd()
-    return base / "bench" / "results" / f"kernels-{slug}.jsonl"
+    return base / "bench" / "results" / f"{bench}-{slug}.jsonl"
 
 
 def commit_name(root: Path = ROOT) -> str:
