@@ -1,4 +1,4 @@
-"""Compiles for sm_90, without a GPU, exactly what a launcher would launch, and reads what the kernel needs from the cubin."""
+"""Compiles for sm_90, without a GPU, exactly what a launcher would launch, and reads from the cubin what it needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class Compiled:
     sass: str
 
 
-def compile_launch(kernel: JITFunction, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
+def compile_launch(
+    kernel: JITFunction, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Compiled:
     """Specialise as `kernel[grid](*args, **kwargs)` would, compile for sm_90 and disassemble."""
     backend = make_backend(TARGET)
     kwargs = {**kwargs, "debug": False, "instrumentation_mode": knobs.compilation.instrumentation_mode}
