@@ -5,8 +5,6 @@ Not collected by itself: test_kernels.py runs it under the interpreter, and on a
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from checks import DTYPES, EPS, assert_as_good_as, poisoned, randn, same_bits
@@ -21,7 +19,7 @@ from lingbot_kernels.triton import (
     rms_norm,
 )
 
-DIMS = [5120, 3072, 1536, 640, 200]
+DIMS = [5120, 1536, 640, 200]
 DTYPE_PAIRS = [(t, t) for t in DTYPES] + [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
 
 
@@ -62,7 +60,7 @@ def test_layer_norm_modulate(residual: torch.dtype, dtype: torch.dtype, dim: int
 
 @pytest.mark.parametrize(("residual", "dtype"), DTYPE_PAIRS, ids=str)
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize(("per_batch", "with_gate"), itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize(("per_batch", "with_gate"), [(False, True), (True, True), (True, False)])
 def test_residual_norm_modulate(
     residual: torch.dtype, dtype: torch.dtype, dim: int, per_batch: bool, with_gate: bool
 ) -> None:
@@ -81,7 +79,7 @@ def test_residual_norm_modulate(
 
 @pytest.mark.parametrize(("residual", "dtype"), DTYPE_PAIRS, ids=str)
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize(("per_batch", "with_gate", "camera"), [(0, 1, 1), (1, 1, 1), (0, 0, 1), (0, 1, 0)])
+@pytest.mark.parametrize(("per_batch", "with_gate", "camera"), [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
 def test_gated_residual_camera_norm(
     residual: torch.dtype, dtype: torch.dtype, dim: int, per_batch: int, with_gate: int, camera: int
 ) -> None:
@@ -103,8 +101,7 @@ def test_gated_residual_camera_norm(
     assert_as_good_as(y, plain_y, exact_y)
 
 
-@pytest.mark.parametrize("rows", [2, 4])
-@pytest.mark.parametrize("num_warps", [1, 2, 4, 8])
+@pytest.mark.parametrize(("rows", "num_warps"), [(2, 1), (4, 2), (2, 4), (4, 8)])
 def test_passes_in_every_program_shape(rows: int, num_warps: int) -> None:
     """Rows a program, and chunks that pass the row's end; all give the bits of one row a program."""
     x, delta = randn(2, 3, 640, dtype=torch.bfloat16), randn(2, 3, 640, dtype=torch.bfloat16, seed=1)
