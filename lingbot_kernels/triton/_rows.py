@@ -336,8 +336,8 @@ class RowConfig:
 def row_config(length: int, vector: int, num_warps: int | None = None) -> RowConfig:
     """Configuration for a row of `length` elements of which `vector` make one access of a thread.
 
-    Takes the most warps of (8, 4, 2, 1) that still have three to eight whole chunks each, so that no lane is masked and a
-    thread has several loads in flight; where no chunk size divides the row, the fewest that need at most six chunks.
+    Takes the most warps of (8, 4, 2, 1) that still have three to eight whole chunks each, so that no lane is masked and
+    a thread has several loads in flight; where no chunk size divides the row, the fewest that need at most six chunks.
     """
     if num_warps is None:
         chunks = {warps: length / (32 * warps * vector) for warps in (8, 4, 2, 1)}
