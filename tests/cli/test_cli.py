@@ -155,6 +155,15 @@ def test_a_bad_checkpoint_prints_every_problem(invoke, tmp_path):
     assert "head.head.bias" in output and "blocks.1.ffn.0.bias" in output and "Traceback" not in output
 
 
+def test_a_foreign_config_prints_what_is_wrong(invoke, tmp_path):
+    folder = tmp_path / "checkpoint"
+    assert "1 problem" in invoke("rollout", *SMALL, "--checkpoint", tmp_path, code=1).output
+    CausalLingBotTransformer(LingBotConfig.preset("tiny")).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "i2v", "qk_norm": false, "dim": 128}')
+    output = invoke("rollout", *SMALL, "--checkpoint", folder, code=1).output
+    assert "Error: " in output and "qk_norm" in output
+
+
 def test_an_unknown_command_is_a_usage_error(invoke):
     assert "No such command 'rollin'" in invoke("rollin", code=2).output
     assert "No such command 'nothing'" in invoke("bench", "nothing", code=2).output
