@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "build_info.h"  // written by CMake: version, CUDA architectures
 #include "cpu/ops.h"
 #include "params.h"
 

@@ -15,6 +15,8 @@ COMMANDS = {
     "cases": ("lingbot_kernels.commands.cases", "List the CI cases of a diffusion test suite."),
 }
 BENCHES = {
+    "kernels": ("lingbot_kernels.commands.bench_kernels", "Every op and backend against a copy of the same bytes."),
+    "model": ("lingbot_kernels.commands.bench_model", "A full-window rollout against its bare products and attention."),
     "caching": ("lingbot_kernels.commands.bench_caching", "What each cache of a session is worth."),
 }
 

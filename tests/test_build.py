@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def test_the_core_tells_its_version_and_backends() -> None:
     assert _C.version == VERSION
     assert _C.cpu_isa in _C.cpu.isas and _C.cpu.isas[-1] == "generic"
     assert _C.compiled_with_cuda == hasattr(_C, "cuda") == bool(_C.cuda_architectures)
+    assert re.fullmatch(r"(\d+[af]?(;\d+[af]?)*)?", _C.cuda_architectures)
 
 
 def test_the_stub_names_the_arguments_of_the_core() -> None:

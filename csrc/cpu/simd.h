@@ -46,10 +46,7 @@ struct Float16 {
 
 LINGBOT_INLINE VecF as_float(VecU u) { return reinterpret_cast<VecF>(u); }
 LINGBOT_INLINE VecU as_bits(VecF f) { return reinterpret_cast<VecU>(f); }
-LINGBOT_INLINE VecU select(VecI mask, VecU a, VecU b) {
-  const VecU m = reinterpret_cast<VecU>(mask);
-  return (a & m) | (b & ~m);
-}
+LINGBOT_INLINE VecU select(VecI mask, VecU a, VecU b) { return mask ? a : b; }
 
 template <class V, class P>
 LINGBOT_INLINE V load_raw(const P* p) {

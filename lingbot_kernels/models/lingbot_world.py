@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lingbot_kernels import ops
+from lingbot_kernels import nvtx, ops
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.models import checkpoint
 from lingbot_kernels.models._inputs import check_chunk
@@ -207,15 +207,19 @@ class LingBotTransformerBlock(nn.Module):
             update_cache_only: stop after the K/V write and return None.
         """
         _, _, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(0)
-        attended = self.self_attn(y, cos_sin, kv, position, update_cache_only)
+        with nvtx.range("self_attn"):
+            attended = self.self_attn(y, cos_sin, kv, position, update_cache_only)
         if attended is None:
             return None
         norm3, (cam_scale, cam_shift) = self.norm3, camera or (None, None)
-        x, y = ops.gated_residual_camera_norm(
-            x, attended, gate_sa, cam_scale, cam_shift, norm3.weight, norm3.bias, self.eps
-        )
-        x, y = ops.residual_norm_modulate(x, self.cross_attn(y, text_kv), shift_ffn, scale_ffn, self.eps)
-        return ops.residual_norm_modulate(x, self.ffn(y), following[0], following[1], self.eps, gate_ffn)
+        with nvtx.range("camera"):
+            x, y = ops.gated_residual_camera_norm(
+                x, attended, gate_sa, cam_scale, cam_shift, norm3.weight, norm3.bias, self.eps
+            )
+        with nvtx.range("cross_attn"):
+            x, y = ops.residual_norm_modulate(x, self.cross_attn(y, text_kv), shift_ffn, scale_ffn, self.eps)
+        with nvtx.range("ffn"):
+            return ops.residual_norm_modulate(x, self.ffn(y), following[0], following[1], self.eps, gate_ffn)
 
 
 class Head(nn.Module):
@@ -352,13 +356,14 @@ class CausalLingBotTransformer(nn.Module):
         plan = state.plan_chunk(self._weights, layout, start_frame, frames)
         kv_cache = state.kv_cache
         assert kv_cache is not None
-        inputs = ChunkInputs(
-            latents.to(self.dtype),
-            self._prepare_cached_rope_for_sequence_shard(state, plan.tokens, plan.start),
-            self._prepare_cached_time_embeddings(state, float(timestep), step_index),
-            self._prepare_cached_text(state, text),
-            None if camera is None else self._prepare_cached_camera_modulation(state, camera),
-        )
+        with nvtx.range("embeddings"):
+            inputs = ChunkInputs(
+                latents.to(self.dtype),
+                self._prepare_cached_rope_for_sequence_shard(state, plan.tokens, plan.start),
+                self._prepare_cached_time_embeddings(state, float(timestep), step_index),
+                self._prepare_cached_text(state, text),
+                None if camera is None else self._prepare_cached_camera_modulation(state, camera),
+            )
         kv_cache.ring.commit(plan)
         graphs = state.graphs if self.cuda_graphs and self.device.type == "cuda" else None
         if graphs is not None and graphs.ready(inputs, kv_cache, plan, update_cache_only):
@@ -375,23 +380,25 @@ class CausalLingBotTransformer(nn.Module):
         y = ops.layer_norm_modulate(x, shift, scale, self.config.eps, out_dtype=self.dtype)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            after = block(
-                x,
-                y,
-                time.blocks[i],
-                time.head if i == last else time.blocks[i + 1],
-                inputs.cos_sin,
-                layers[i],
-                position,
-                inputs.text_kv[i],
-                None if inputs.camera is None else inputs.camera[i],
-                update_cache_only=update_cache_only and i == last,
-            )
+            with nvtx.range(f"block {i}"):
+                after = block(
+                    x,
+                    y,
+                    time.blocks[i],
+                    time.head if i == last else time.blocks[i + 1],
+                    inputs.cos_sin,
+                    layers[i],
+                    position,
+                    inputs.text_kv[i],
+                    None if inputs.camera is None else inputs.camera[i],
+                    update_cache_only=update_cache_only and i == last,
+                )
             if after is None:
                 return None
             x, y = after
         _, _, frames, height, width = inputs.latents.shape
-        out = unpatchify(self.head(y), self.config.patch_size, frames, height, width)
+        with nvtx.range("head"):
+            out = unpatchify(self.head(y), self.config.patch_size, frames, height, width)
         return out.to(torch.promote_types(self.dtype, torch.float32))
 
     def cache_layout(self, batch: int, grid: tuple[int, int]) -> CacheLayout:

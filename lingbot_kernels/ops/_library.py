@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from lingbot_kernels import nvtx
+
 LIBRARY = torch.library.Library("lingbot_kernels", "DEF")
 
 
@@ -17,6 +19,6 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, nvtx.ranged(name)(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lingbot_kernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.lingbot_kernels, name).default

@@ -25,4 +25,6 @@ class Winners:
         return chosen
 
 
+# Begin of the measured table.
 CUDA_WINNERS = Winners(default="cuda", rules=())
+# End of the measured table.

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from lingbot_kernels import nvtx
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.stages.schedule import Schedule
@@ -55,6 +56,7 @@ class CausalDenoisingStage:
         self.observe = observe
 
     @torch.no_grad()
+    @nvtx.ranged("chunk")
     def denoise_chunk(
         self,
         state: RealtimeCausalDiTState,
@@ -105,7 +107,7 @@ class CausalDenoisingStage:
             if step:
                 s = schedule.noise_sigmas[step - 1]
                 x = ((1 - s) * x.double() + s * renoise[step - 1].double()).to(noise.dtype)
-            with self.observe("denoise", step):
+            with nvtx.range(f"step {step}"), self.observe("denoise", step):
                 flow = self.model(
                     torch.cat([x.to(condition.dtype), condition], dim=1),
                     text,
@@ -204,7 +206,7 @@ class CausalDenoisingStage:
         self, state: RealtimeCausalDiTState, chunk: Tensor, condition: Tensor, text: Tensor, camera: Tensor | None
     ) -> None:
         """The fifth forward: the clean chunk at t = 0, whose last block ends with its K/V write."""
-        with self.observe("context", CONTEXT_STEP_INDEX):
+        with nvtx.range("context"), self.observe("context", CONTEXT_STEP_INDEX):
             self.model(
                 torch.cat([chunk.to(condition.dtype), condition], dim=1),
                 text,

@@ -94,7 +94,9 @@ class DiffusionTestCaseVisitor(ast.NodeVisitor):
         self.source = source
         self.cases: dict[str, list[str]] = {}
         self.parsed = collect.ParsedConfig()
-        self._collector = collect.Collector(list_to_suite or CASE_LIST_TO_SUITE, case_class=case_class, id_param=id_param)
+        self._collector = collect.Collector(
+            list_to_suite or CASE_LIST_TO_SUITE, case_class=case_class, id_param=id_param
+        )
 
     @property
     def unresolved(self) -> list[collect.Unresolved]:
@@ -182,7 +184,9 @@ def resolve_case_config_path(repo_root: Path, run_suite_path: Path) -> Path:
                 if alias.name in ("ONE_GPU_CASES", "TWO_GPU_CASES"):
                     found[alias.name] = (node.level, node.module or "")
     if len(found) < 2:
-        raise RuntimeError(f"{run_suite_path} must import both ONE_GPU_CASES and TWO_GPU_CASES, imports {sorted(found)}")
+        raise RuntimeError(
+            f"{run_suite_path} must import both ONE_GPU_CASES and TWO_GPU_CASES, imports {sorted(found)}"
+        )
     if len(set(found.values())) > 1:
         shown = ", ".join(f"{name} from {'.' * level}{module}" for name, (level, module) in sorted(found.items()))
         raise RuntimeError(f"{run_suite_path} must import both lists from one module, imports {shown}")
@@ -192,7 +196,9 @@ def resolve_case_config_path(repo_root: Path, run_suite_path: Path) -> Path:
         bases = [run_suite_path.resolve().parents[level - 1]]
     else:
         bases = [repo_root, repo_root / "python", repo_root / "src", run_suite_path.parent]
-    tried = [p for base in bases for p in (base / relative.parent / f"{relative.name}.py", base / relative / "__init__.py")]
+    tried = [
+        p for base in bases for p in (base / relative.parent / f"{relative.name}.py", base / relative / "__init__.py")
+    ]
     for path in tried:
         if path.is_file():
             return path
@@ -223,7 +229,9 @@ def get_case_est_time(case_id: str, baselines: Mapping[str, float]) -> float:
     return baselines.get(case_id, DEFAULT_EST_TIME_SECONDS)
 
 
-def collect_diffusion_suites(case_config_path: Path, run_suite_path: Path, baseline_path: Path) -> dict[str, DiffusionSuiteInfo]:
+def collect_diffusion_suites(
+    case_config_path: Path, run_suite_path: Path, baseline_path: Path
+) -> dict[str, DiffusionSuiteInfo]:
     """Every suite of `CASE_LIST_TO_SUITE` with its cases, standalone files and estimates. Unresolved places are warned of."""
     parsed = _parse(Path(case_config_path))
     files, est_times = parse_run_suite_standalone_data(run_suite_path)

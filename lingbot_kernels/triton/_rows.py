@@ -98,7 +98,7 @@ def load_row(ptr, LENGTH: tl.constexpr, CHUNK: tl.constexpr, EVICT: tl.constexpr
     """The chunks of a row, as a tuple."""
     chunks = ()
     for i in tl.static_range((LENGTH + CHUNK - 1) // CHUNK):
-        chunks = chunks + (load_chunk(ptr, i, LENGTH, CHUNK, EVICT),)  # noqa: RUF005
+        chunks = chunks + (load_chunk(ptr, i, LENGTH, CHUNK, EVICT),)  # type: ignore[assignment]  # noqa: RUF005
     return chunks
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 import triton
 import triton.language as tl
-from lingbot_kernels.triton._rows import VECTOR_BYTES, modulation_stride, round_to, why_not_rows
+from lingbot_kernels.triton._rows import (
+    RowConfig,
+    gated_sum,
+    load_row,
+    modulation_stride,
+    round_to,
+    store_chunk,
+    value_config,
+    why_not_rows,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -21,37 +28,33 @@ def gated_residual_kernel(
     tokens,
     GATE_STRIDE: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    EVICT: tl.constexpr,
+    MODIFIER: tl.constexpr,
 ):
     """x_out[b, s] = R(x[b, s] + delta[b, s] * gate[b])
 
     x, x_out (R), delta (T) [B, tokens, DIM] contiguous, rows = B * tokens; gate float32 [DIM], batches GATE_STRIDE
-    apart (0: shared); None: 1. Programs: rows * DIM / BLOCK: each does BLOCK values, across rows.
+    apart (0: shared); None: 1. Programs: rows / ROWS.
     """
-    begin = tl.program_id(0).to(tl.int64) * BLOCK
-    index = (begin % DIM).to(tl.int32) + tl.arange(0, BLOCK)
-    row = begin // DIM + index // DIM
-    mask = row < rows
-    offset = begin + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offset, mask=mask, eviction_policy="evict_first").to(tl.float32)
-    delta = tl.load(delta_ptr + offset, mask=mask, eviction_policy="evict_first").to(tl.float32)
-    if gate_ptr is not None:
-        batch = (row // tokens).to(tl.int32) if GATE_STRIDE else 0
-        delta *= tl.load(gate_ptr + batch * GATE_STRIDE + index % DIM, mask=mask, eviction_policy="evict_last")
-    tl.store(x_out_ptr + offset, round_to(x + delta, x_out_ptr.dtype.element_ty), mask=mask)
+    for i in range(ROWS):
+        row = tl.program_id(0) * ROWS + i
+        if row < rows:
+            offset = row.to(tl.int64) * DIM
+            gate = None
+            if gate_ptr is not None:
+                gate = gate_ptr + row // tokens * GATE_STRIDE
+            x = load_row(x_ptr + offset, DIM, CHUNK, EVICT)
+            delta = load_row(delta_ptr + offset, DIM, CHUNK, EVICT)
+            for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
+                x_out = round_to(gated_sum(x[j], delta[j], gate, j, DIM, CHUNK), x_out_ptr.dtype.element_ty)
+                store_chunk(x_out_ptr + offset, x_out, j, DIM, CHUNK, MODIFIER)
 
 
-@dataclass(frozen=True)
-class GatedResidualConfig:
-    """`block` values a program."""
-
-    num_warps: int
-    block: int
-
-
-def launch_config(element_sizes: tuple[int, ...]) -> GatedResidualConfig:
-    """Two vectors of at most 16 bytes a thread."""
-    return GatedResidualConfig(num_warps=4, block=2 * 128 * VECTOR_BYTES // max(element_sizes))
+def launch_config(dim: int, element_sizes: tuple[int, ...], rows: int) -> RowConfig:
+    """Configuration for `rows` rows of `dim` values in tensors of these element sizes."""
+    return value_config(dim, element_sizes)
 
 
 def why_not(x: torch.Tensor, delta: torch.Tensor) -> str | None:
@@ -65,13 +68,13 @@ def gated_residual(
     gate: torch.Tensor | None,
     x_out: torch.Tensor,
     *,
-    config: GatedResidualConfig | None = None,
+    config: RowConfig | None = None,
 ) -> None:
     """Fill x_out [B, S, D]; x, delta alike, all contiguous; gate float32 [D] or [B, D] (None: 1)."""
     batch, tokens, dim = x.shape
     rows = batch * tokens
-    config = config or launch_config((x.element_size(), delta.element_size()))
-    gated_residual_kernel[(triton.cdiv(rows * dim, config.block),)](
+    config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)
+    gated_residual_kernel[(triton.cdiv(rows, config.rows),)](
         x,
         delta,
         gate,
@@ -80,6 +83,9 @@ def gated_residual(
         tokens,
         GATE_STRIDE=modulation_stride(gate),
         DIM=dim,
-        BLOCK=config.block,
+        CHUNK=config.chunk,
+        ROWS=config.rows,
+        EVICT=config.evict,
+        MODIFIER=config.modifier,
         num_warps=config.num_warps,
     )

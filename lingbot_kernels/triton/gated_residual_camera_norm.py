@@ -67,7 +67,7 @@ def gated_residual_camera_norm_kernel(
                     value = (1 + cam_scale[j].to(tl.float32)) * value + cam_shift[j].to(tl.float32)
                 x_out = round_to(value, x_out_ptr.dtype.element_ty)
                 store_chunk(x_out_ptr + offset, x_out, j, DIM, CHUNK, MODIFIER)
-                wide = wide + (x_out.to(tl.float32),)  # noqa: RUF005
+                wide = wide + (x_out.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
             mean, rstd = layer_norm_stats(wide, DIM, CHUNK, eps)
             for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
                 weight = load_chunk(weight_ptr, j, DIM, CHUNK, "evict_last").to(tl.float32)

@@ -47,7 +47,7 @@ def layer_norm_modulate_kernel(
             x = load_row(x_ptr + offset, DIM, CHUNK, EVICT)
             wide = ()
             for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
-                wide = wide + (x[j].to(tl.float32),)  # noqa: RUF005
+                wide = wide + (x[j].to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
             mean, rstd = layer_norm_stats(wide, DIM, CHUNK, eps)
             shift = shift_ptr + batch * SHIFT_STRIDE
             scale = scale_ptr + batch * SCALE_STRIDE

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 import triton
 import triton.language as tl
-from lingbot_kernels.triton._rows import VECTOR_BYTES, reduced_position, ring_slot, ring_start, why_not_rows
+from lingbot_kernels.triton._rows import (
+    RowConfig,
+    load_row,
+    reduced_position,
+    ring_slot,
+    ring_start,
+    store_row,
+    value_config,
+    why_not_rows,
+)
 
 
-@triton.jit(do_not_specialize=["position", "sink", "capacity", "rows"])
+@triton.jit(do_not_specialize=["position", "sink", "capacity", "tokens"])
 def qkv_unpack_kv_write_kernel(
     packed_ptr,
     k_cache_ptr,
@@ -19,50 +26,40 @@ def qkv_unpack_kv_write_kernel(
     position,
     sink,
     capacity,
-    rows,
+    tokens,
     k_cache_batch_stride,
     v_cache_batch_stride,
     K_CACHE_STRIDE: tl.constexpr,
     V_CACHE_STRIDE: tl.constexpr,
     PARTS: tl.constexpr,
-    BATCHES: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    EVICT: tl.constexpr,
+    MODIFIER: tl.constexpr,
 ):
     """k_cache[b, slot(s)], v_cache[b, slot(s)] = packed[s, b, PARTS - 2], packed[s, b, PARTS - 1]
 
-    packed [tokens, BATCHES, PARTS, DIM], rows = tokens * BATCHES; caches [BATCHES, capacity, DIM], slots *_STRIDE apart.
-    Programs: (rows * DIM / BLOCK, 2): each copies BLOCK values of K or of V, across rows.
+    packed [tokens, B, PARTS, DIM]; caches [B, capacity, DIM], slots *_STRIDE apart. Programs: (tokens / ROWS, B).
     """
-    is_v = tl.program_id(1)
-    begin = tl.program_id(0).to(tl.int64) * BLOCK
-    index = (begin % DIM).to(tl.int32) + tl.arange(0, BLOCK)
-    row = begin // DIM + index // DIM
-    column = index % DIM
-    mask = row < rows
-    token = (row // BATCHES).to(tl.int32)
-    batch = row % BATCHES
-    value = tl.load(
-        packed_ptr + (row * PARTS + PARTS - 2 + is_v) * DIM + column, mask=mask, eviction_policy="evict_first"
-    )
-    slot = ring_slot(ring_start(position) + token, sink, capacity)
-    if is_v == 0:
-        tl.store(k_cache_ptr + batch * k_cache_batch_stride + slot * K_CACHE_STRIDE + column, value, mask=mask)
-    else:
-        tl.store(v_cache_ptr + batch * v_cache_batch_stride + slot * V_CACHE_STRIDE + column, value, mask=mask)
+    batch = tl.program_id(1).to(tl.int64)
+    start = ring_start(position)
+    for i in range(ROWS):
+        token = tl.program_id(0) * ROWS + i
+        if token < tokens:
+            slot = ring_slot(start + token, sink, capacity)
+            packed = packed_ptr + (token.to(tl.int64) * tl.num_programs(1) + batch) * (PARTS * DIM)
+            k = load_row(packed + (PARTS - 2) * DIM, DIM, CHUNK, EVICT)
+            v = load_row(packed + (PARTS - 1) * DIM, DIM, CHUNK, EVICT)
+            k_out = k_cache_ptr + batch * k_cache_batch_stride + slot * K_CACHE_STRIDE
+            store_row(k_out, k, DIM, CHUNK, MODIFIER)
+            v_out = v_cache_ptr + batch * v_cache_batch_stride + slot * V_CACHE_STRIDE
+            store_row(v_out, v, DIM, CHUNK, MODIFIER)
 
 
-@dataclass(frozen=True)
-class QkvUnpackKvWriteConfig:
-    """`block` values a program."""
-
-    num_warps: int
-    block: int
-
-
-def launch_config(element_size: int) -> QkvUnpackKvWriteConfig:
-    """Two 16-byte vectors a thread."""
-    return QkvUnpackKvWriteConfig(num_warps=4, block=2 * 128 * VECTOR_BYTES // element_size)
+def launch_config(dim: int, element_size: int, tokens: int) -> RowConfig:
+    """Configuration for `tokens` rows (of the whole batch) of `dim` values of `element_size` bytes."""
+    return value_config(dim, (element_size,))
 
 
 def why_not(packed: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> str | None:
@@ -78,28 +75,30 @@ def qkv_unpack_kv_write(
     cursor: torch.Tensor | None,
     sink: int,
     *,
-    config: QkvUnpackKvWriteConfig | None = None,
+    config: RowConfig | None = None,
 ) -> None:
     """Copy K and V of packed [S, B, parts, heads, head_dim], contiguous, to the chunk's slots of the caches."""
     tokens, batch, parts, heads, head_dim = packed.shape
     capacity = k_cache.shape[1]
-    config = config or launch_config(packed.element_size())
-    rows, dim = tokens * batch, heads * head_dim
-    qkv_unpack_kv_write_kernel[(triton.cdiv(rows * dim, config.block), 2)](
+    dim = heads * head_dim
+    config = config or launch_config(dim, packed.element_size(), tokens * batch)
+    qkv_unpack_kv_write_kernel[(triton.cdiv(tokens, config.rows), batch)](
         packed,
         k_cache,
         v_cache,
         reduced_position(chunk_start, cursor, sink, capacity),
         sink,
         capacity,
-        rows,
+        tokens,
         k_cache.stride(0) if batch > 1 else 0,
         v_cache.stride(0) if batch > 1 else 0,
         K_CACHE_STRIDE=k_cache.stride(1),
         V_CACHE_STRIDE=v_cache.stride(1),
         PARTS=parts,
-        BATCHES=batch,
         DIM=dim,
-        BLOCK=config.block,
+        CHUNK=config.chunk,
+        ROWS=config.rows,
+        EVICT=config.evict,
+        MODIFIER=config.modifier,
         num_warps=config.num_warps,
     )

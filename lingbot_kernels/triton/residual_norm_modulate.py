@@ -43,8 +43,8 @@ def residual_norm_modulate_kernel(
 ):
     """x_out[b, s] = R(x[b, s] + delta[b, s] * gate[b]); y[b, s] = layer_norm(x_out[b, s]) * (1 + scale[b]) + shift[b]
 
-    x, x_out (R) and delta, y (T) [B, tokens, DIM] contiguous, rows = B * tokens; gate, shift, scale float32 [DIM], batches
-    *_STRIDE apart (0: shared); gate None: 1. Programs: rows / ROWS.
+    x, x_out (R) and delta, y (T) [B, tokens, DIM] contiguous, rows = B * tokens; gate, shift, scale float32 [DIM],
+    batches *_STRIDE apart (0: shared); gate None: 1. Programs: rows / ROWS.
     """
     for i in range(ROWS):
         row = tl.program_id(0) * ROWS + i
@@ -60,7 +60,7 @@ def residual_norm_modulate_kernel(
             for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
                 x_out = round_to(gated_sum(x[j], delta[j], gate, j, DIM, CHUNK), x_out_ptr.dtype.element_ty)
                 store_chunk(x_out_ptr + offset, x_out, j, DIM, CHUNK, MODIFIER)
-                wide = wide + (x_out.to(tl.float32),)  # noqa: RUF005
+                wide = wide + (x_out.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
             mean, rstd = layer_norm_stats(wide, DIM, CHUNK, eps)
             shift = shift_ptr + batch * SHIFT_STRIDE
             scale = scale_ptr + batch * SCALE_STRIDE
@@ -89,7 +89,10 @@ def residual_norm_modulate(
     *,
     config: RowConfig | None = None,
 ) -> None:
-    """Fill x_out and y [B, S, D]; x, delta alike, all contiguous; gate (None: 1), shift, scale float32 [D] or [B, D]."""
+    """Fill x_out and y [B, S, D]; x, delta alike, all contiguous.
+
+    gate (None: 1), shift, scale float32 [D] or [B, D].
+    """
     batch, tokens, dim = x.shape
     rows = batch * tokens
     config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)

@@ -16,8 +16,8 @@ from lingbot_kernels.reference.rope_cos_sin import rope_frequencies
 def sin_cos(angle):
     """(sin, cos) of float64 angles, 0 <= angle < 1e8, to about 1e-15.
 
-    angle = k * pi/2 + r with |r| <= pi/4; pi/2 in three parts of 33 bits, so that the leading products are exact; Taylor
-    series of r, whose first neglected terms are r^17 / 17! and r^16 / 16!.
+    angle = k * pi/2 + r with |r| <= pi/4; pi/2 comes in three parts of 33 bits, so that the leading products are exact;
+    Taylor series of r, whose first neglected terms are r^17 / 17! and r^16 / 16!.
     """
     k = tl.floor(angle * 0.6366197723675814 + 0.5)
     r = angle - k * 1.5707963267341256
@@ -63,7 +63,7 @@ def rope_cos_sin_kernel(
     """out[i] = cos(angle) | sin(angle), angle[j] = position[j] * frequency[j], j < PAIRS, in float64, rounded once
 
     position is the frame for the first TEMPORAL pairs, the row for the next SPATIAL, the column for the rest, of token
-    n = frame_start * frame_stride + offset + i; out float32 [num_tokens, 2 * PAIRS]. Programs: num_tokens / BLOCK_TOKENS.
+    n = frame_start * frame_stride + offset + i; out float32 [num_tokens, 2 * PAIRS]. Programs: tokens / BLOCK_TOKENS.
     """
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     pair = tl.arange(0, BLOCK_PAIRS)

@@ -94,7 +94,9 @@ class Calls(Methods):
             ):
                 self.report(site, f"{reason}; a function it got rebinds names outside itself")
 
-    def unresolved_call(self, func: Value, args: list[Value], kwargs: dict[str, Value], node: ast.AST, why: str) -> Value:
+    def unresolved_call(
+        self, func: Value, args: list[Value], kwargs: dict[str, Value], node: ast.AST, why: str
+    ) -> Value:
         values = [*args, *kwargs.values()]
         text = self.text(node.func) if isinstance(node, ast.Call) else self.text(node)
         reason = f"passed to `{text}`, which isn't resolved: {why}"
@@ -107,7 +109,9 @@ class Calls(Methods):
         self.may_raise(node, self.text(node))
         func.atom = None
         if func.harmless:
-            return self.unknown(node, f"the result of `{self.text(node)}`: {func.reason}", harmless=True, dotted=f"{func.dotted}()")
+            return self.unknown(
+                node, f"the result of `{self.text(node)}`: {func.reason}", harmless=True, dotted=f"{func.dotted}()"
+            )
         if func.old:  # a method of an object whose class isn't known
             self.escape(func.old, f"a method of it, `{self.text(node)}`, isn't resolved", node)
         return self.unresolved_call(func, args, kwargs, node, func.reason)
@@ -122,7 +126,13 @@ class Calls(Methods):
         if isinstance(func, Native):
             return func.run(self, args, kwargs, node)
         if isinstance(func, Method):
-            if any(isinstance(a, Choice) for a in args[:1]) and func.name in ("extend", "pop", "remove", "insert", "update"):
+            if any(isinstance(a, Choice) for a in args[:1]) and func.name in (
+                "extend",
+                "pop",
+                "remove",
+                "insert",
+                "update",
+            ):
                 alts = args[0].alts
                 return self.fork_value(
                     [(c, lambda v=v: self.call_method(func, [v, *args[1:]], kwargs, node)) for c, v in alts],  # type: ignore[misc]
@@ -153,7 +163,9 @@ class Calls(Methods):
         if func.memo is not None:
             key = self.hashable(TupleV([*args, *kwargs, *kwargs.values()]))
             if key is ABSENT or self.segments:
-                return self.unresolved_call(func, args, kwargs, node, "a cached function under a condition or with such arguments")
+                return self.unresolved_call(
+                    func, args, kwargs, node, "a cached function under a condition or with such arguments"
+                )
             if key not in func.memo:
                 memo, func.memo = func.memo, None
                 try:
@@ -211,7 +223,9 @@ class Calls(Methods):
             self.pend(e.cond, e.value)
         return self.choose([*returns, (rest, None)] if rest != NEVER else returns, node)
 
-    def bind_arguments(self, func: FunctionV, args: list[Value], kwargs: dict[str, Value], node: ast.AST) -> dict[str, Value]:
+    def bind_arguments(
+        self, func: FunctionV, args: list[Value], kwargs: dict[str, Value], node: ast.AST
+    ) -> dict[str, Value]:
         spec = func.node.args
         positional = [a.arg for a in (*spec.posonlyargs, *spec.args)]
         only = {a.arg for a in spec.posonlyargs}
@@ -289,7 +303,9 @@ class Calls(Methods):
                 out[f.name] = f
         return list(out.values())
 
-    def fill_fields(self, cls: ClassV, obj: Instance, args: list[Value], kwargs: dict[str, Value], node: ast.AST) -> None:
+    def fill_fields(
+        self, cls: ClassV, obj: Instance, args: list[Value], kwargs: dict[str, Value], node: ast.AST
+    ) -> None:
         fields = self.all_fields(cls)
         positional = [f.name for f in fields if f.init and not f.kw_only]
         if len(args) > len(positional):
@@ -499,7 +515,11 @@ class Calls(Methods):
         line = getattr(node, "lineno", 1) if self.module is self.main and self.depth == 0 else self.line
         fields = self.all_fields(owner.cls)
         if owner.cls.kind in ("dataclass", "namedtuple") and not any(c.opaque for c in owner.cls.mro()):
-            values = {f.name: self.bound_value(owner.ns.vars[f.name], node, f.name) for f in fields if f.init and f.name in owner.ns.vars}
+            values = {
+                f.name: self.bound_value(owner.ns.vars[f.name], node, f.name)
+                for f in fields
+                if f.init and f.name in owner.ns.vars
+            }
             values.update(changes)
             return self.instantiate(owner.cls, [], values, node)
         out = Instance(owner.cls, self.namespace({**owner.ns.vars, **changes}), self.site(node), line)
@@ -533,7 +553,9 @@ class Calls(Methods):
             if value is not ABSENT:
                 return self.bound(value, owner.first)
             if name == "__init__" and c.kind in ("dataclass",) and not c.opaque:
-                return Native(name, lambda ev, args, kwargs, at, c=c: self.fill_fields(c, owner.first, args, kwargs, at))  # type: ignore[misc]
+                return Native(
+                    name, lambda ev, args, kwargs, at, c=c: self.fill_fields(c, owner.first, args, kwargs, at)
+                )  # type: ignore[misc]
             if name == "__init__" and c.case and isinstance(owner.first, Instance):
                 return Native(name, lambda ev, args, kwargs, at, c=c: self.fill_case(c, owner.first, args, kwargs))  # type: ignore[misc]
             if c.opaque:

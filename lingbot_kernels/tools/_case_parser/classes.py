@@ -119,7 +119,9 @@ class Classes(Expressions):
 
     def make_dataclass(self, cls: Value, options: dict[str, Value], node: ast.AST) -> Value:
         if not isinstance(cls, ClassV):
-            return self.unresolved_call(self.placeholder(node), [cls], {}, node, "dataclass of something that isn't a class")
+            return self.unresolved_call(
+                self.placeholder(node), [cls], {}, node, "dataclass of something that isn't a class"
+            )
         self.take_defaults(cls)
         cls.kind = "dataclass"
         cls.frozen = options.get("frozen") is True or cls.frozen
@@ -139,15 +141,21 @@ class Classes(Expressions):
         inherited = {m.name for base in cls.bases for m in base.members}
         if inherited:
             raise PyRaise(TypeError, None, "an enumeration with members can't be extended")
-        special = any(name in cls.ns.vars for name in ("_generate_next_value_", "__new__", "__init__", "_missing_", "_ignore_"))
+        special = any(
+            name in cls.ns.vars for name in ("_generate_next_value_", "__new__", "__init__", "_missing_", "_ignore_")
+        )
         count: Any = 0
         strings = any(c.name == "StrEnum" for c in cls.mro())
         for name, value in list(cls.ns.vars.items()):
             if name.startswith("_") or isinstance(value, (FunctionV, Wrapped, ClassV)):
                 continue
             if isinstance(value, Opaque):  # auto()
-                value = name.lower() if strings else count + 1 if isinstance(count, int) else self.unknown(
-                    value.site.node, "auto() after a value that isn't an integer"
+                value = (
+                    name.lower()
+                    if strings
+                    else count + 1
+                    if isinstance(count, int)
+                    else self.unknown(value.site.node, "auto() after a value that isn't an integer")
                 )
             count = value
             alias = next((m for m in cls.members if self.equal(m.value, value)), None)

@@ -385,7 +385,9 @@ class Expressions(Calls):
             holds = self.truth(self.eval(tests[j]), tests[j])
             if self.decide(holds) is None and isinstance(item, Instance) and self.is_case_class(item.cls):
                 if not self.only_outside(tests[j], local):
-                    self.report(self.site(tests[j]), "the filter of existing cases isn't resolved; they are kept, conditional")
+                    self.report(
+                        self.site(tests[j]), "the filter of existing cases isn't resolved; they are kept, conditional"
+                    )
             self.fork([(holds, lambda: filters(i, j + 1, item)), (self.conditions.negate(holds), lambda: None)])
 
         try:

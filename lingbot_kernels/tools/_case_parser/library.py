@@ -298,7 +298,11 @@ def _pure_of_sequence(fn: Callable[..., Any]) -> Callable[..., Value]:
         if fn is sum and len(args) == 2 and isinstance(args[1], ListV):
             total = list(args[1].items)
             for item in ev.sequence(args[0], node):
-                total += [item] if isinstance(item, Opaque) else ev.sequence(item.value if isinstance(item, Maybe) else item, node)
+                total += (
+                    [item]
+                    if isinstance(item, Opaque)
+                    else ev.sequence(item.value if isinstance(item, Maybe) else item, node)
+                )
                 if isinstance(item, Maybe):
                     return ev.unknown(node, "sum() of conditional lists")
             return ev.list_of(total)
@@ -349,7 +353,9 @@ def _vars(ev: Lib, args: _Args, kwargs: _Kwargs, node: ast.AST) -> Value:
 
 def _getattr(ev: Lib, args: _Args, kwargs: _Kwargs, node: ast.AST) -> Value:
     if len(args) not in (2, 3) or not isinstance(args[1], str):
-        return ev.unresolved_call(ev.unknown(node, "getattr"), args, kwargs, node, "the attribute's name isn't resolved")
+        return ev.unresolved_call(
+            ev.unknown(node, "getattr"), args, kwargs, node, "the attribute's name isn't resolved"
+        )
     if len(args) == 2:
         return ev.attribute(args[0], args[1], node)
     ev.try_depth += 1
@@ -417,7 +423,9 @@ def _type(ev: Lib, args: _Args, kwargs: _Kwargs, node: ast.AST) -> Value:
 
 
 def _unknown_builtin(name: str) -> Callable[..., Value]:
-    return lambda ev, args, kwargs, node: ev.unknown(node, f"{name}() isn't evaluated", harmless=True, dotted=f"{name}()")
+    return lambda ev, args, kwargs, node: ev.unknown(
+        node, f"{name}() isn't evaluated", harmless=True, dotted=f"{name}()"
+    )
 
 
 # -- library functions ---------------------------------------------------------------------------------------------

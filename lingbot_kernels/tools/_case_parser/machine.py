@@ -427,7 +427,9 @@ class Machine:
         if isinstance(value, DictV):
             if value.opaque is not None:
                 return False
-            return not any(isinstance(v, Choice) and any(a is ABSENT for _, a in v.alts) for _, v in value.entries.values())
+            return not any(
+                isinstance(v, Choice) and any(a is ABSENT for _, a in v.alts) for _, v in value.entries.values()
+            )
         return isinstance(value, (str, bytes))
 
     def is_set(self, value: Value) -> bool:

@@ -199,7 +199,9 @@ class Operators(Sequences):
         return value
 
     def _too_large(self, kind: type, left: Value, right: Value) -> bool:
-        sides = [v for value in (left, right) for v in ([a for _, a in value.alts] if isinstance(value, Choice) else [value])]
+        sides = [
+            v for value in (left, right) for v in ([a for _, a in value.alts] if isinstance(value, Choice) else [value])
+        ]
         for v in sides:
             if isinstance(v, int) and v.bit_length() > MAX_INT_BITS:
                 return True
@@ -225,7 +227,9 @@ class Operators(Sequences):
                 alts = []
                 for c, v in value.alts:
                     if self.decide(c) is not False:
-                        alts.append((c, self.compare(op, v, right, node) if other_first else self.compare(op, left, v, node)))
+                        alts.append(
+                            (c, self.compare(op, v, right, node) if other_first else self.compare(op, left, v, node))
+                        )
                 return self.choose(alts, node)
         kind = type(op)
         if kind in (ast.Is, ast.IsNot):

@@ -504,7 +504,11 @@ class Statements(Classes):
         """The condition under which a pattern matches; its names are bound."""
         if isinstance(subject, Choice) and not isinstance(pattern, ast.MatchAs):
             return self.conditions.any_of(
-                [self.conditions.both(c, self.matches(pattern, v, case)) for c, v in subject.alts if self.decide(c) is not False]
+                [
+                    self.conditions.both(c, self.matches(pattern, v, case))
+                    for c, v in subject.alts
+                    if self.decide(c) is not False
+                ]
             )
         if isinstance(pattern, ast.MatchAs):
             holds = ALWAYS if pattern.pattern is None else self.matches(pattern.pattern, subject, case)
@@ -515,10 +519,16 @@ class Statements(Classes):
             return self.conditions.any_of([self.matches(p, subject, case) for p in pattern.patterns])
         if isinstance(pattern, (ast.MatchValue, ast.MatchSingleton)):
             value = self.eval(pattern.value) if isinstance(pattern, ast.MatchValue) else pattern.value
-            same = self.equal(value, subject) if isinstance(pattern, ast.MatchValue) else self._identical(value, subject)
+            same = (
+                self.equal(value, subject) if isinstance(pattern, ast.MatchValue) else self._identical(value, subject)
+            )
             if same is not None:
                 return ALWAYS if same else NEVER
-        elif isinstance(pattern, ast.MatchSequence) and isinstance(subject, (ListV, TupleV)) and self._exact(subject.items):
+        elif (
+            isinstance(pattern, ast.MatchSequence)
+            and isinstance(subject, (ListV, TupleV))
+            and self._exact(subject.items)
+        ):
             if not any(isinstance(p, ast.MatchStar) for p in pattern.patterns):
                 if len(pattern.patterns) != len(subject.items):
                     return NEVER

@@ -1,0 +1,216 @@
+"""Runs the kernel bench: for every op, case and backend the gate first, then the times, then the peers."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from lingbot_kernels.benchmarks import gate, timing
+from lingbot_kernels.benchmarks.cases import CASES, HEADLINE, Case
+from lingbot_kernels.benchmarks.peers import Peer, gate_run, peers_of
+from lingbot_kernels.benchmarks.problems import Inputs, Outputs, Problem, as_tuple, problems
+from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row
+from lingbot_kernels.benchmarks.timing import QUICK, CopyCeiling, Effort, measure, rotated_sets, wall_us
+from lingbot_kernels.ops import _dispatch
+from lingbot_kernels.ops.windowed_attention import LIBRARIES
+from lingbot_kernels.ops.windowed_attention import why_not as attention_why_not
+
+_KERNELS = ("cuda", "triton", "cpu")  # backends of ours: they allocate outputs alone, so all of it can be poisoned
+BACKENDS = (*_dispatch.BACKENDS, *(name for name in LIBRARIES if name not in _dispatch.BACKENDS), "auto")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        cases: names of `cases.CASES`.
+        ops: names, or empty for every op.
+        backends: names, or empty for those of the device: a backend asked for that can't serve gives a row that
+            says why.
+        peers: also measure the peers.
+        quick: fewer and shorter samples, and no peer that compiles.
+        dtype: of the activations.
+    """
+
+    cases: tuple[str, ...]
+    device: torch.device
+    ops: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
+    peers: bool = True
+    quick: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass
+class KernelBench:
+    """One run of a plan; `report` is given each row as soon as it is there."""
+
+    plan: Plan
+    report: Callable[[Row], None]
+    rows: list[Row] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.device = self.plan.device
+        self.effort = QUICK if self.plan.quick else Effort()
+        self.copies = CopyCeiling(self.device, self.effort)
+
+    @torch.no_grad()
+    def run(self) -> bool:
+        """Measure everything; whether every gate of ours is green. A failure of one op leaves the others alone."""
+        for name in self.plan.cases:
+            case = CASES[name]
+            for problem in problems(case, self.plan.dtype):
+                if not self.plan.ops or problem.op in self.plan.ops:
+                    self._problem(case, problem)
+                    gc.collect()
+                    if self.device.type == "cuda":
+                        torch.cuda.empty_cache()
+        return not any(row.gate in (RED, FAILED) for row in self.rows if not row.peer)
+
+    def _problem(self, case: Case, problem: Problem) -> None:
+        peers = peers_of(problem.op) if self.plan.peers and not case.wrap else []
+        peers = [p for p in peers if not p.compiles or (case.name == HEADLINE and not self.plan.quick)]
+        backends = self._backends(problem)
+        if not backends and not peers:
+            return
+        try:
+            work = _Work(self, case, problem)
+        except Exception as error:
+            for backend in backends:
+                self._add(_row(problem, backend, gate=FAILED, note=_one_line(error)))
+            return
+        for backend in backends:
+            self._add(work.guarded(backend, False, partial(work.backend, backend)))
+        for peer in peers:
+            self._add(work.guarded(peer.name, True, partial(work.peer, peer)))
+
+    def _backends(self, problem: Problem) -> list[str]:
+        if self.plan.backends:
+            return [name for name in self.plan.backends if name in problem.backends]
+        unused = ("cuda", "triton") if self.device.type == "cpu" else ("cpu",)
+        libraries = ("fa4", "cudnn") if self.device.type == "cpu" else ()
+        return [name for name in problem.backends if name not in (*unused, *libraries)]
+
+    def _add(self, row: Row) -> None:
+        self.rows.append(row)
+        self.report(row)
+
+
+class _Work:
+    """One problem's inputs, expectation and ceiling, shared by its backends and peers."""
+
+    def __init__(self, bench: KernelBench, case: Case, problem: Problem) -> None:
+        self.bench, self.case, self.problem = bench, case, problem
+        torch.manual_seed(20)
+        self.sets = [problem.make(bench.device)]
+        self.expectation = gate.expect(problem, self.sets[0])
+        self._ceiling: float | None = None
+
+    def guarded(self, backend: str, peer: bool, measured: Callable[[], Row]) -> Row:
+        try:
+            return measured()
+        except Exception as error:
+            return _row(self.problem, backend, peer=peer, gate=FAILED, note=_one_line(error))
+
+    def backend(self, backend: str) -> Row:
+        problem, device = self.problem, self.bench.device
+        reason = _why_not(problem, backend, device)
+        if reason is not None:
+            return _row(problem, backend, gate=ABSENT, note=reason)
+
+        def run(inputs: Inputs) -> Outputs:
+            return as_tuple(problem.bind(inputs, backend)())
+
+        verdict = gate.judge(self.expectation, run, fill_outputs=backend in _KERNELS)
+        row = _row(problem, backend, gate=GREEN)
+        # The plain table is made of lists, which are copied from the host: nothing a graph can capture.
+        graph = not (problem.op == "rope_cos_sin" and backend == "reference")
+        return self._timed(row, verdict, lambda inputs: problem.bind(inputs, backend), graph)
+
+    def peer(self, peer: Peer) -> Row:
+        problem, case = self.problem, self.case
+        row = _row(problem, peer.name, peer=True, gate=ABSENT, note=peer.missing() or "")
+        if row.note:
+            return row
+        expectation, adapt = self.expectation, peer.adapt
+        if adapt is not None:
+            expectation = gate.expect(problem, adapt(case, self.sets[0]))
+        verdict = gate.judge(expectation, gate_run(peer, problem.op, case), fill_outputs=False)
+        row = dataclasses.replace(row, gate=GREEN, note=peer.note)
+        return self._timed(row, verdict, lambda inputs: peer.bind(problem.op, case, inputs), True)
+
+    def _timed(
+        self, row: Row, verdict: gate.Verdict, bind: Callable[[Inputs], timing.Thunk], graph: bool
+    ) -> Row:  # fmt: skip
+        row = dataclasses.replace(row, error=verdict.error, plain_error=verdict.plain_error)
+        if not verdict.green:
+            return dataclasses.replace(row, gate=RED, note=verdict.reason)
+        problem, device = self.problem, self.bench.device
+        while len(self.sets) < rotated_sets(problem.bytes, device):
+            self.sets.append(problem.make(device))
+        calls = [bind(inputs) for inputs in self.sets]
+        timed = measure(calls, device, self.bench.effort, graph=graph)
+        wall = wall_us(calls, device) if device.type == "cuda" else timed.p50_us
+        ceiling = self.ceiling()
+        return dataclasses.replace(
+            row,
+            p20_us=timed.p20_us, p50_us=timed.p50_us, p80_us=timed.p80_us,
+            ceiling=problem.ceiling, ceiling_us=ceiling, ratio=timed.p50_us / ceiling if ceiling else None,
+            tbps=None if problem.flops else problem.bytes / timed.p50_us / 1e6,
+            tflops=problem.flops / timed.p50_us / 1e6 if problem.flops else None,
+            wall_us=wall, method=timed.method, calls=timed.calls, samples=timed.samples,
+        )  # fmt: skip
+
+    def ceiling(self) -> float | None:
+        """Median time of what the problem is held against, microseconds."""
+        bench, problem = self.bench, self.problem
+        if problem.ceiling == "copy":
+            return bench.copies.measure(problem.bytes).p50_us
+        if problem.ceiling == "gemm" and self._ceiling is None:
+            products = [_bare_product(inputs) for inputs in self.sets]
+            self._ceiling = measure(products, bench.device, bench.effort).p50_us
+        return self._ceiling
+
+
+def _bare_product(inputs: Inputs) -> timing.Thunk:
+    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
+    return lambda: F.linear(x, weight, bias)
+
+
+def _why_not(problem: Problem, backend: str, device: torch.device) -> str | None:
+    """None where this backend can serve the problem on this device, else what is missing."""
+    if problem.op == "windowed_attention":
+        head_dim = problem.shape[-1]
+        return attention_why_not(backend, device.type, problem.dtype, head_dim)
+    return None if backend == "auto" else _dispatch.why_not(problem.op, backend, device.type, problem.dtype)
+
+
+def _row(problem: Problem, backend: str, *, gate: str, peer: bool = False, note: str = "") -> Row:
+    return Row(
+        bench="kernels", case=problem.case, op=problem.op, backend=backend, peer=peer, shape=problem.shape,
+        dtype=str(problem.dtype).removeprefix("torch."), tokens=problem.tokens, dim=problem.dim, gate=gate,
+        bytes=problem.bytes, note=note,
+    )  # fmt: skip
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def format_row(row: Row) -> str:
+    """One line for the terminal: times, throughput, the ratio to the ceiling, or why there is none."""
+    head = f"{row.op:<27} {row.case:<24} {row.backend:<16} "
+    if row.p50_us is None:
+        return head + f"{row.gate}: {row.note}" if row.note else head + row.gate
+    rate = f"{row.tflops:7.1f} TFLOP/s" if row.tflops is not None else f"{row.tbps:7.3f} TB/s   "
+    held = f"{row.ratio:6.3f} x {row.ceiling} {row.ceiling_us:.1f}" if row.ratio is not None else ""
+    times = f"{row.p50_us:9.2f} us ({row.p20_us:.2f}-{row.p80_us:.2f})"
+    return f"{head}{times:<30} {rate}  wall {row.wall_us:6.1f} us  {held}" + (f"  [{row.note}]" if row.note else "")

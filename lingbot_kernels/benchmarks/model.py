@@ -1,0 +1,355 @@
+"""Runs the model bench: a full-window rollout against the bare floor of the same process, and a peer on the same
+weights.
+
+The bare floor is what no fusion can remove: the layers' matrix products and attention, nothing else, in one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lingbot_kernels.benchmarks import flashdreams_peer
+from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row
+from lingbot_kernels.commands.measure import ChunkTimer, ChunkTimes, percentiles
+from lingbot_kernels.config import LingBotConfig
+from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
+from lingbot_kernels.ops._dispatch import use_backend
+from lingbot_kernels.ops.windowed_attention import _attend, resolve_library
+from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
+
+STEPS = (1000, 750, 500, 250)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What to measure.
+
+    Attributes:
+        preset: shape of the network; random weights.
+        layers: transformer blocks to really run; None for all of the preset's.
+        latent_size: (H, W) of the latents.
+        chunks: steady chunks to time.
+        peer: also run FlashDreams' network, where it is installed; its K/V window comes on top of ours in memory.
+        camera_cache: as in `RealtimeCausalDiTState`.
+        residual_dtype: None for the preset's own.
+    """
+
+    preset: str = "lingbot-world-14b"
+    layers: int | None = None
+    latent_size: tuple[int, int] = (58, 104)
+    chunks: int = 6
+    peer: bool = True
+    camera_cache: bool = True
+    residual_dtype: str | None = None
+
+    def config(self, **overrides: Any) -> LingBotConfig:
+        if self.layers is not None:
+            overrides.setdefault("num_layers", self.layers)
+        if self.residual_dtype is not None:
+            overrides.setdefault("residual_dtype", self.residual_dtype)
+        return LingBotConfig.preset(self.preset, **overrides)
+
+
+class ModelBench:
+    """One run of a plan on a CUDA device; `report` is given each row as soon as it is there."""
+
+    def __init__(self, plan: ModelPlan, device: torch.device, report: Callable[[Row], None]) -> None:
+        self.plan, self.device, self.report = plan, device, report
+        self.config = plan.config()
+        _, ph, pw = self.config.patch_size
+        self.grid = (plan.latent_size[0] // ph, plan.latent_size[1] // pw)
+        self.tokens = self.config.frames_per_chunk * self.grid[0] * self.grid[1]
+        self.window = self.config.window_frames * self.grid[0] * self.grid[1]
+        layers = "" if plan.layers is None else f"-{plan.layers}layers"
+        camera = "" if plan.camera_cache else "-no-camera-cache"
+        residual = "" if plan.residual_dtype is None else f"-{plan.residual_dtype}-residual"
+        self.case = f"{plan.preset}{layers}-s{self.tokens}-kv{self.window}{camera}{residual}-1gpu"
+        self.memory: dict[str, float] = {}
+
+    @torch.no_grad()
+    def run(self) -> bool:
+        """Measure; whether every gate was green."""
+        gate, error, plain_error = self.gate()
+        gated = {"gate": gate, "error": error, "plain_error": plain_error}
+        if gate != GREEN:
+            self.report(self._row("denoise_step", "lingbot_kernels", [], **gated, note="the gate failed: no times"))
+            return False
+        torch.manual_seed(0)
+        model = CausalLingBotTransformer(self.config, device=self.device, dtype=torch.bfloat16)
+        self._remember("weights")
+        session = Session(self, model)
+        first, steady = session.fill(), []
+        self._remember("full window")
+        replay_floor = self.floor(session)
+        floor: list[float] = []
+        for _ in range(self.plan.chunks):  # in turns, so that clocks and temperature are the same for both
+            steady.append(session.chunk())
+            floor += [_timed(replay_floor) for _ in range(4)]
+        self._remember("peak")
+        ceiling = statistics.median(floor)
+        note = self._note(session)
+        steps = [ms for times in steady for ms in times.denoise]
+        self._report("bare_floor", "library", floor, ceiling, gate=GREEN, note=session.library)
+        self._report("denoise_step", "lingbot_kernels", steps, ceiling, **gated, note=note)
+        self._report("context_update", "lingbot_kernels", [t.context for t in steady], ceiling, **gated, note=note)
+        self._report("chunk", "lingbot_kernels", [t.total for t in steady], ceiling, **gated, note=note)
+        self._report("first_chunk", "lingbot_kernels", [first.total], ceiling, **gated, note="window not full")
+        for phase, ms in session.breakdown().items():
+            self._report(f"step_phase_{phase}", "lingbot_kernels", [ms], ceiling, **gated, note="eager, by kernel")
+        busy = session.busy()
+        self.report(dataclasses.replace(
+            self._row("gpu_busy", "lingbot_kernels", [], **gated), ratio=busy, note="kernel time / time of a step"
+        ))  # fmt: skip
+        return self.peer(session, ceiling) if self.plan.peer else True
+
+    def gate(self) -> tuple[str, float, float]:
+        """Two layers of this width over 7 chunks on a small grid: ours and the plain bfloat16 formulation, against
+        float64.
+        """
+        overrides = {"num_layers": 2, "window_frames": 12}
+        torch.manual_seed(0)
+        model = CausalLingBotTransformer(self.plan.config(**overrides), device=self.device, dtype=torch.bfloat16)
+        exact = CausalLingBotTransformer(self.plan.config(**overrides), device=self.device, dtype=torch.float64)
+        exact.load_state_dict(model.state_dict())
+        got = _small_rollout(model)
+        with use_backend("reference"):
+            plain, truth = _small_rollout(model), _small_rollout(exact)
+        del model, exact
+        _free()
+        error, plain_error = (float((a.double() - truth).norm() / truth.norm()) for a in (got, plain))
+        return (GREEN if error <= 1.25 * plain_error else RED), error, plain_error
+
+    def floor(self, session: Session) -> Callable[[], None]:
+        """A graph of every layer's products and attention on its own weights and K/V, with random activations."""
+        cfg, model, library = self.config, session.model, session.library
+        assert session.state.kv_cache is not None and session.state.crossattn_cache is not None
+        rings, texts = session.state.kv_cache.layers, session.state.crossattn_cache.layers
+        x = torch.randn(self.tokens, cfg.dim, device=self.device, dtype=torch.bfloat16)
+        hidden = torch.randn(self.tokens, cfg.ffn_dim, device=self.device, dtype=torch.bfloat16)
+        q = torch.randn(1, self.tokens, cfg.num_heads, cfg.head_dim, device=self.device, dtype=torch.bfloat16)
+
+        def run() -> None:
+            for block, ring, text in zip(model.blocks, rings, texts, strict=True):
+                torch.mm(x, block.self_attn.qkv.weight.t())
+                _attend(q, *ring, library, False)
+                torch.mm(x, block.self_attn.o.weight.t())
+                torch.mm(x, block.cross_attn.q.weight.t())
+                _attend(q, *text, library, False)
+                torch.mm(x, block.cross_attn.o.weight.t())
+                torch.mm(x, block.ffn[0].weight.t())  # type: ignore[operator]
+                torch.mm(hidden, block.ffn[2].weight.t())  # type: ignore[operator]
+
+        run()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        graph.replay()
+        return graph.replay
+
+    def peer(self, session: Session, ceiling: float) -> bool:
+        """FlashDreams' denoise step at a full window, gated against ours on a first chunk; False if it disagrees."""
+        missing = flashdreams_peer.why_not()
+        if missing is not None:
+            self.report(self._row("denoise_step", "flashdreams", [], peer=True, gate=ABSENT, note=missing))
+            return True
+        try:
+            error, times = session.run_peer()
+        except Exception as failure:  # a peer's failure is a row of its own, not the end of ours
+            note = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
+            self.report(self._row("denoise_step", "flashdreams", [], peer=True, gate=FAILED, note=note))
+            return True
+        gate = GREEN if error < 0.05 else RED
+        self._report(
+            "denoise_step", "flashdreams", times, ceiling, peer=True, gate=gate, error=error, note="compiled, graphed"
+        )
+        return gate == GREEN
+
+    def _remember(self, phase: str) -> None:
+        torch.cuda.synchronize(self.device)
+        self.memory[phase] = torch.cuda.max_memory_allocated(self.device) / 2**30
+
+    def _note(self, session: Session) -> str:
+        free, total = torch.cuda.mem_get_info(self.device)
+        phases = ", ".join(f"{phase} {gib:.1f}" for phase, gib in self.memory.items())
+        reserved = torch.cuda.max_memory_reserved(self.device) / 2**30
+        whole = LingBotConfig.preset(self.plan.preset).num_layers
+        scaled = (
+            "" if self.plan.layers in (None, whole) else f"; {self.plan.layers} of {whole} layers, not extrapolated"
+        )
+        return (
+            f"{session.library} attention; GiB allocated: {phases}; reserved {reserved:.1f}, on the GPU "
+            f"{(total - free) / 2**30:.1f}; graphs {session.state.graphs.captures} captured{scaled}"
+        )
+
+    def _report(self, op: str, backend: str, times_ms: Sequence[float], ceiling_ms: float, **fields: Any) -> None:
+        row = self._row(op, backend, times_ms, **fields)
+        if row.p50_us is not None:
+            row = dataclasses.replace(
+                row, ceiling="bare floor", ceiling_us=ceiling_ms * 1e3, ratio=row.p50_us / (ceiling_ms * 1e3)
+            )
+        self.report(row)
+
+    def _row(self, op: str, backend: str, times_ms: Sequence[float], *, peer: bool = False, **fields: Any) -> Row:
+        row = Row(
+            bench="model", case=self.case, op=op, backend=backend, peer=peer, shape=(1, self.tokens, self.config.dim),
+            dtype="bfloat16", tokens=self.tokens, dim=self.config.dim, bytes=0, method="events", **fields,
+        )  # fmt: skip
+        if not times_ms or fields["gate"] != GREEN:
+            return row
+        p = percentiles(times_ms)
+        return dataclasses.replace(
+            row, p20_us=p["p20"] * 1e3, p50_us=p["p50"] * 1e3, p80_us=p["p80"] * 1e3, samples=len(times_ms), calls=1
+        )
+
+
+class Session:
+    """A rollout of the bench's model with random inputs, one chunk at a time."""
+
+    def __init__(self, bench: ModelBench, model: CausalLingBotTransformer) -> None:
+        self.bench, self.model = bench, model
+        cfg, device = model.config, bench.device
+        self.library = resolve_library(None, device.type, model.dtype, cfg.head_dim)
+        self.state = RealtimeCausalDiTState(camera_cache=bench.plan.camera_cache)
+        self.timer = ChunkTimer(device)
+        self.stage = CausalDenoisingStage(model, STEPS, observe=self.timer.observe)
+        self.text = torch.randn(1, cfg.text_len, cfg.text_dim, device=device)
+        self.latents = (1, cfg.out_channels, cfg.frames_per_chunk, *bench.plan.latent_size)
+
+    def chunk(self) -> ChunkTimes:
+        """Denoise and time the next chunk, context update included, on new noise and a new camera."""
+        self.timer.start()
+        noise = torch.randn(self.latents, device=self.bench.device)
+        camera = self.new_camera()
+        self.timer.inputs_ready()
+        chunk = self.stage.denoise_chunk(self.state, noise, text=self.text, camera=camera)
+        self.timer.chunk_ready()
+        times = self.timer.stop()
+        if not bool(torch.isfinite(chunk).all()):
+            raise FloatingPointError("the chunk is not finite")
+        return times
+
+    def new_camera(self) -> Tensor:
+        batch, _, *rest = self.latents
+        return torch.randn(batch, self.model.config.camera_channels, *rest, device=self.bench.device)
+
+    def fill(self) -> ChunkTimes:
+        """Run until the window is full and graphs are captured; the first chunk's times."""
+        cfg = self.model.config
+        first = self.chunk()
+        for _ in range(-(-cfg.window_frames // cfg.frames_per_chunk) + 1):
+            self.chunk()
+        return first
+
+    def step(self, camera: Tensor) -> None:
+        """One more denoise step of the current chunk."""
+        channels = self.model.config.in_channels
+        self.model(
+            torch.randn(1, channels, *self.latents[2:], device=self.bench.device),
+            self.text, 1000.0, state=self.state, start_frame=self.state.chunk_start_frame, camera=camera,
+        )  # fmt: skip
+
+    def breakdown(self) -> dict[str, float]:
+        """Milliseconds of an eager step by kind of kernel: attention, products, ours, the rest."""
+        camera = self.new_camera()
+        self.model.cuda_graphs = False
+        self.step(camera)
+        times = dict.fromkeys(("attention", "products", "fused_passes", "other"), 0.0)
+        for name, microseconds in _kernel_times(lambda: self.step(camera)):
+            times[_kind(name)] += microseconds / 1e3
+        self.model.cuda_graphs = True
+        return times
+
+    def busy(self) -> float:
+        """Share of a replayed step's time in which the GPU runs a kernel, over ten steps."""
+        camera = self.new_camera()
+        self.step(camera)
+
+        def steps() -> None:
+            for _ in range(10):
+                self.step(camera)
+
+        elapsed = _timed(steps)
+        kernels = sum(us for _, us in _kernel_times(steps)) / 1e3
+        return min(kernels / elapsed, 1.0)
+
+    def run_peer(self) -> tuple[float, list[float]]:
+        """(Relative difference of the first chunk's flow from ours, milliseconds of its steps at a full window)."""
+        model, bench = self.model, self.bench
+        peer = flashdreams_peer.FlashDreamsPeer(model, self.text, bench.grid)
+        camera, channels = self.new_camera(), model.config.in_channels
+        embedding = model._embed_camera(camera)
+        latents = torch.randn(1, channels, *self.latents[2:], device=bench.device)
+        fresh = RealtimeCausalDiTState(camera_cache=False)
+        ours = model(latents, self.text, 937.5, state=fresh, start_frame=0, camera=camera)
+        theirs = peer.forward(latents, 937.5, embedding, 0)
+        _, ph, pw = model.config.patch_size
+        shaped = theirs.unflatten(1, (self.latents[2], *bench.grid)).unflatten(-1, (-1, ph, pw))
+        shaped = shaped.permute(0, 4, 1, 2, 5, 3, 6).reshape(ours.shape).float()
+        error = float((shaped - ours).norm() / ours.norm())
+        peer.end_chunk(0)
+        fresh.dispose()
+        chunks = -(-model.config.window_frames // model.config.frames_per_chunk)
+        for chunk in range(1, chunks + 2):
+            for step in range(3):
+                peer.forward(latents, 937.5, embedding, chunk, first=step == 0)
+            peer.end_chunk(chunk)
+        peer.forward(latents, 937.5, embedding, chunks + 2)
+        times = [_timed(lambda: peer.forward(latents, 937.5, embedding, chunks + 2, first=False)) for _ in range(20)]
+        return error, times[5:]
+
+
+def _small_rollout(model: CausalLingBotTransformer) -> Tensor:
+    """7 chunks with eviction on a grid of 4 x 6 tokens, from one seed: [1, C, 21, H, W], float64."""
+    generator = torch.Generator(model.device).manual_seed(3)
+    frames, size = 7 * model.config.frames_per_chunk, (8, 12)
+    text = torch.randn(1, 9, model.config.text_dim, device=model.device, generator=generator)
+    camera = torch.randn(1, model.config.camera_channels, frames, *size, device=model.device, generator=generator)
+    stage = CausalDenoisingStage(model, STEPS)
+    chunks = stage.rollout(RealtimeCausalDiTState(), 7, text=text, camera=camera, generator=generator)
+    return torch.cat([chunk.double() for chunk in chunks], dim=2)
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    """Milliseconds of the GPU's time, by events; waits."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _kernel_times(call: Callable[[], Any]) -> list[tuple[str, float]]:
+    """(name, microseconds) of every kernel, copy and fill that the call runs."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        call()
+        torch.cuda.synchronize()
+    return [(e.key, e.self_device_time_total) for e in recorded.key_averages() if e.self_device_time_total > 0]
+
+
+def _kind(kernel: str) -> str:
+    name = kernel.lower()
+    if "flash" in name or "fmha" in name or "cudnn" in name or "attention" in name:
+        return "attention"
+    if any(part in name for part in ("nvjet", "gemm", "cutlass", "cublas", "splitk")):
+        return "products"
+    return "fused_passes" if "lingbot" in name or name.endswith("_kernel") else "other"
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()

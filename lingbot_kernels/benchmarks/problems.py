@@ -1,0 +1,329 @@
+"""What an op is given in a case, the call that is measured, and the plain formulation that judges it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lingbot_kernels import ops, reference
+from lingbot_kernels.benchmarks.cases import SINK_FRAMES, WINDOW_FRAMES, Case
+from lingbot_kernels.ops import RingPosition
+from lingbot_kernels.ops.windowed_attention import LIBRARIES
+
+EPS = 1e-6
+THETA = 10000.0
+CACHES = ("k_cache", "v_cache")
+RING_OPS = ("qk_norm_rope_kv_write", "k_norm_rope_kv_write", "qkv_unpack_kv_write")
+GATE_QUERIES = 64  # rows of attention and of matrix products that the gate judges: float64 scores of all would be 40 GB
+
+Inputs = dict[str, Any]
+Outputs = tuple[Tensor, ...]
+Bind = Callable[[Inputs, str], Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One op in one case.
+
+    Attributes:
+        op, case: the op's name, and the case's with what sets this variant apart.
+        shape: of the op's main operand.
+        dtype: of the activations; a float32 residual stream is in `case`.
+        tokens, dim: what dispatch goes by.
+        make: device -> fresh random inputs.
+        bind: (inputs, backend) -> the call that is measured: the public op on these inputs.
+        plain: inputs of any dtype -> outputs, the plain torch formulation; of float64 inputs it is the oracle.
+        bytes: activations read and written once (weights, vectors and tables left out: they are under 1%).
+        flops: of a matrix product or attention, else 0.
+        backends: that can be asked for.
+        judged: (inputs, outputs) -> the part of the outputs that the gate judges.
+        ceiling: what the row's ceiling is measured with: "copy" of `bytes`, "gemm" or "" (none).
+    """
+
+    op: str
+    case: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tokens: int
+    dim: int
+    make: Callable[[torch.device], Inputs]
+    bind: Bind
+    plain: Callable[[Inputs], Outputs]
+    bytes: int
+    flops: int = 0
+    backends: tuple[str, ...] = ("cuda", "triton", "cpu", "reference")
+    judged: Callable[[Inputs, Outputs], Outputs] | None = None
+    ceiling: str = "copy"
+
+    def results(self, inputs: Inputs, outputs: Outputs) -> Outputs:
+        """Everything the gate compares: outputs, then the ring slots that were written."""
+        if self.judged is not None:
+            outputs = self.judged(inputs, outputs)
+        if self.op not in RING_OPS:
+            return outputs
+        slots = written_slots(inputs)
+        return (*outputs, *(inputs[name][:, slots] for name in CACHES))
+
+
+def written_slots(inputs: Inputs) -> Tensor:
+    """Slots of the ring that the chunk of `inputs` goes to."""
+    tokens = inputs["k"].shape[1] if "k" in inputs else inputs["packed"].shape[0]
+    cache = inputs["k_cache"]
+    return inputs["ring"].slots(tokens, cache.shape[1], cache.device)
+
+
+def _randn(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, device=device, dtype=dtype)
+
+
+def _weight(dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return (1 + 0.2 * torch.randn(dim, device=device)).to(dtype)
+
+
+def _caches(case: Case, tokens: int, heads: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """A window of K and V, and where the chunk goes in it; frames of a third of `tokens` each."""
+    frame = tokens // 3
+    capacity, sink = WINDOW_FRAMES * frame, SINK_FRAMES * frame
+    shape = (1, capacity, heads, case.head_dim)
+    caches = {name: _randn(*shape, device=device, dtype=dtype) for name in CACHES}
+    return {**caches, "ring": RingPosition(case.ring_start(tokens, capacity, sink), sink)}
+
+
+def _table(case: Case, device: torch.device) -> Tensor:
+    return reference.rope_cos_sin(
+        case.tokens, case.token_start, case.frame_tokens, case.columns, case.head_dim, THETA, device
+    )
+
+
+def _qkv(case: Case, device: torch.device, dtype: torch.dtype, caches: bool = True) -> Inputs:
+    """q, k, v as strided views of one projection [1, S, 3D], norm weights, the RoPE table, and the window."""
+    qkv = _randn(1, case.tokens, 3 * case.dim, device=device, dtype=dtype)
+    q, k, v = qkv.chunk(3, dim=-1)
+    return {
+        "qkv": qkv, "q": q, "k": k, "v": v,
+        "q_weight": _weight(case.dim, device, dtype), "k_weight": _weight(case.dim, device, dtype),
+        "cos_sin": _table(case, device),
+        **(_caches(case, case.tokens, case.heads, device, dtype) if caches else {}),
+    }  # fmt: skip
+
+
+_FULL = ("q", "k", "v", "q_weight", "k_weight", "cos_sin", *CACHES, "ring")
+_WRITE = ("k", "v", "k_weight", "cos_sin", *CACHES, "ring")
+_PACK = ("q", "k", "v", "q_weight", "k_weight", "cos_sin")
+
+
+def as_tuple(out: Any) -> Outputs:
+    """An op's result, be it None, a tensor or several, as a tuple."""
+    return () if out is None else out if isinstance(out, tuple) else (out,)
+
+
+def _op(function: Callable[..., Any], names: tuple[str, ...], *rest: Any) -> Bind:
+    """Binds an op to `names` of the inputs, then `rest`."""
+    return lambda inputs, backend: partial(function, *[inputs[name] for name in names], *rest, backend=backend)
+
+
+def _plain(function: Callable[..., Any], names: tuple[str, ...], *rest: Any) -> Callable[[Inputs], Outputs]:
+    return lambda inputs: as_tuple(function(*[inputs[name] for name in names], *rest))
+
+
+def _rope_problem(case: Case) -> Problem:
+    sizes = (case.tokens, case.token_start, case.frame_tokens, case.columns, case.head_dim, THETA)
+
+    def make(device: torch.device) -> Inputs:
+        return {"out": torch.empty(case.tokens, case.head_dim, device=device)}
+
+    def bind(inputs: Inputs, backend: str) -> Callable[[], Any]:
+        out = inputs["out"]
+        return partial(ops.rope_cos_sin, *sizes, out.device, out=out, backend=backend)
+
+    def plain(inputs: Inputs) -> Outputs:
+        return (reference.rope_cos_sin(*sizes, inputs["out"].device, dtype=inputs["out"].dtype),)
+
+    shape = (case.tokens, case.head_dim)
+    return Problem(
+        "rope_cos_sin", case.name, shape, torch.float32, case.tokens, case.head_dim, make, bind, plain,
+        bytes=case.tokens * case.head_dim * 4,
+    )  # fmt: skip
+
+
+def _ring_problems(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
+    tokens, dim, width = case.tokens, case.dim, dtype.itemsize
+    common = (case.name, (1, tokens, dim), dtype, tokens, dim)
+    yield Problem(
+        "qk_norm_rope_kv_write", *common, lambda device: _qkv(case, device, dtype),
+        _op(ops.qk_norm_rope_kv_write, _FULL, EPS), _plain(reference.qk_norm_rope_kv_write, _FULL, EPS),
+        bytes=6 * tokens * dim * width,
+    )  # fmt: skip
+    yield Problem(
+        "k_norm_rope_kv_write", *common, lambda device: _qkv(case, device, dtype),
+        _op(ops.k_norm_rope_kv_write, _WRITE, EPS), _plain(reference.k_norm_rope_kv_write, _WRITE, EPS),
+        bytes=4 * tokens * dim * width,
+    )  # fmt: skip
+    heads, chunk = case.heads // case.ranks, case.ranks * tokens
+    names = ("packed", *CACHES, "ring")
+
+    def packed(device: torch.device) -> Inputs:
+        buffer = _randn(chunk, 1, 3, heads, case.head_dim, device=device, dtype=dtype)
+        return {"packed": buffer, **_caches(case, chunk, heads, device, dtype)}
+
+    yield Problem(
+        "qkv_unpack_kv_write", case.name, (chunk, 1, 3, heads, case.head_dim), dtype, chunk, heads * case.head_dim,
+        packed, _op(ops.qkv_unpack_kv_write, names), _plain(reference.qkv_unpack_kv_write, names),
+        bytes=4 * chunk * heads * case.head_dim * width,
+    )  # fmt: skip
+
+
+def _pack_and_norm(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
+    tokens, dim, width = case.tokens, case.dim, dtype.itemsize
+    common = (case.name, (1, tokens, dim), dtype, tokens, dim)
+    yield Problem(
+        "qk_norm_rope_pack", *common, lambda device: _qkv(case, device, dtype, caches=False),
+        _op(ops.qk_norm_rope_pack, _PACK, case.ranks, EPS), _plain(reference.qk_norm_rope_pack, _PACK, case.ranks, EPS),
+        bytes=6 * tokens * dim * width,
+    )  # fmt: skip
+    names = ("x", "weight")
+    yield Problem(
+        "rms_norm", *common,
+        lambda device: {
+            "x": _randn(1, tokens, dim, device=device, dtype=dtype), "weight": _weight(dim, device, dtype),
+        },
+        _op(ops.rms_norm, names, EPS), _plain(reference.rms_norm, names, EPS),
+        bytes=2 * tokens * dim * width,
+    )  # fmt: skip
+
+
+def _residual_problems(case: Case, dtype: torch.dtype, residual: torch.dtype) -> Iterator[Problem]:
+    tokens, dim, width, wide = case.tokens, case.dim, dtype.itemsize, residual.itemsize
+    name = case.name + ("-r32" if residual != dtype else "")
+    shape = (1, tokens, dim)
+
+    def make(device: torch.device, camera: bool) -> Inputs:
+        inputs = {
+            "x": _randn(*shape, device=device, dtype=residual),
+            "delta": _randn(*shape, device=device, dtype=dtype),
+            "weight": _weight(dim, device, dtype), "bias": 0.1 * _randn(dim, device=device, dtype=dtype),
+            "cam_scale": None, "cam_shift": None,
+        }  # fmt: skip
+        inputs |= {key: 0.5 * torch.randn(dim, device=device) for key in ("shift", "scale", "gate")}
+        if camera:
+            inputs |= {key: _randn(*shape, device=device, dtype=dtype) for key in ("cam_scale", "cam_shift")}
+        return inputs
+
+    def problem(
+        op: str, names: tuple[str, ...], rest: tuple[Any, ...], bytes_per_element: int, suffix: str = ""
+    ) -> Problem:
+        return Problem(
+            op, name + suffix, shape, dtype, tokens, dim, lambda device: make(device, suffix == "-camera"),
+            _op(getattr(ops, op), names, *rest), _plain(getattr(reference, op), names, *rest),
+            bytes=bytes_per_element * tokens * dim,
+        )  # fmt: skip
+
+    def modulate(function: Callable[..., Tensor], inputs: Inputs, **named: Any) -> Callable[[], Tensor]:
+        x = inputs["x"]
+        out_dtype = x.dtype if x.dtype == torch.float64 else dtype
+        return partial(function, x, inputs["shift"], inputs["scale"], EPS, out_dtype=out_dtype, **named)
+
+    yield Problem(
+        "layer_norm_modulate", name, shape, dtype, tokens, dim, lambda device: make(device, False),
+        lambda inputs, backend: modulate(ops.layer_norm_modulate, inputs, backend=backend),
+        lambda inputs: (modulate(reference.layer_norm_modulate, inputs)(),),
+        bytes=(wide + width) * tokens * dim,
+    )  # fmt: skip
+    yield problem("residual_norm_modulate", ("x", "delta", "shift", "scale"), (EPS,), 2 * wide + 2 * width)
+    camera_norm = ("x", "delta", "gate", "cam_scale", "cam_shift", "weight", "bias")
+    yield problem("gated_residual_camera_norm", camera_norm, (EPS,), 2 * wide + 4 * width, "-camera")
+    yield problem("gated_residual_camera_norm", camera_norm, (EPS,), 2 * wide + 2 * width)
+    yield problem("gated_residual", ("x", "delta", "gate"), (), 2 * wide + width)
+
+
+def _spread(rows: int) -> torch.Tensor:
+    """Indices of at most GATE_QUERIES rows, from the first to the last."""
+    return torch.linspace(0, rows - 1, min(rows, GATE_QUERIES)).long()
+
+
+def _judged_rows(inputs: Inputs, outputs: Outputs) -> Outputs:
+    """The spread rows of an output that has all rows, [1, S, D]."""
+    (out,) = outputs
+    rows = inputs["rows"]
+    return (out if out.shape[1] == len(rows) else out[:, rows.to(out.device)],)
+
+
+def _plain_attention(inputs: Inputs) -> Outputs:
+    """softmax(q k^T / sqrt(head_dim)) v in the inputs' own dtype, for the judged rows alone."""
+    k, v = (inputs[name].transpose(1, 2) for name in CACHES)
+    q = inputs["q"][:, inputs["rows"].to(k.device)].unflatten(-1, (k.shape[1], -1)).transpose(1, 2)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return ((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(-2),)
+
+
+def _library_problems(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
+    tokens, heads, head_dim = case.ranks * case.tokens, case.heads // case.ranks, case.head_dim
+    visible = WINDOW_FRAMES * case.frame_tokens
+
+    def make_attention(device: torch.device) -> Inputs:
+        shape = (1, visible, heads, head_dim)
+        caches = {name: _randn(*shape, device=device, dtype=dtype) for name in CACHES}
+        q = _randn(1, tokens, heads * head_dim, device=device, dtype=dtype)
+        return {"q": q, **caches, "rows": _spread(tokens)}
+
+    yield Problem(
+        "windowed_attention", case.name, (1, tokens, visible, heads, head_dim), dtype, tokens, heads * head_dim,
+        make_attention, _op(ops.windowed_attention, ("q", *CACHES), visible), _plain_attention,
+        bytes=2 * (tokens + visible) * heads * head_dim * dtype.itemsize,
+        flops=4 * tokens * visible * heads * head_dim,
+        backends=tuple(name for name in LIBRARIES if name != "reference"), judged=_judged_rows, ceiling="",
+    )  # fmt: skip
+    dim, hidden = case.dim, case.ffn_dim
+
+    def make_linear(device: torch.device) -> Inputs:
+        return {
+            "x": _randn(1, case.tokens, dim, device=device, dtype=dtype),
+            "weight": _randn(hidden, dim, device=device, dtype=dtype) * dim**-0.5,
+            "bias": _randn(hidden, device=device, dtype=dtype),
+            "rows": _spread(case.tokens),
+        }
+
+    def plain_linear(inputs: Inputs) -> Outputs:
+        x = inputs["x"][:, inputs["rows"].to(inputs["x"].device)]
+        return (F.gelu(F.linear(x, inputs["weight"], inputs["bias"]), approximate="tanh"),)
+
+    yield Problem(
+        "linear_gelu", case.name, (1, case.tokens, dim, hidden), dtype, case.tokens, dim,
+        make_linear, _op(ops.linear_gelu, ("x", "weight", "bias")), plain_linear,
+        bytes=(case.tokens * (dim + hidden) + hidden * dim) * dtype.itemsize,
+        flops=2 * case.tokens * dim * hidden, backends=("auto", "reference"), judged=_judged_rows, ceiling="gemm",
+    )  # fmt: skip
+
+
+def problems(case: Case, dtype: torch.dtype = torch.bfloat16) -> Iterator[Problem]:
+    """Every op's problems in this case, in the order data flows through a block."""
+    if not case.wrap:
+        yield _rope_problem(case)
+    yield from _ring_problems(case, dtype)
+    if case.wrap:
+        return
+    yield from _pack_and_norm(case, dtype)
+    streams = (dtype, torch.float32) if case.residual_float32 and dtype != torch.float32 else (dtype,)
+    for residual in streams:
+        yield from _residual_problems(case, dtype, residual)
+    yield from _library_problems(case, dtype)
+
+
+def widened(inputs: Inputs) -> Inputs:
+    """The same inputs in float64, in memory of their own."""
+    return {
+        name: value.to(torch.float64, copy=True) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+def poisoned(inputs: Inputs) -> Inputs:
+    """The same inputs, with what the op writes (the ring's caches, or the buffer it fills) apart and full of NaN."""
+    written = (*CACHES, "out") if "ring" in inputs or "out" in inputs else ()
+    return {**inputs, **{name: torch.full_like(inputs[name], torch.nan) for name in written if name in inputs}}

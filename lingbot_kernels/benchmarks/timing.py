@@ -1,0 +1,203 @@
+"""Times of calls and of copies of the same bytes: CUDA graphs over rotated inputs, or the clock on a CPU.
+
+A graph holds calls on different inputs, at least four times the L2 cache in all, so that no call finds its operands
+cached. Replays are queued behind a spinning kernel: the GPU never waits for the host between the events.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Thunk = Callable[[], Any]
+_SPIN_CYCLES = 2_000_000  # about a millisecond
+_MAX_GRAPH_CALLS = 2048
+_MIN_SETS, _MAX_SETS = 3, 512
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Percentiles over samples of the time a call takes, microseconds; a sample is a mean over `calls` calls.
+
+    `method`: "graph" (CUDA-graph replays between events), "events" (eager launches between events) or "clock".
+    """
+
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    calls: int
+    samples: int
+    method: str
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: samples of at least `sample_us` each, as many as fit in `budget_us`, within bounds."""
+
+    sample_us: float = 1000.0
+    budget_us: float = 60_000.0
+    min_samples: int = 8
+    max_samples: int = 40
+
+    def samples(self, sample_us: float) -> int:
+        return int(min(max(self.budget_us / max(sample_us, 1.0), self.min_samples), self.max_samples))
+
+
+QUICK = Effort(sample_us=600.0, budget_us=20_000.0, min_samples=5, max_samples=20)
+
+
+def l2_bytes(device: torch.device) -> int:
+    """Size of the GPU's L2 cache; 0 for a CPU."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def rotated_sets(bytes_per_call: int, device: torch.device) -> int:
+    """How many sets of operands a ring needs, so that L2 can't hold what a call reads when its turn comes again."""
+    wanted = -(-4 * l2_bytes(device) // max(bytes_per_call, 1))
+    return min(max(wanted, _MIN_SETS), _MAX_SETS)
+
+
+def _percentiles(samples: Sequence[float], calls: int, method: str) -> Timing:
+    if len(samples) == 1:
+        p20 = p50 = p80 = samples[0]
+    else:
+        tenths = statistics.quantiles(samples, n=10, method="inclusive")
+        p20, p50, p80 = tenths[1], tenths[4], tenths[7]
+    return Timing(p20, p50, p80, calls, len(samples), method)
+
+
+def measure(calls: Sequence[Thunk], device: torch.device, effort: Effort, *, graph: bool = True) -> Timing:
+    """Time the calls, one after another and round again; each must work on operands of its own.
+
+    Args:
+        graph: capture them (CUDA only); False for calls that copy from the host or wait for it.
+    """
+    if device.type != "cuda":
+        return _measure_clock(calls, effort)
+    with torch.cuda.device(device):
+        per_call = _warm_up(calls)
+        if graph:
+            return _measure_graph(calls, per_call, effort)
+        return _measure_events(calls, per_call, effort)
+
+
+def _measure_clock(calls: Sequence[Thunk], effort: Effort) -> Timing:
+    for call in calls:
+        call()
+    start = time.perf_counter_ns()
+    calls[0]()
+    once = (time.perf_counter_ns() - start) / 1e3
+    samples = []
+    for i in range(max(effort.samples(once), len(calls))):
+        call = calls[i % len(calls)]
+        start = time.perf_counter_ns()
+        call()
+        samples.append((time.perf_counter_ns() - start) / 1e3)
+    return _percentiles(samples, 1, "clock")
+
+
+def _warm_up(calls: Sequence[Thunk]) -> float:
+    """Compile and tune on a side stream, as graph capture wants it; returns a call's time in microseconds, roughly."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls[:2]:
+            call()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(_SPIN_CYCLES)
+        start.record()
+        for call in calls[:_MIN_SETS]:
+            call()
+        end.record()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    return max(start.elapsed_time(end) * 1e3 / len(calls[:_MIN_SETS]), 0.5)
+
+
+def _measure_graph(calls: Sequence[Thunk], per_call: float, effort: Effort) -> Timing:
+    rounds = max(1, -(-int(effort.sample_us / per_call) // len(calls)))
+    rounds = max(1, min(rounds, _MAX_GRAPH_CALLS // len(calls)))
+    graph = torch.cuda.CUDAGraph()
+    held: deque[Any] = deque(maxlen=len(calls))  # outputs rotate as well: a ring of them is alive during capture
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(rounds):
+            for call in calls:
+                held.append(call())
+    count = rounds * len(calls)
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(effort.samples(per_call * count))
+    ]
+    torch.cuda._sleep(_SPIN_CYCLES)
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return _percentiles([start.elapsed_time(end) * 1e3 / count for start, end in events], count, "graph")
+
+
+def _measure_events(calls: Sequence[Thunk], per_call: float, effort: Effort) -> Timing:
+    samples = []
+    for _ in range(effort.samples(per_call * len(calls))):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(_SPIN_CYCLES)
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        samples.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return _percentiles(samples, len(calls), "events")
+
+
+def wall_us(calls: Sequence[Thunk], device: torch.device, *, batch: int = 20, batches: int = 7) -> float:
+    """Median time the host spends in one call, microseconds, launches queued and not waited for.
+
+    A batch is short enough for the GPU's launch queue, so that a full queue never holds the host back.
+    """
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    times = []
+    for _ in range(batches):
+        wait()
+        start = time.perf_counter_ns()
+        for i in range(batch):
+            calls[i % len(calls)]()
+        times.append((time.perf_counter_ns() - start) / 1e3 / batch)
+    wait()
+    return statistics.median(times)
+
+
+class CopyCeiling:
+    """Time of a copy that reads and writes as many bytes as an op does, in this process; measured once a size."""
+
+    def __init__(self, device: torch.device, effort: Effort) -> None:
+        self._device = device
+        self._effort = effort
+        self._measured: dict[int, Timing] = {}
+
+    def measure(self, nbytes: int) -> Timing:
+        """`torch.Tensor.copy_` of contiguous bf16: nbytes / 2 read, nbytes / 2 written."""
+        if nbytes not in self._measured:
+            pairs = [self._pair(nbytes) for _ in range(rotated_sets(nbytes, self._device))]
+            calls = [lambda target=target, source=source: target.copy_(source) for target, source in pairs]
+            self._measured[nbytes] = measure(calls, self._device, self._effort)
+        return self._measured[nbytes]
+
+    def _pair(self, nbytes: int) -> tuple[Tensor, Tensor]:
+        source = torch.randn(max(nbytes // 4, 1), dtype=torch.bfloat16, device=self._device)
+        return torch.empty_like(source), source

@@ -1,0 +1,170 @@
+"""`lingbot-kernels bench kernels`: options of the kernel bench; `lingbot_kernels.benchmarks` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from lingbot_kernels.benchmarks.kernels import Plan
+
+
+class NameList(click.ParamType):
+    """Names separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        names = value if isinstance(value, tuple) else tuple(name.strip() for name in value.split(","))
+        if not all(names):
+            self.fail(f"{value!r} is not a list of names separated by commas.", param, ctx)
+        return names
+
+
+def _known(option: str, names: Iterable[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise click.BadParameter(f"no {name!r}; there are {', '.join(known)}.", param_hint=option)
+
+
+@click.command("kernels")
+@click.option("--ops", type=NameList(), default=(), help="Ops to measure, separated by commas.  [default: all]")
+@click.option("--cases", type=NameList(), default=(), help="Shapes, such as s4524-d5120.  [default: the device's]")
+@click.option(
+    "--backends",
+    type=NameList(),
+    default=(),
+    help="cuda, triton, cpu, reference; fa4, cudnn, sdpa; auto (linear_gelu).",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N or cpu.")
+@click.option("--peers/--no-peers", default=True, show_default=True, help="Measure what people use today as well.")
+@click.option("--quick", is_flag=True, help="Two shapes, short samples, no peer that compiles.")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
+    help="Append the rows here.  [default: bench/results/kernels-<gpu>.jsonl]",
+)  # fmt: skip
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture, a PNG.")
+@click.option("--update-winners", is_flag=True, help="Regenerate the table that `auto` goes by, from the file's rows.")
+@click.option(
+    "--from", "source", type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    help="Measure nothing: plot, or update the winners, from the rows of this file.",
+)  # fmt: skip
+def command(
+    ops: tuple[str, ...],
+    cases: tuple[str, ...],
+    backends: tuple[str, ...],
+    device: str,
+    peers: bool,
+    quick: bool,
+    json_path: Path | None,
+    plot_path: Path | None,
+    update_winners: bool,
+    source: Path | None,
+) -> None:
+    """Measure every op and backend against a copy of the same bytes.
+
+    The correctness gate comes first: against float64, with outputs and caches full of NaN. A result that fails it has
+    no speed, and the exit code is 1. Times are of CUDA-graph replays over rotated inputs; wall is the host's time of a
+    call from Python.
+
+    \b
+    Examples:
+      lingbot-kernels bench kernels --quick
+      lingbot-kernels bench kernels --ops qk_norm_rope_kv_write --json rows.jsonl --plot rows.png
+      lingbot-kernels bench kernels --from rows.jsonl --update-winners
+    """
+    from lingbot_kernels.benchmarks.rows import read_rows
+
+    if source is not None:
+        try:
+            rows = read_rows(source)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--from") from error
+        _conclude(rows, rows, plot_path, update_winners)
+        return
+    plan = _plan(ops, cases, backends, device, peers, quick)
+    fresh, path, green = _run(plan, json_path)
+    _conclude(fresh, read_rows(path), plot_path, update_winners)
+    if not green:
+        raise click.exceptions.Exit(1)
+
+
+def _plan(
+    ops: tuple[str, ...], cases: tuple[str, ...], backends: tuple[str, ...], device: str, peers: bool, quick: bool
+) -> Plan:
+    """The options as a plan; a name that doesn't exist is a usage error."""
+    import torch
+
+    from lingbot_kernels.benchmarks.cases import CASES, default_cases
+    from lingbot_kernels.benchmarks.kernels import BACKENDS, Plan
+    from lingbot_kernels.ops._dispatch import OPS
+
+    _known("--ops", ops, OPS)
+    _known("--cases", cases, CASES)
+    _known("--backends", backends, BACKENDS)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        where = torch.device(name)
+    except RuntimeError as error:
+        raise click.BadParameter(str(error).splitlines()[0], param_hint="--device") from error
+    if where.type not in ("cpu", "cuda"):
+        raise click.BadParameter(f"{name!r} must be auto, cpu, cuda or cuda:N.", param_hint="--device")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise click.BadParameter(f"{name!r}: there are {torch.cuda.device_count()} GPUs.", param_hint="--device")
+    if where.type == "cuda":
+        where = torch.device("cuda", where.index or 0)
+        torch.cuda.set_device(where)
+    return Plan(cases or default_cases(where.type, quick), where, ops, backends, peers, quick)
+
+
+def _run(plan: Plan, json_path: Path | None) -> tuple[list[dict[str, Any]], Path, bool]:
+    """Measure, printing and appending each row at once; the rows, their file, and whether every gate was green."""
+    from lingbot_kernels.benchmarks.kernels import KernelBench, format_row
+    from lingbot_kernels.benchmarks.rows import Environment, Row, append_rows, default_path
+
+    environment = Environment.collect(plan.device)
+    path = json_path or default_path(environment)
+    click.echo(
+        f"{environment.gpu} · driver {environment.driver} · torch {environment.torch} · CUDA {environment.cuda}"
+        f" · triton {environment.triton} · commit {environment.commit}"
+    )
+    fresh: list[dict[str, Any]] = []
+
+    def report(row: Row) -> None:
+        fresh.append(row.to_json(environment))
+        append_rows(path, fresh[-1:])
+        click.echo(format_row(row))
+
+    green = KernelBench(plan, report).run()
+    click.echo(f"{len(fresh)} rows appended to {path}")
+    if not green:
+        click.echo("A gate is not green: see the rows above that have no times.", err=True)
+    return fresh, path, green
+
+
+def _conclude(
+    drawn: list[dict[str, Any]], known: list[dict[str, Any]], plot_path: Path | None, update_winners: bool
+) -> None:
+    """Draw the rows of this run and update the winners from all that are known."""
+    if plot_path is not None:
+        from lingbot_kernels.benchmarks.plotting import plot
+
+        try:
+            plot(drawn, plot_path)
+        except ImportError as error:
+            raise click.ClickException(f"--plot needs matplotlib: install lingbot-kernels[plot] ({error})") from error
+        except ValueError as error:
+            raise click.ClickException(f"--plot: {error}") from error
+        click.echo(f"plot: {plot_path}")
+    if update_winners:
+        from lingbot_kernels.benchmarks import winners
+
+        try:
+            table = winners.update(known)
+        except ValueError as error:
+            raise click.ClickException(f"--update-winners: {error}") from error
+        click.echo(f"winners: default {table.default}, {len(table.rules)} rules")

@@ -1,0 +1,85 @@
+"""`lingbot-kernels bench model`: options of the model bench; `lingbot_kernels.benchmarks.model` measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("model")
+@click.option("--preset", default="lingbot-world-14b", show_default=True, help="Shape of the network, random weights.")
+@click.option("--layers", type=click.IntRange(min=1), help="Blocks to really run.  [default: all]")
+@click.option("--height", type=click.IntRange(min=16), default=464, show_default=True, help="Pixels of the video.")
+@click.option("--width", type=click.IntRange(min=16), default=832, show_default=True, help="Pixels of the video.")
+@click.option("--chunks", type=click.IntRange(min=1), default=6, show_default=True, help="Steady chunks to time.")
+@click.option("--peer/--no-peer", default=True, show_default=True, help="Run FlashDreams' network as well.")
+@click.option("--camera-cache/--no-camera-cache", default=True, show_default=True, help="Keep the camera modulation.")
+@click.option("--residual-dtype", type=click.Choice(["bfloat16", "float32"]), help="Of the residual stream.")
+@click.option("--device", default="cuda", show_default=True, help="cuda or cuda:N.")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
+    help="Append the rows here.  [default: bench/results/model-<gpu>.jsonl]",
+)  # fmt: skip
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture, a PNG.")
+def command(
+    preset: str,
+    layers: int | None,
+    height: int,
+    width: int,
+    chunks: int,
+    peer: bool,
+    camera_cache: bool,
+    residual_dtype: str | None,
+    device: str,
+    json_path: Path | None,
+    plot_path: Path | None,
+) -> None:
+    """Measure a full-window rollout against the bare floor: the same products and attention, nothing else.
+
+    Denoise step, context update, chunk, first chunk, where a step's time goes, memory and how busy the GPU is; the
+    floor and, where it is installed, FlashDreams' network on the same weights run in the same process. The gate comes
+    first: two layers of this width against float64.
+
+    \b
+    Examples:
+      lingbot-kernels bench model
+      lingbot-kernels bench model --layers 8 --plot step.png
+      lingbot-kernels bench model --preset lingbot-world-1.3b --height 480
+    """
+    import torch
+
+    from lingbot_kernels.benchmarks.model import ModelBench, ModelPlan
+    from lingbot_kernels.benchmarks.rows import Environment, Row, append_rows, default_path
+    from lingbot_kernels.config import PRESETS
+
+    if preset not in PRESETS:
+        raise click.BadParameter(f"no {preset!r}; there are {', '.join(PRESETS)}.", param_hint="--preset")
+    if height % 16 or width % 16:
+        raise click.BadParameter(f"{height} x {width} must be multiples of 16.", param_hint="--height, --width")
+    if not torch.cuda.is_available():
+        raise click.ClickException("bench model needs a CUDA device, and torch sees none")
+    where = torch.device(device if ":" in device else f"{device}:{torch.cuda.current_device()}")
+    torch.cuda.set_device(where)
+    plan = ModelPlan(preset, layers, (height // 8, width // 8), chunks, peer, camera_cache, residual_dtype)
+    environment = Environment.collect(where)
+    path = json_path or default_path(environment, "model")
+    click.echo(f"{environment.gpu} · torch {environment.torch} · commit {environment.commit}")
+    rows: list[dict[str, object]] = []
+
+    def report(row: Row) -> None:
+        rows.append(row.to_json(environment))
+        append_rows(path, rows[-1:])
+        time = "" if row.p50_us is None else f"{row.p50_us / 1e3:10.3f} ms"
+        ratio = "" if row.ratio is None else f"{row.ratio:7.4f}"
+        click.echo(f"{row.op:24} {row.backend:16} {time:>13} {ratio:>8}  {row.gate}  {row.note}")
+
+    green = ModelBench(plan, where, report).run()
+    click.echo(f"{len(rows)} rows appended to {path}")
+    if plot_path is not None:
+        from lingbot_kernels.benchmarks.model_plot import plot
+
+        plot(rows, plot_path)
+        click.echo(f"plot: {plot_path}")
+    if not green:
+        raise click.exceptions.Exit(1)
