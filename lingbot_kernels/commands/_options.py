@@ -69,7 +69,14 @@ _OPTIONS = (
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         help="Folder of safetensors shards: official, FastVideo / sglang or diffusers names.",
     ),
-    _model("--seed", type=int, default=0, show_default=True, help="Of random weights, noise and prompt."),
+    _model(
+        "--seed",
+        type=click.IntRange(0, 2**63 - 1),
+        default=0,
+        show_default=True,
+        metavar="INTEGER",
+        help="Of random weights, noise and prompt.",
+    ),
     _run(
         "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto takes a GPU where there is one."
     ),

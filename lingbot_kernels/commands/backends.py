@@ -31,7 +31,7 @@ def serving(cfg: LingBotConfig, device_type: str, dtype: torch.dtype, tokens: in
         BackendUnavailable: the backend asked for by name can't serve an op.
     """
     residual = torch.promote_types(dtype, getattr(torch, cfg.residual_dtype))
-    of_residual = ("layer_norm_modulate", "gated_residual_camera_norm", "residual_norm_modulate", "gated_residual")
+    of_residual = ("layer_norm_modulate", "gated_residual_camera_norm", "residual_norm_modulate")
     served = {"rope_cos_sin": _chosen("rope_cos_sin", device_type, torch.float32, tokens, cfg.head_dim, cfg.head_dim)}
     for op in ("qk_norm_rope_kv_write", "k_norm_rope_kv_write", "rms_norm", *of_residual):
         op_dtype = residual if op in of_residual else dtype

@@ -18,7 +18,7 @@ from lingbot_kernels.commands._click import blame
 from lingbot_kernels.commands._options import SessionOptions
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.models.camera import CELL, CameraStream, CameraTrajectory, example_trajectory
-from lingbot_kernels.models.checkpoint import CheckpointError, infer_config
+from lingbot_kernels.models.checkpoint import infer_config
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.models.poses import load_array
 from lingbot_kernels.stages.schedule import Schedule
@@ -63,7 +63,7 @@ def make_model(options: SessionOptions) -> CausalLingBotTransformer:
         with blame("/".join("--" + name.replace("_", "-") for name in changes) or "--checkpoint"):
             cfg = dataclasses.replace(found, **changes)
         return CausalLingBotTransformer.from_pretrained(options.checkpoint, dtype=dtype, device=device, cfg=cfg).eval()
-    except CheckpointError as error:
+    except (ValueError, OSError) as error:  # a CheckpointError, or a config.json that isn't such a network's
         raise click.ClickException(str(error)) from error
 
 

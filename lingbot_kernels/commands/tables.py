@@ -134,8 +134,8 @@ def _environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("lingbot-kernels", found["lingbot_kernels"] + (f" at {found['commit']}" if found["commit"] else "")),
         ("python", f"{found['python']} on {found['platform']}"),
-        ("cpu", f"{found['cpu']}, {found['cpu_cores']} cores"),
-        ("torch", f"{found['torch']}, {f'CUDA {cuda}' if cuda else 'no CUDA'}, {found['torch_threads']} threads"),
+        ("cpu", f"{found['cpu']}, cores: {found['cpu_cores']}"),
+        ("torch", f"{found['torch']}, {f'CUDA {cuda}' if cuda else 'no CUDA'}, threads: {found['torch_threads']}"),
         ("gpu", ", ".join(gpus) or "none"),
         ("driver", found["driver"] or "none"),
         ("cuDNN", found["cudnn"] or "none"),

@@ -19,10 +19,15 @@ def in_new_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["rollout", "--help"], ["bench", "--help"], ["bench", "caching", "-h"], ["cases", "--help"]],
-)
+HELP = [
+    ["--help"],
+    ["bench", "--help"],
+    *([name, "--help"] for name in COMMANDS),
+    *(["bench", name, "-h"] for name in BENCHES),
+]
+
+
+@pytest.mark.parametrize("arguments", HELP, ids=" ".join)
 def test_help_does_not_load_torch(arguments):
     program = (
         "import sys\nfrom lingbot_kernels.cli import main\n"
@@ -48,7 +53,7 @@ def test_each_entry_of_a_table_is_a_command_with_help(group, table, invoke):
         assert name in listed and line[:40] in listed
         if name != "cases":
             text = invoke(*prefix, name, "--help").output
-            assert "Examples:" in text and "Output:" in text
+            assert "Examples:" in text and "--json" in text
 
 
 def test_help_groups_options_and_examples_are_valid(invoke):
@@ -153,6 +158,15 @@ def test_a_bad_checkpoint_prints_every_problem(invoke, tmp_path):
     save_file(weights, shard)
     output = invoke("rollout", *SMALL, "--checkpoint", folder, code=1).output
     assert "head.head.bias" in output and "blocks.1.ffn.0.bias" in output and "Traceback" not in output
+
+
+def test_a_foreign_config_prints_what_is_wrong(invoke, tmp_path):
+    folder = tmp_path / "checkpoint"
+    assert "1 problem" in invoke("rollout", *SMALL, "--checkpoint", tmp_path, code=1).output
+    CausalLingBotTransformer(LingBotConfig.preset("tiny")).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "i2v", "qk_norm": false, "dim": 128}')
+    output = invoke("rollout", *SMALL, "--checkpoint", folder, code=1).output
+    assert "Error: " in output and "qk_norm" in output
 
 
 def test_an_unknown_command_is_a_usage_error(invoke):
