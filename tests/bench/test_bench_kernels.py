@@ -210,6 +210,14 @@ def test_commit_names_the_checkout_then_the_environment(tmp_path, monkeypatch):
     assert rows.commit_name(tmp_path) == clean + "-dirty"
 
 
+def test_a_file_of_other_rows_is_refused_before_anything_is_measured(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"bench": "model"}\n')
+    output = bench("--ops", "rms_norm", "--json", str(path), code=2)
+    assert "--json" in output and "lacks case" in output
+    assert path.read_text() == '{"bench": "model"}\n'
+
+
 def test_default_cases_exist_and_cover_the_targets():
     for device in ("cuda", "cpu"):
         for quick in (False, True):
