@@ -136,7 +136,7 @@ std::vector<Variant> norm_rope_variants(const NormRopeSets& s, bool q) {
               {"tokens_640x1_ef_cs", tokens_variant<1, 640, 2, EF, CS>(s, q)},
               {"tokens_320x2", tokens_variant<2, 320, 1>(s, q)},
               {"tokens_160x4", tokens_variant<4, 160, 1>(s, q)},
-              {"bulk_320x2_one", bulk_variant<2, 320, 3, 1>(s, q, false)},
+              {"bulk_320x2_one", bulk_variant<2, 320, 2, 1>(s, q, false)},
               {"bulk_640x1_one", bulk_variant<1, 640, 2, 1>(s, q, false)},
               {"bulk_320x2_s2", bulk_variant<2, 320, 2, 2>(s, q, true)},
               {"bulk_320x2_s3", bulk_variant<2, 320, 2, 3>(s, q, true)},

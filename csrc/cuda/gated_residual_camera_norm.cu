@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const int64_t row = start + static_cast<int64_t>(token) * p.dim;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       const bool inside = in_row<kThreads>(e, p.dim);
       x[i] = inside ? load_stream<kLoad, V>(static_cast<const R*>(p.x) + row + e) : zero_vec<R, V>();
       delta[i] = inside ? load_stream<kLoad, V>(static_cast<const T*>(p.delta) + row + e) : zero_vec<T, V>();
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   if constexpr (kPersistent) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       weight[i] = load_cached<V>(static_cast<const T*>(p.weight) + e);
       bias[i] = load_cached<V>(static_cast<const T*>(p.bias) + e);
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const int64_t row = start + static_cast<int64_t>(token) * p.dim;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       float f[V], d[V], g[V], s[V], b[V];
       load_modulation<V>(gate, e, 1.f, g);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const RowMoments m = row_moments<kThreads>(x, p.dim, p.inv_dim, p.eps, shared);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       if constexpr (!kPersistent) {
         weight[0] = load_cached<V>(static_cast<const T*>(p.weight) + e);

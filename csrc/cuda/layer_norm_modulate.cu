@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   const auto load_row = [&](uint32_t token, Vec<R, V>(&x)[kVecs]) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       x[i] = in_row<kThreads>(e, p.dim) ? load_stream<kLoad, V>(in + static_cast<int64_t>(token) * p.dim + e) : zero_vec<R, V>();
     }
   };
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   if constexpr (kPersistent) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       load_modulation<V>(scale, e, 0.f, gain[i]);
       load_modulation<V>(shift, e, 0.f, bias[i]);
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const RowMoments m = row_moments<kThreads>(x, p.dim, p.inv_dim, p.eps, shared);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       constexpr bool kHeld = kPersistent;
       if constexpr (!kHeld) {

@@ -37,8 +37,8 @@ __device__ __forceinline__ int64_t out_offset(const NormRopeParams& p, const Nor
 
 // Element e of a row, counted from the row's start in the output.
 template <bool kGroups>
-__device__ __forceinline__ int64_t group_offset(const NormRopeParams& p, uint32_t e) {
-  if constexpr (kGroups) return e + (e / p.group_width) * p.group_jump;
+__device__ __forceinline__ int64_t group_offset(const NormRopeParams& p, int e) {
+  if constexpr (kGroups) return e + (static_cast<uint32_t>(e) / p.group_width) * p.group_jump;
   return e;
 }
 
@@ -109,14 +109,14 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   Vec<T, V> x[kVecs];
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    const uint32_t e = row_element<V, kThreads>(i);
+    const int e = row_element<V, kThreads>(i);
     x[i] = in_row<kThreads>(e, p.dim) ? load_stream<kLoad, V>(in + e) : zero_vec<T, V>();
   }
   T* out = static_cast<T*>(part.out) + out_offset(p, part, batch, token);
   if (!part.weight) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (in_row<kThreads>(e, p.dim)) store_vec<kStore>(out + group_offset<kGroups>(p, e), x[i]);
     }
     return;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   if constexpr (kHoldWeights) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       w[i] = in_row<kThreads>(e, p.dim) ? load_cached<V>(weight + e) : zero_vec<T, V>();
     }
   }
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   const float inv_rms = rsqrtf(sum[0] * p.inv_dim + p.eps);
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    const uint32_t e = row_element<V, kThreads>(i);
+    const int e = row_element<V, kThreads>(i);
     if (!in_row<kThreads>(e, p.dim)) continue;
     keep_packed(x[i]);
     const Vec<T, V> scale = kHoldWeights ? w[kHoldWeights ? i : 0] : load_cached<V>(weight + e);
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const T* in = static_cast<const T*>(p.part[n].in) + batch * p.part[n].in_batch + token * p.part[n].in_token;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       x[n][i] = in_row<kThreads>(e, p.dim) ? load_stream<kLoad, V>(in + e) : zero_vec<T, V>();
     }
   }
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const T* in = static_cast<const T*>(part.in) + batch * part.in_batch + token * part.in_token;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (in_row<kThreads>(e, p.dim)) v[i] = load_stream<kLoad, V>(in + e);
     }
   }
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     T* out = static_cast<T*>(p.part[n].out) + out_offset(p, p.part[n], batch, token);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       keep_packed(x[n][i]);
       store_vec<kStore>(out + group_offset<kGroups>(p, e), norm_rotate(x[n][i], load_cached<V>(weight + e), inv_rms, cos, sin));
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     T* out = static_cast<T*>(p.part[kNormed].out) + out_offset(p, p.part[kNormed], batch, token);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (in_row<kThreads>(e, p.dim)) store_vec<kStore>(out + group_offset<kGroups>(p, e), v[i]);
     }
   }

@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   for (int n = 0; n < kNormed; ++n) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       w[n][i] = in_row<kThreads>(e, p.dim) ? load_cached<V>(static_cast<const T*>(p.part[n].weight) + e) : zero_vec<T, V>();
     }
   }
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
       sum[n] = 0.f;
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
-        const uint32_t e = row_element<V, kThreads>(i);
+        const int e = row_element<V, kThreads>(i);
         x[n][i] = in_row<kThreads>(e, p.dim) ? load_cached<V>(reinterpret_cast<const T*>(rows + n * row_bytes) + e) : zero_vec<T, V>();
         sum[n] += sum_of_squares(x[n][i]);
       }
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
       T* out = static_cast<T*>(p.part[n].out) + out_offset(p, p.part[n], batch, token);
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
-        const uint32_t e = row_element<V, kThreads>(i);
+        const int e = row_element<V, kThreads>(i);
         if (!in_row<kThreads>(e, p.dim)) continue;
         keep_packed(x[n][i]);
         keep_packed(w[n][i]);

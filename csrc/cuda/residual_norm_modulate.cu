@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const int64_t row = start + static_cast<int64_t>(token) * p.dim;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       const bool inside = in_row<kThreads>(e, p.dim);
       x[i] = inside ? load_stream<kLoad, V>(static_cast<const R*>(p.x) + row + e) : zero_vec<R, V>();
       delta[i] = inside ? load_stream<kLoad, V>(static_cast<const T*>(p.delta) + row + e) : zero_vec<T, V>();
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   if constexpr (kPersistent) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       load_modulation<V>(gate, e, 1.f, weight[i]);
       load_modulation<V>(scale, e, 0.f, gain[i]);
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const int64_t row = start + static_cast<int64_t>(token) * p.dim;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       if constexpr (!kPersistent) load_modulation<V>(gate, e, 1.f, weight[0]);
       float f[V], d[V];
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const RowMoments m = row_moments<kThreads>(x, p.dim, p.inv_dim, p.eps, shared);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       if constexpr (!kPersistent) {
         load_modulation<V>(scale, e, 0.f, gain[0]);

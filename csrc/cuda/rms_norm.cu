@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   Vec<T, V> x[kVecs];
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    const uint32_t e = row_element<V, kThreads>(i);
+    const int e = row_element<V, kThreads>(i);
     x[i] = in_row<kThreads>(e, p.dim) ? load_stream<kLoad, V>(in + e) : zero_vec<T, V>();
   }
   float sum[1] = {0.f};
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   const float inv_rms = rsqrtf(sum[0] * p.inv_dim + p.eps);
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    const uint32_t e = row_element<V, kThreads>(i);
+    const int e = row_element<V, kThreads>(i);
     if (!in_row<kThreads>(e, p.dim)) continue;
     float f[V], w[V];
     unpack(x[i], f);

@@ -58,7 +58,7 @@ __device__ RowMoments row_moments_any(const R* row, uint32_t dim, float inv_dim,
 
 // V elements of a per-channel float32 vector; `absent` where there is none.
 template <int V>
-__device__ __forceinline__ void load_modulation(const float* channels, uint32_t e, float absent, float (&value)[V]) {
+__device__ __forceinline__ void load_modulation(const float* channels, int e, float absent, float (&value)[V]) {
   if (channels) {
     unpack(load_cached<V>(channels + e), value);
   } else {
