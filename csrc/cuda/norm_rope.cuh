@@ -30,7 +30,8 @@ struct NormRopeParams {
   float inv_dim, eps;
 };
 
-__device__ __forceinline__ int64_t out_offset(const NormRopeParams& p, const NormRopePart& part, uint32_t batch, uint32_t token) {
+__device__ __forceinline__ int64_t out_offset(const NormRopeParams& p, const NormRopePart& part, uint32_t batch,
+                                              uint32_t token) {
   const uint32_t row = part.to_ring ? ring_slot(p.ring, token) : token;
   return batch * part.out_batch + row * part.out_token;
 }
@@ -85,17 +86,20 @@ __device__ __forceinline__ Vec<T, V> norm_rotate(const Vec<T, V>& x, const Vec<T
 
 // cos and sin of the pairs that element e of a row starts.
 template <int N>
-__device__ __forceinline__ void load_cos_sin(const NormRopeParams& p, uint32_t token, uint32_t e, float (&cos)[N], float (&sin)[N]) {
+__device__ __forceinline__ void load_cos_sin(const NormRopeParams& p, uint32_t token, uint32_t e, float (&cos)[N],
+                                             float (&sin)[N]) {
   const uint32_t half = p.head_dim / 2;
   const float* at = p.cos_sin + static_cast<int64_t>(token) * p.head_dim + (e % p.head_dim) / 2;
   unpack(load_cached<N>(at), cos);
   unpack(load_cached<N>(at + half), sin);
 }
 
-// One row of one part: blockDim.x threads hold it in registers, kVecs vectors each. A block is one row, or kRows rows of one
-// warp each. threads * V must be a multiple of head_dim where kVecs > 1: a thread then meets one set of angles.
-template <typename T, int V, int kVecs, int kThreads, int kRows, int kMinBlocks, bool kGroups, LoadHint kLoad, StoreHint kStore>
-__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads * kRows, kMinBlocks) norm_rope_rows(const __grid_constant__ NormRopeParams p) {
+// One row of one part: blockDim.x threads hold it in registers, kVecs vectors each. A block is one row, or kRows rows
+// of one warp each. threads * V must be a multiple of head_dim where kVecs > 1: a thread then meets one set of angles.
+template <typename T, int V, int kVecs, int kThreads, int kRows, int kMinBlocks, bool kGroups, LoadHint kLoad,
+          StoreHint kStore>
+__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads * kRows, kMinBlocks)
+    norm_rope_rows(const __grid_constant__ NormRopeParams p) {
   __shared__ float shared[1][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
@@ -150,10 +154,12 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   }
 }
 
-// One block a token: q, k and v all in flight before one reduction for both sums. Parts are k, v or q, k, v (kQ), v last
-// and possibly absent.
-template <typename T, int V, int kVecs, int kThreads, int kMinBlocks, bool kQ, bool kGroups, LoadHint kLoad, StoreHint kStore>
-__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks) norm_rope_tokens(const __grid_constant__ NormRopeParams p) {
+// One block a token: q, k and v all in flight before one reduction for both sums. Parts are k, v or q, k, v (kQ), v
+// last and possibly absent.
+template <typename T, int V, int kVecs, int kThreads, int kMinBlocks, bool kQ, bool kGroups, LoadHint kLoad,
+          StoreHint kStore>
+__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks)
+    norm_rope_tokens(const __grid_constant__ NormRopeParams p) {
   constexpr int kNormed = kQ ? 2 : 1;
   __shared__ float shared[kNormed][kMaxWarps];
   wait_for_previous_grid();
@@ -201,7 +207,8 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
       const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       keep_packed(x[n][i]);
-      store_vec<kStore>(out + group_offset<kGroups>(p, e), norm_rotate(x[n][i], load_cached<V>(weight + e), inv_rms, cos, sin));
+      store_vec<kStore>(out + group_offset<kGroups>(p, e),
+                        norm_rotate(x[n][i], load_cached<V>(weight + e), inv_rms, cos, sin));
     }
   }
   if (has_v) {
@@ -245,7 +252,8 @@ __global__ void __launch_bounds__(256) norm_rope_any(const __grid_constant__ Nor
 }
 
 // The part of a row operand; absent operands have no part.
-inline NormRopePart norm_rope_part(const Rows& in, void* out, int64_t out_batch, int64_t out_token, const void* weight, bool to_ring) {
+inline NormRopePart norm_rope_part(const Rows& in, void* out, int64_t out_batch, int64_t out_token, const void* weight,
+                                   bool to_ring) {
   return {in.ptr, in.batch_stride, in.token_stride, out, out_batch, out_token, weight, to_ring ? 1u : 0u};
 }
 
@@ -255,7 +263,8 @@ inline int norm_rope_width(const NormRopeParams& p, int size) {
   bool ok = p.dim % width == 0 && p.head_dim % width == 0 && aligned(p.cos_sin, 16);
   for (uint32_t n = 0; n < p.parts; ++n) {
     ok = ok && rows_aligned(p.part[n].in, p.part[n].in_batch, p.part[n].in_token, size, 16) &&
-         rows_aligned(p.part[n].out, p.part[n].out_batch, p.part[n].out_token, size, 16) && aligned(p.part[n].weight, 16);
+         rows_aligned(p.part[n].out, p.part[n].out_batch, p.part[n].out_token, size, 16) &&
+         aligned(p.part[n].weight, 16);
   }
   return ok && p.group_jump * size % 16 == 0 ? width : 1;
 }
@@ -285,8 +294,8 @@ Status launch_norm_rope(const NormRopeParams& p, int64_t batch, Dtype dtype, voi
         return launch(norm_rope_any<T>, grid, block, 0, stream, overlap, p);
       } else {
         constexpr int kMinBlocks = Shape::kThreads == 160 ? 8 : 1;
-        return launch(norm_rope_rows<T, Shape::V, Shape::kVecs, Shape::kThreads, 1, kMinBlocks, kGroups, LoadHint::kNoAllocate,
-                                     StoreHint::kWriteBack>,
+        return launch(norm_rope_rows<T, Shape::V, Shape::kVecs, Shape::kThreads, 1, kMinBlocks, kGroups,
+                                     LoadHint::kNoAllocate, StoreHint::kWriteBack>,
                       grid, block, 0, stream, overlap, p);
       }
     });
