@@ -1,5 +1,5 @@
-// What the tuning program measures with: device memory, random operands, poison, timing of rotated launches, copies of the
-// same bytes, and comparison with a reference held in double.
+// What the tuning program measures with: device memory, random operands, poison, timing of rotated launches, copies of
+// the same bytes, and comparison with a reference held in double.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -67,7 +67,8 @@ __device__ __forceinline__ uint32_t hash(uint32_t x) {
 // Sum of four uniforms: near normal, standard deviation `scale`.
 template <typename T>
 __global__ void fill_random(T* out, int64_t count, uint32_t seed, float mean, float scale) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < count; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < count;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     const uint32_t a = hash(static_cast<uint32_t>(i) * 2654435761u + seed), b = hash(a + 0x9e3779b9u);
     const float sum = (a & 0xffff) + (a >> 16) + (b & 0xffff) + static_cast<float>(b >> 16);
     out[i] = from_float<T>(mean + scale * (sum / 65536.f - 2.f) * 1.7320508f);
@@ -90,8 +91,10 @@ struct Mismatch {
 
 // out row r (slot map applied where given) against ref row r.
 template <typename T>
-__global__ void compare_rows(const T* out, int64_t row_stride, const int64_t* slot, const double* ref, int64_t rows, int64_t dim, Mismatch* m) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < rows * dim; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+__global__ void compare_rows(const T* out, int64_t row_stride, const int64_t* slot, const double* ref, int64_t rows,
+                             int64_t dim, Mismatch* m) {
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < rows * dim;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     const int64_t row = i / dim, e = i % dim;
     const float value = to_float(out[(slot ? slot[row] : row) * row_stride + e]);
     if (!isfinite(value)) {
@@ -100,13 +103,16 @@ __global__ void compare_rows(const T* out, int64_t row_stride, const int64_t* sl
     }
     if (sizeof(T) == 2 && value != to_float(from_float<T>(static_cast<float>(ref[i])))) atomicAdd(&m->wrong_bits, 1ull);
     const double error = fabs(value - ref[i]) / (fabs(ref[i]) + 1.0);
-    atomicMax(reinterpret_cast<unsigned long long*>(&m->worst[sizeof(T) == 4]), static_cast<unsigned long long>(__double_as_longlong(error)));
+    atomicMax(reinterpret_cast<unsigned long long*>(&m->worst[sizeof(T) == 4]),
+              static_cast<unsigned long long>(__double_as_longlong(error)));
   }
 }
 
 // Rows that no slot names must still be poison.
-static __global__ void count_touched(const unsigned char* cache, int64_t row_bytes, int64_t rows, const unsigned char* named, Mismatch* m) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < rows * row_bytes; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+static __global__ void count_touched(const unsigned char* cache, int64_t row_bytes, int64_t rows,
+                                     const unsigned char* named, Mismatch* m) {
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < rows * row_bytes;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     if (!named[i / row_bytes] && cache[i] != kPoison) atomicAdd(&m->touched, 1ull);
   }
 }
@@ -199,7 +205,8 @@ inline Status time_run(const Run& run, int sets, cudaStream_t stream, Times* tim
   return nullptr;
 }
 
-__global__ void __launch_bounds__(256) copy_vectors(const uint4* __restrict__ in, uint4* __restrict__ out, int64_t count) {
+__global__ void __launch_bounds__(256)
+    copy_vectors(const uint4* __restrict__ in, uint4* __restrict__ out, int64_t count) {
   const int64_t first = blockIdx.x * int64_t{1024} + threadIdx.x;
   uint4 v[4];
 #pragma unroll
@@ -231,8 +238,8 @@ inline CopyTimes copy_times(Arena& arena, int64_t bytes, cudaStream_t stream) {
     return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
   };
   const Run by_kernel = [=](int set, cudaStream_t s) -> Status {
-    copy_vectors<<<static_cast<unsigned>((half / 16 + 1023) / 1024), 256, 0, s>>>(reinterpret_cast<const uint4*>(base + set * half),
-                                                                             reinterpret_cast<uint4*>(to + set * half), half / 16);
+    copy_vectors<<<static_cast<unsigned>((half / 16 + 1023) / 1024), 256, 0, s>>>(
+        reinterpret_cast<const uint4*>(base + set * half), reinterpret_cast<uint4*>(to + set * half), half / 16);
     const cudaError_t e = cudaGetLastError();
     return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
   };

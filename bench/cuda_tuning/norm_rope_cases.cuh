@@ -61,10 +61,25 @@ struct NormRopeProblem {
         T* out = c.has_q ? arena.take<T>(rows * dim + c.offset) + c.offset : nullptr;
         T* kc = arena.take<T>(c.batch * cap * dim + c.offset) + c.offset;
         T* vc = arena.take<T>(c.batch * cap * dim + c.offset) + c.offset;
-        if (s == 0) q_out = out, k_cache = kc, v_cache = vc, out_elements = rows * dim, cache_elements = c.batch * cap * dim;
+        if (s == 0)
+          q_out = out, k_cache = kc, v_cache = vc, out_elements = rows * dim, cache_elements = c.batch * cap * dim;
         const Ring ring = {c.device_cursor ? -1 : c.chunk_start, c.device_cursor ? cursor : nullptr, c.sink, cap};
-        write.push_back({q, k, v, weights, k_weight, cos_sin, {out, c.tokens * dim, dim, 0}, {kc, cap * dim, dim}, {vc, cap * dim, dim},
-                         ring, c.batch, c.tokens, static_cast<int32_t>(c.heads), static_cast<int32_t>(c.head_dim), dtype_of<T>(), 1e-6f});
+        write.push_back({q,
+                         k,
+                         v,
+                         weights,
+                         k_weight,
+                         cos_sin,
+                         {out, c.tokens * dim, dim, 0},
+                         {kc, cap * dim, dim},
+                         {vc, cap * dim, dim},
+                         ring,
+                         c.batch,
+                         c.tokens,
+                         static_cast<int32_t>(c.heads),
+                         static_cast<int32_t>(c.head_dim),
+                         dtype_of<T>(),
+                         1e-6f});
       } else {
         T* out = arena.take<T>(rows * dim * c.parts() + c.offset) + c.offset;
         if (s == 0) packed = out, out_elements = rows * dim * c.parts();
@@ -72,7 +87,8 @@ struct NormRopeProblem {
                         static_cast<int32_t>(c.head_dim), c.ranks, dtype_of<T>(), 1e-6f});
       }
     }
-    const Rows operands[3] = {c.ranks ? pack[0].q : write[0].q, c.ranks ? pack[0].k : write[0].k, c.ranks ? pack[0].v : write[0].v};
+    const Rows operands[3] = {c.ranks ? pack[0].q : write[0].q, c.ranks ? pack[0].k : write[0].k,
+                              c.ranks ? pack[0].v : write[0].v};
     const T* weight_of[3] = {weights, k_weight, nullptr};
     Moments* moments = arena.take<Moments>(rows);
     for (int n = 0; n < 3; ++n) {
@@ -80,7 +96,8 @@ struct NormRopeProblem {
       const T* in = static_cast<const T*>(operands[n].ptr);
       ref[n] = arena.take<double>(rows * dim);
       reference_moments<T, false><<<rows, 256>>>(in, c.tokens * row, row, c.tokens, dim, moments);
-      reference_norm_rope<T><<<1024, 256>>>(in, c.tokens * row, row, c.tokens, dim, moments, 1e-6, weight_of[n], cos_sin, c.head_dim, rows, ref[n]);
+      reference_norm_rope<T><<<1024, 256>>>(in, c.tokens * row, row, c.tokens, dim, moments, 1e-6, weight_of[n],
+                                            cos_sin, c.head_dim, rows, ref[n]);
     }
     std::vector<int64_t> slot(rows);
     std::vector<unsigned char> is_named(std::max<int64_t>(1, c.batch * cap), 0);
@@ -112,7 +129,9 @@ struct NormRopeProblem {
       gate.rows<T>(k_cache, dim, slots, ref[1], rows, dim);
       gate.untouched(k_cache, dim * sizeof(T), c.batch * c.capacity, named);
       if (c.has_v) gate.rows<T>(v_cache, dim, slots, ref[2], rows, dim);
-      else check(cudaMemset(named, 0, c.batch * c.capacity), "named"), gate.untouched(v_cache, dim * sizeof(T), c.batch * c.capacity, named);
+      else
+        check(cudaMemset(named, 0, c.batch * c.capacity), "named"),
+            gate.untouched(v_cache, dim * sizeof(T), c.batch * c.capacity, named);
       return;
     }
     // [ranks, tokens, batch, parts, heads / ranks, head_dim] back to rows of each part

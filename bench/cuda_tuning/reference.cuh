@@ -18,7 +18,8 @@ struct Moments {
 
 // One block a row of `dim` doubles-to-be.
 template <typename T, bool kCentred>
-__global__ void reference_moments(const T* x, int64_t batch_stride, int64_t token_stride, int64_t tokens, int64_t dim, Moments* out) {
+__global__ void reference_moments(const T* x, int64_t batch_stride, int64_t token_stride, int64_t tokens, int64_t dim,
+                                  Moments* out) {
   __shared__ double shared[256];
   const int64_t row = blockIdx.x;
   const T* in = x + row / tokens * batch_stride + row % tokens * token_stride;
@@ -43,13 +44,15 @@ __global__ void reference_moments(const T* x, int64_t batch_stride, int64_t toke
 
 // T(T(x * inv_rms) * weight), then rotated where there are angles; ref [batch * tokens, dim].
 template <typename T>
-__global__ void reference_norm_rope(const T* x, int64_t batch_stride, int64_t token_stride, int64_t tokens, int64_t dim, const Moments* m,
-                                    double eps, const T* weight, const float* cos_sin, int64_t head_dim, int64_t rows, double* ref) {
+__global__ void reference_norm_rope(const T* x, int64_t batch_stride, int64_t token_stride, int64_t tokens, int64_t dim,
+                                    const Moments* m, double eps, const T* weight, const float* cos_sin,
+                                    int64_t head_dim, int64_t rows, double* ref) {
   const auto normed = [&](const T* in, int64_t row, int64_t e) {
     const double n = round_to<T>(static_cast<float>(to_float(in[e]) / sqrt(m[row].square + eps)));
     return static_cast<double>(round_to<T>(static_cast<float>(n * to_float(weight[e]))));
   };
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < rows * dim; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < rows * dim;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     const int64_t row = i / dim, e = i % dim, token = row % tokens;
     const T* in = x + row / tokens * batch_stride + token * token_stride;
     if (!weight) {
@@ -67,9 +70,10 @@ __global__ void reference_norm_rope(const T* x, int64_t batch_stride, int64_t to
 
 // x_out as R, and as double for the comparison. Absent operands are null.
 template <typename T, typename R>
-__global__ void reference_residual(const R* x, const T* delta, const float* gate, const T* cam_scale, const T* cam_shift, int64_t rows,
-                                   int64_t dim, R* x_out, double* ref) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < rows * dim; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+__global__ void reference_residual(const R* x, const T* delta, const float* gate, const T* cam_scale,
+                                   const T* cam_shift, int64_t rows, int64_t dim, R* x_out, double* ref) {
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < rows * dim;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     double value = to_float(x[i]);
     if (delta) value += static_cast<double>(to_float(delta[i])) * (gate ? gate[i % dim] : 1.f);
     if (cam_scale) value = (1.0 + to_float(cam_scale[i])) * value + to_float(cam_shift[i]);
@@ -80,9 +84,10 @@ __global__ void reference_residual(const R* x, const T* delta, const float* gate
 
 // layer_norm(x) * (1 + scale) + shift, or * weight + bias.
 template <typename T, typename R>
-__global__ void reference_layer_norm(const R* x, const Moments* m, double eps, const float* scale, const float* shift, const T* weight,
-                                     const T* bias, int64_t rows, int64_t dim, double* ref) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < rows * dim; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+__global__ void reference_layer_norm(const R* x, const Moments* m, double eps, const float* scale, const float* shift,
+                                     const T* weight, const T* bias, int64_t rows, int64_t dim, double* ref) {
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < rows * dim;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     const int64_t row = i / dim, e = i % dim;
     const double n = (to_float(x[i]) - m[row].mean) / sqrt(m[row].square + eps);
     ref[i] = weight ? n * to_float(weight[e]) + to_float(bias[e]) : n * (1.0 + scale[e]) + shift[e];
@@ -91,7 +96,8 @@ __global__ void reference_layer_norm(const R* x, const Moments* m, double eps, c
 
 // `width` columns of a matrix of doubles, made contiguous.
 static __global__ void gather_rows(const double* in, int64_t row_stride, int64_t rows, int64_t width, double* out) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < rows * width; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < rows * width;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     out[i] = in[i / width * row_stride + i % width];
   }
 }

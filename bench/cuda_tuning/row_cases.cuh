@@ -26,7 +26,9 @@ struct RowProblem {
   R* x_out = nullptr;
   T* y = nullptr;
 
-  bool writes_x() const { return c.op == RowOp::kResidualNorm || c.op == RowOp::kCameraNorm || c.op == RowOp::kGatedResidual; }
+  bool writes_x() const {
+    return c.op == RowOp::kResidualNorm || c.op == RowOp::kCameraNorm || c.op == RowOp::kGatedResidual;
+  }
   bool writes_y() const { return c.op != RowOp::kGatedResidual; }
   static int64_t bytes_of(const RowCase& c) {
     const int64_t n = c.batch * c.tokens * c.dim, r = sizeof(R), t = sizeof(T);
@@ -71,15 +73,19 @@ struct RowProblem {
       T* cam_shift = cam ? operand(t, n, k + 3, 0.f, 0.5f) : nullptr;
       R* xo = writes_x() ? arena.take<R>(n + c.offset) + c.offset : nullptr;
       T* yo = writes_y() ? arena.take<T>(n + c.offset) + c.offset : nullptr;
-      if (s == 0) x_out = xo, y = yo, first_x = x, first_delta = delta, first_scale = cam_scale, first_shift = cam_shift;
+      if (s == 0)
+        x_out = xo, y = yo, first_x = x, first_delta = delta, first_scale = cam_scale, first_shift = cam_shift;
       switch (c.op) {
-        case RowOp::kRmsNorm: rms.push_back({{x, c.tokens * dim, dim}, weight, yo, c.batch, c.tokens, d, td, 1e-6f}); break;
+        case RowOp::kRmsNorm:
+          rms.push_back({{x, c.tokens * dim, dim}, weight, yo, c.batch, c.tokens, d, td, 1e-6f});
+          break;
         case RowOp::kLayerNorm: layer.push_back({x, shift, scale, yo, c.batch, c.tokens, d, rd, td, 1e-6f}); break;
         case RowOp::kResidualNorm:
           residual.push_back({x, delta, gate, shift, scale, xo, yo, c.batch, c.tokens, d, rd, td, 1e-6f});
           break;
         case RowOp::kCameraNorm:
-          camera.push_back({x, delta, gate, cam_scale, cam_shift, weight, bias, xo, yo, c.batch, c.tokens, d, rd, td, 1e-6f});
+          camera.push_back(
+              {x, delta, gate, cam_scale, cam_shift, weight, bias, xo, yo, c.batch, c.tokens, d, rd, td, 1e-6f});
           break;
         case RowOp::kGatedResidual: gated.push_back({x, delta, gate, xo, c.batch, c.tokens, d, rd, td}); break;
       }
@@ -92,18 +98,19 @@ struct RowProblem {
       const int64_t at = b * c.tokens * dim;
       const auto shifted = [&](auto* p) { return p ? p + at : nullptr; };
       const float* g = gate.ptr ? gate.ptr + b * dim : nullptr;
-      reference_residual<T, R><<<1024, 256>>>(first_x + at, shifted(first_delta), g, shifted(first_scale), shifted(first_shift), c.tokens, dim,
-                                              rounded + at, ref_x + at);
+      reference_residual<T, R><<<1024, 256>>>(first_x + at, shifted(first_delta), g, shifted(first_scale),
+                                              shifted(first_shift), c.tokens, dim, rounded + at, ref_x + at);
       if (c.op == RowOp::kRmsNorm) {
         if constexpr (std::is_same_v<T, R>) {
           reference_moments<R, false><<<c.tokens, 256>>>(rounded + at, 0, dim, c.tokens, dim, m);
-          reference_norm_rope<T><<<1024, 256>>>(rounded + at, 0, dim, c.tokens, dim, m, 1e-6, weight, nullptr, 1, c.tokens, ref_y + at);
+          reference_norm_rope<T>
+              <<<1024, 256>>>(rounded + at, 0, dim, c.tokens, dim, m, 1e-6, weight, nullptr, 1, c.tokens, ref_y + at);
         }
       } else if (writes_y()) {
         const bool affine = c.op == RowOp::kCameraNorm;
         reference_moments<R, true><<<c.tokens, 256>>>(rounded + at, 0, dim, c.tokens, dim, m);
-        reference_layer_norm<T, R><<<1024, 256>>>(rounded + at, m, 1e-6, scale.ptr + b * dim, shift.ptr + b * dim, affine ? weight : nullptr, bias,
-                                                  c.tokens, dim, ref_y + at);
+        reference_layer_norm<T, R><<<1024, 256>>>(rounded + at, m, 1e-6, scale.ptr + b * dim, shift.ptr + b * dim,
+                                                  affine ? weight : nullptr, bias, c.tokens, dim, ref_y + at);
       }
     }
     check(cudaDeviceSynchronize(), "reference");
@@ -135,9 +142,16 @@ struct UnpackProblem {
 
   int64_t bytes() const { return 4 * batch * tokens * heads * head_dim * sizeof(T); }
 
-  UnpackProblem(Arena& arena, int64_t batch_, int64_t tokens_, int64_t heads_, int64_t head_dim_, int parts_, int64_t offset, int64_t start,
-                int64_t sink_, int64_t capacity_, int sets, uint32_t seed)
-      : batch(batch_), tokens(tokens_), heads(heads_), head_dim(head_dim_), chunk_start(start), sink(sink_), capacity(capacity_), parts(parts_) {
+  UnpackProblem(Arena& arena, int64_t batch_, int64_t tokens_, int64_t heads_, int64_t head_dim_, int parts_,
+                int64_t offset, int64_t start, int64_t sink_, int64_t capacity_, int sets, uint32_t seed)
+      : batch(batch_),
+        tokens(tokens_),
+        heads(heads_),
+        head_dim(head_dim_),
+        chunk_start(start),
+        sink(sink_),
+        capacity(capacity_),
+        parts(parts_) {
     const int64_t width = heads * head_dim, rows = batch * tokens;
     T* first = nullptr;
     for (int s = 0; s < sets; ++s) {
@@ -145,8 +159,16 @@ struct UnpackProblem {
       randomise(packed, rows * parts * width, seed + s);
       T *k = arena.take<T>(batch * capacity * width), *v = arena.take<T>(batch * capacity * width);
       if (s == 0) first = packed, k_cache = k, v_cache = v;
-      params.push_back({packed, parts, {k, capacity * width, width}, {v, capacity * width, width}, {start, nullptr, sink, capacity}, batch, tokens,
-                        static_cast<int32_t>(heads), static_cast<int32_t>(head_dim), dtype_of<T>()});
+      params.push_back({packed,
+                        parts,
+                        {k, capacity * width, width},
+                        {v, capacity * width, width},
+                        {start, nullptr, sink, capacity},
+                        batch,
+                        tokens,
+                        static_cast<int32_t>(heads),
+                        static_cast<int32_t>(head_dim),
+                        dtype_of<T>()});
     }
     std::vector<int64_t> slot(rows);
     std::vector<unsigned char> is_named(batch * capacity, 0);
@@ -162,8 +184,8 @@ struct UnpackProblem {
     check(cudaMemcpy(named, is_named.data(), is_named.size(), cudaMemcpyHostToDevice), "named");
     for (int n = 0; n < 2; ++n) {
       ref[n] = arena.take<double>(rows * width);
-      reference_norm_rope<T><<<1024, 256>>>(first + (parts - 2 + n) * width, 0, parts * width, rows, width, nullptr, 0.0, nullptr, nullptr, 1, rows,
-                                            ref[n]);
+      reference_norm_rope<T><<<1024, 256>>>(first + (parts - 2 + n) * width, 0, parts * width, rows, width, nullptr,
+                                            0.0, nullptr, nullptr, 1, rows, ref[n]);
     }
     check(cudaDeviceSynchronize(), "reference");
   }

@@ -1,4 +1,5 @@
-// Correctness of the launchers away from the tuned shapes: types, head sizes, odd widths, misaligned operands, batches, wraps.
+// Correctness of the launchers away from the tuned shapes: types, head sizes, odd widths, misaligned operands, batches,
+// wraps.
 #pragma once
 
 #include <cmath>
@@ -16,7 +17,8 @@ inline double* table_reference(Arena& arena, const RopeCosSinParams& a) {
     const int64_t position[3] = {n / a.frame_stride, in_frame / a.width, in_frame % a.width};
     for (int p = 0; p < pairs; ++p) {
       const int axis = p < time ? 0 : p < time + space ? 1 : 2, j = axis == 0 ? p : (p - time) % space;
-      const double angle = static_cast<double>(position[axis]) * std::pow(a.theta, -(2.0 * j) / (2.0 * (axis == 0 ? time : space)));
+      const double angle =
+          static_cast<double>(position[axis]) * std::pow(a.theta, -(2.0 * j) / (2.0 * (axis == 0 ? time : space)));
       ref[i * a.head_dim + p] = std::cos(angle);
       ref[i * a.head_dim + pairs + p] = std::sin(angle);
     }
@@ -43,8 +45,9 @@ struct Sweep {
     const bool good = gate.passed(share) && !s;
     ++(good ? passed : failed);
     if (!good) {
-      std::printf("sweep: %s: %s not finite %llu, touched %llu, unequal %llu, worst %.3g %.3g\n", name.c_str(), s ? s : "", gate.last.not_finite,
-                  gate.last.touched, gate.last.wrong_bits, gate.last.worst[0], gate.last.worst[1]);
+      std::printf("sweep: %s: %s not finite %llu, touched %llu, unequal %llu, worst %.3g %.3g\n", name.c_str(),
+                  s ? s : "", gate.last.not_finite, gate.last.touched, gate.last.wrong_bits, gate.last.worst[0],
+                  gate.last.worst[1]);
     }
   }
 
@@ -55,18 +58,25 @@ struct Sweep {
 
   template <typename T>
   void norm_rope() {
-    const int64_t shapes[][2] = {{40, 128}, {12, 128}, {24, 128}, {5, 64}, {3, 80}, {2, 256}, {64, 128}, {32, 256}, {64, 256}, {7, 6}, {1, 8}, {3, 50}, {9, 72}};
+    const int64_t shapes[][2] = {{40, 128}, {12, 128}, {24, 128}, {5, 64}, {3, 80}, {2, 256}, {64, 128},
+                                 {32, 256}, {64, 256}, {7, 6},    {1, 8},  {3, 50}, {9, 72}};
     for (const auto& [heads, head_dim] : shapes) {
       for (int mode = 0; mode < 7; ++mode) {
         NormRopeCase c;
         c.heads = heads, c.head_dim = head_dim, c.tokens = mode == 1 ? 1 : 37, c.batch = mode == 2 ? 3 : 1;
         c.has_q = mode != 3 && mode != 4, c.has_v = mode != 4 && mode != 5;
         c.offset = mode == 5 ? 1 : 0, c.pad = mode == 6 ? 8 : mode == 5 ? 3 : 0;
-        c.sink = mode == 1 ? 0 : 11, c.capacity = 60, c.chunk_start = mode == 2 ? 3 : mode == 6 ? 1000000 : 40, c.device_cursor = mode % 2;
+        c.sink = mode == 1 ? 0 : 11, c.capacity = 60,
+        c.chunk_start = mode == 2   ? 3
+                        : mode == 6 ? 1000000
+                                    : 40,
+        c.device_cursor = mode % 2;
         arena.reset();
         NormRopeProblem<T> p(arena, c, 1, 77 + mode);
-        const std::string name = std::to_string(heads) + "x" + std::to_string(head_dim) + " mode " + std::to_string(mode) + " size " + std::to_string(sizeof(T));
-        one("qk_norm_rope_kv_write " + name, p, share<T>(), [&] { return lingbot::cuda::qk_norm_rope_kv_write(p.write[0], stream); });
+        const std::string name = std::to_string(heads) + "x" + std::to_string(head_dim) + " mode " +
+                                 std::to_string(mode) + " size " + std::to_string(sizeof(T));
+        one("qk_norm_rope_kv_write " + name, p, share<T>(),
+            [&] { return lingbot::cuda::qk_norm_rope_kv_write(p.write[0], stream); });
         if (mode > 3) continue;
         c.has_v = true;
         for (int ranks : {1, 2, 3, 4, 8}) {
@@ -84,7 +94,8 @@ struct Sweep {
         for (int64_t heads : {1, 5, 10}) {
           arena.reset();
           UnpackProblem<T> p(arena, 2, 33, heads, heads == 1 ? 6 : 128, parts, offset, 30, 7, 50, 1, 5);
-          one("qkv_unpack_kv_write parts " + std::to_string(parts), p, 0.0, [&] { return lingbot::cuda::qkv_unpack_kv_write(p.params[0], stream); });
+          one("qkv_unpack_kv_write parts " + std::to_string(parts), p, 0.0,
+              [&] { return lingbot::cuda::qkv_unpack_kv_write(p.params[0], stream); });
         }
       }
     }
@@ -95,8 +106,10 @@ struct Sweep {
     for (int64_t dim : {5120, 3072, 1536, 8192, 640, 64, 8, 33, 5121, 1000, 12000}) {
       for (int mode = 0; mode < 3; ++mode) {
         RowCase c;
-        c.tokens = mode == 1 ? 1 : 19, c.batch = mode == 2 ? 3 : 1, c.dim = dim, c.optional = mode != 2, c.offset = mode == 1 ? 1 : 0;
-        const std::string name = " dim " + std::to_string(dim) + " mode " + std::to_string(mode) + " sizes " + std::to_string(sizeof(T)) + std::to_string(sizeof(R));
+        c.tokens = mode == 1 ? 1 : 19, c.batch = mode == 2 ? 3 : 1, c.dim = dim, c.optional = mode != 2,
+        c.offset = mode == 1 ? 1 : 0;
+        const std::string name = " dim " + std::to_string(dim) + " mode " + std::to_string(mode) + " sizes " +
+                                 std::to_string(sizeof(T)) + std::to_string(sizeof(R));
         const auto run = [&](RowOp op, const char* what, const auto& launch) {
           c.op = op;
           arena.reset();
@@ -106,10 +119,14 @@ struct Sweep {
         if constexpr (std::is_same_v<T, R>) {
           run(RowOp::kRmsNorm, "rms_norm", [&](auto& p) { return lingbot::cuda::rms_norm(p.rms[0], stream); });
         }
-        run(RowOp::kLayerNorm, "layer_norm_modulate", [&](auto& p) { return lingbot::cuda::layer_norm_modulate(p.layer[0], stream); });
-        run(RowOp::kResidualNorm, "residual_norm_modulate", [&](auto& p) { return lingbot::cuda::residual_norm_modulate(p.residual[0], stream); });
-        run(RowOp::kCameraNorm, "gated_residual_camera_norm", [&](auto& p) { return lingbot::cuda::gated_residual_camera_norm(p.camera[0], stream); });
-        run(RowOp::kGatedResidual, "gated_residual", [&](auto& p) { return lingbot::cuda::gated_residual(p.gated[0], stream); });
+        run(RowOp::kLayerNorm, "layer_norm_modulate",
+            [&](auto& p) { return lingbot::cuda::layer_norm_modulate(p.layer[0], stream); });
+        run(RowOp::kResidualNorm, "residual_norm_modulate",
+            [&](auto& p) { return lingbot::cuda::residual_norm_modulate(p.residual[0], stream); });
+        run(RowOp::kCameraNorm, "gated_residual_camera_norm",
+            [&](auto& p) { return lingbot::cuda::gated_residual_camera_norm(p.camera[0], stream); });
+        run(RowOp::kGatedResidual, "gated_residual",
+            [&](auto& p) { return lingbot::cuda::gated_residual(p.gated[0], stream); });
       }
     }
   }
@@ -122,17 +139,28 @@ struct Sweep {
   };
 
   void tables() {
-    const int64_t shapes[][4] = {{4524, 0, 1508, 52},      {4524, 999999 * int64_t{1508}, 1508, 52}, {1131, 1508 * 7 + 1131, 1508, 52}, {100, 3, 7, 3}, {50, 5, 1, 1},
-                                 {64, 10, 1000, 5000},     {1, 12345, 100, 10},                      {333, 20, 77, 11},                 {90, 0, 1000000, 1000}};
+    const int64_t shapes[][4] = {{4524, 0, 1508, 52},
+                                 {4524, 999999 * int64_t{1508}, 1508, 52},
+                                 {1131, 1508 * 7 + 1131, 1508, 52},
+                                 {100, 3, 7, 3},
+                                 {50, 5, 1, 1},
+                                 {64, 10, 1000, 5000},
+                                 {1, 12345, 100, 10},
+                                 {333, 20, 77, 11},
+                                 {90, 0, 1000000, 1000}};
     for (const auto& [tokens, start, stride, width] : shapes) {
       for (int head_dim : {128, 64, 256, 6, 2, 50, 80}) {
         for (int64_t offset : {0, 1}) {
           arena.reset();
-          Table t = {{arena.take<float>(tokens * head_dim + offset) + offset, tokens, start, stride, width, head_dim, 10000.0}, nullptr};
+          Table t = {
+              {arena.take<float>(tokens * head_dim + offset) + offset, tokens, start, stride, width, head_dim, 10000.0},
+              nullptr};
           t.ref = table_reference(arena, t.a);
-          one("rope_cos_sin " + std::to_string(tokens) + " from " + std::to_string(start) + " head_dim " + std::to_string(head_dim), t, 0.0,
-              [&] { return lingbot::cuda::rope_cos_sin(t.a, stream); });
-          if (gate.last.worst[1] > 6e-8) ++failed, std::printf("sweep: rope_cos_sin beyond 1 ulp: %.3g\n", gate.last.worst[1]);
+          one("rope_cos_sin " + std::to_string(tokens) + " from " + std::to_string(start) + " head_dim " +
+                  std::to_string(head_dim),
+              t, 0.0, [&] { return lingbot::cuda::rope_cos_sin(t.a, stream); });
+          if (gate.last.worst[1] > 6e-8)
+            ++failed, std::printf("sweep: rope_cos_sin beyond 1 ulp: %.3g\n", gate.last.worst[1]);
         }
       }
     }

@@ -4,7 +4,8 @@
 //   ./tune [--op NAME] [--variant NAME] [--dim 5120,1536] [--tokens 4524,1131] [--no-sweep] [--no-time]
 //
 // A row: op, shape, variant, microseconds a launch in a replayed graph and between two events, and their ratios to
-// cudaMemcpyAsync and (graph only) to a plain copy kernel. `flips`: share of 16-bit elements unlike the rounded reference.
+// cudaMemcpyAsync and (graph only) to a plain copy kernel. `flips`: share of 16-bit elements unlike the rounded
+// reference.
 #include "../../csrc/cuda/gated_residual.cu"
 #include "../../csrc/cuda/gated_residual_camera_norm.cu"
 #include "../../csrc/cuda/layer_norm_modulate.cu"
@@ -20,7 +21,8 @@
 namespace tune {
 
 using B = __nv_bfloat16;
-constexpr LoadHint NA = LoadHint::kNoAllocate, EF = LoadHint::kEvictFirst, EF2 = LoadHint::kEvictFirstL2, P256 = LoadHint::kPrefetch256;
+constexpr LoadHint NA = LoadHint::kNoAllocate, EF = LoadHint::kEvictFirst, EF2 = LoadHint::kEvictFirstL2,
+                   P256 = LoadHint::kPrefetch256;
 constexpr StoreHint WB = StoreHint::kWriteBack, CS = StoreHint::kStream;
 
 struct Variant {
@@ -35,12 +37,17 @@ cudaStream_t stream;
 DeviceInfo device;
 int failures = 0;
 
-bool wanted(const std::string& variant) { return options.variant.empty() || variant.find(options.variant) != std::string::npos; }
+bool wanted(const std::string& variant) {
+  return options.variant.empty() || variant.find(options.variant) != std::string::npos;
+}
 
 template <typename Problem>
-void time_variants(const char* op, const std::string& shape, Problem& problem, int sets, const CopyTimes& copy, const std::vector<Variant>& variants) {
-  std::printf("%-26s %-22s %-26s %8.2f %8.2f\n", op, shape.c_str(), "memcpy", copy.memcpy.graph_us, copy.memcpy.single_us);
-  std::printf("%-26s %-22s %-26s %8.2f %8.2f\n", op, shape.c_str(), "copy kernel", copy.kernel.graph_us, copy.kernel.single_us);
+void time_variants(const char* op, const std::string& shape, Problem& problem, int sets, const CopyTimes& copy,
+                   const std::vector<Variant>& variants) {
+  std::printf("%-26s %-22s %-26s %8.2f %8.2f\n", op, shape.c_str(), "memcpy", copy.memcpy.graph_us,
+              copy.memcpy.single_us);
+  std::printf("%-26s %-22s %-26s %8.2f %8.2f\n", op, shape.c_str(), "copy kernel", copy.kernel.graph_us,
+              copy.kernel.single_us);
   for (const Variant& v : variants) {
     if (!wanted(v.name)) continue;
     problem.poison();
@@ -54,12 +61,13 @@ void time_variants(const char* op, const std::string& shape, Problem& problem, i
       if (!gate->passed()) ++failures, s = "WRONG";
     }
     if (!s && options.time) s = time_run(v.run, sets, stream, &t);
-    std::printf("%-26s %-22s %-26s %8.2f %8.2f  graph %.3f  single %.3f  kernel %.3f  flips %.1e%s%s\n", op, shape.c_str(), v.name.c_str(), t.graph_us,
-                t.single_us, t.graph_us / copy.memcpy.graph_us, t.single_us / copy.memcpy.single_us, t.graph_us / copy.kernel.graph_us,
-                gate->wrong_share(), s ? "  " : "", s ? s : "");
+    std::printf("%-26s %-22s %-26s %8.2f %8.2f  graph %.3f  single %.3f  kernel %.3f  flips %.1e%s%s\n", op,
+                shape.c_str(), v.name.c_str(), t.graph_us, t.single_us, t.graph_us / copy.memcpy.graph_us,
+                t.single_us / copy.memcpy.single_us, t.graph_us / copy.kernel.graph_us, gate->wrong_share(),
+                s ? "  " : "", s ? s : "");
     if (s && gate->last.not_finite + gate->last.touched + gate->last.wrong_bits > 0) {
-      std::printf("    not finite %llu, touched %llu, unequal %llu, worst %.3g %.3g\n", gate->last.not_finite, gate->last.touched,
-                  gate->last.wrong_bits, gate->last.worst[0], gate->last.worst[1]);
+      std::printf("    not finite %llu, touched %llu, unequal %llu, worst %.3g %.3g\n", gate->last.not_finite,
+                  gate->last.touched, gate->last.wrong_bits, gate->last.worst[0], gate->last.worst[1]);
     }
     std::fflush(stdout);
   }
@@ -85,8 +93,10 @@ template <int kVecs, int kThreads, int kRows, int kMinBlocks, LoadHint kLoad = N
 Run rows_variant(const NormRopeSets& sets, bool overlap = true) {
   return [=](int set, cudaStream_t s) {
     const NormRopeParams& p = sets[set];
-    const dim3 grid(static_cast<unsigned>(ceil_div(static_cast<int64_t>(p.tokens) * p.parts, kRows))), block(kThreads, kRows);
-    return launch(norm_rope_rows<B, 8, kVecs, kThreads, kRows, kMinBlocks, false, kLoad, kStore>, grid, block, 0, s, overlap, p);
+    const dim3 grid(static_cast<unsigned>(ceil_div(static_cast<int64_t>(p.tokens) * p.parts, kRows))),
+        block(kThreads, kRows);
+    return launch(norm_rope_rows<B, 8, kVecs, kThreads, kRows, kMinBlocks, false, kLoad, kStore>, grid, block, 0, s,
+                  overlap, p);
   };
 }
 
@@ -94,8 +104,11 @@ template <int kVecs, int kThreads, int kMinBlocks, LoadHint kLoad = NA, StoreHin
 Run tokens_variant(const NormRopeSets& sets, bool q, bool overlap = true) {
   return [=](int set, cudaStream_t s) {
     const NormRopeParams& p = sets[set];
-    if (q) return launch(norm_rope_tokens<B, 8, kVecs, kThreads, kMinBlocks, true, false, kLoad, kStore>, dim3(p.tokens), dim3(kThreads), 0, s, overlap, p);
-    return launch(norm_rope_tokens<B, 8, kVecs, kThreads, kMinBlocks, false, false, kLoad, kStore>, dim3(p.tokens), dim3(kThreads), 0, s, overlap, p);
+    if (q)
+      return launch(norm_rope_tokens<B, 8, kVecs, kThreads, kMinBlocks, true, false, kLoad, kStore>, dim3(p.tokens),
+                    dim3(kThreads), 0, s, overlap, p);
+    return launch(norm_rope_tokens<B, 8, kVecs, kThreads, kMinBlocks, false, false, kLoad, kStore>, dim3(p.tokens),
+                  dim3(kThreads), 0, s, overlap, p);
   };
 }
 
@@ -104,7 +117,8 @@ template <int kVecs, int kThreads, int kMinBlocks, int kStages, LoadHint kLoad =
 Run bulk_variant(const NormRopeSets& sets, bool q, bool persistent, bool overlap = true) {
   const auto with = [=](auto kernel) -> Run {
     const size_t shared = norm_rope_bulk_bytes(kStages, sets[0].parts, sets[0].dim, 2);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), "shared memory");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+          "shared memory");
     const unsigned most = static_cast<unsigned>(resident(kernel, kThreads, shared));
     return [=](int set, cudaStream_t s) {
       const unsigned grid = persistent ? std::min(most, sets[set].tokens) : sets[set].tokens;
@@ -136,7 +150,7 @@ std::vector<Variant> norm_rope_variants(const NormRopeSets& s, bool q) {
               {"tokens_640x1_ef_cs", tokens_variant<1, 640, 2, EF, CS>(s, q)},
               {"tokens_320x2", tokens_variant<2, 320, 1>(s, q)},
               {"tokens_160x4", tokens_variant<4, 160, 1>(s, q)},
-              {"bulk_320x2_one", bulk_variant<2, 320, 3, 1>(s, q, false)},
+              {"bulk_320x2_one", bulk_variant<2, 320, 2, 1>(s, q, false)},
               {"bulk_640x1_one", bulk_variant<1, 640, 2, 1>(s, q, false)},
               {"bulk_320x2_s2", bulk_variant<2, 320, 2, 2>(s, q, true)},
               {"bulk_320x2_s3", bulk_variant<2, 320, 2, 3>(s, q, true)},
@@ -184,10 +198,12 @@ void time_norm_rope(int64_t tokens, int64_t dim, bool q) {
   NormRopeProblem<B> problem(*arena, c, sets, 1000);
   NormRopeSets params;
   for (const auto& a : problem.write) params.push_back(kernel_params(a));
-  std::vector<Variant> variants = {
-      {"shipped", [&](int set, cudaStream_t s) { return lingbot::cuda::qk_norm_rope_kv_write(problem.write[set], s); }}};
+  std::vector<Variant> variants = {{"shipped", [&](int set, cudaStream_t s) {
+                                      return lingbot::cuda::qk_norm_rope_kv_write(problem.write[set], s);
+                                    }}};
   for (const Variant& v : norm_rope_variants(params, q)) variants.push_back(v);
-  time_variants(q ? "qk_norm_rope_kv_write" : "k_norm_rope_kv_write", shape_name(tokens, dim), problem, sets, copy, variants);
+  time_variants(q ? "qk_norm_rope_kv_write" : "k_norm_rope_kv_write", shape_name(tokens, dim), problem, sets, copy,
+                variants);
 }
 
 void time_pack(int64_t tokens, int64_t dim) {
@@ -198,8 +214,9 @@ void time_pack(int64_t tokens, int64_t dim) {
   const CopyTimes copy = copy_times(*arena, bytes, stream);
   const int sets = sets_for(bytes);
   NormRopeProblem<B> problem(*arena, c, sets, 2000);
-  time_variants("qk_norm_rope_pack", shape_name(tokens, dim), problem, sets, copy,
-                {{"shipped", [&](int set, cudaStream_t s) { return lingbot::cuda::qk_norm_rope_pack(problem.pack[set], s); }}});
+  time_variants(
+      "qk_norm_rope_pack", shape_name(tokens, dim), problem, sets, copy,
+      {{"shipped", [&](int set, cudaStream_t s) { return lingbot::cuda::qk_norm_rope_pack(problem.pack[set], s); }}});
 }
 
 template <int kTokens, LoadHint kLoad = NA, StoreHint kStore = WB>
@@ -245,17 +262,27 @@ Run row_variant(Kernel kernel, const std::vector<Params>& sets, int threads, boo
   {name, row_variant(kernel<B, R, V, vecs, threads, 1, persistent, load, store>, sets, threads, persistent)}
 
 // The three row kernels with modulation take the same arguments; widths of 5120 for 16-bit and float32 residuals.
-#define ROW_VARIANTS_16(kernel, R)                                                                                              \
-  {ROW_VARIANT("640x1", kernel, R, 8, 1, 640, false, NA, WB), ROW_VARIANT("320x2", kernel, R, 8, 2, 320, false, NA, WB),          \
-   ROW_VARIANT("320x2_ef", kernel, R, 8, 2, 320, false, EF, WB), ROW_VARIANT("320x2_cs", kernel, R, 8, 2, 320, false, NA, CS),    \
-   ROW_VARIANT("160x4", kernel, R, 8, 4, 160, false, NA, WB), ROW_VARIANT("160x4_ef", kernel, R, 8, 4, 160, false, EF, WB),       \
-   ROW_VARIANT("128x5", kernel, R, 8, 5, 128, false, NA, WB),                                                                     \
-   ROW_VARIANT("640x1_persistent", kernel, R, 8, 1, 640, true, NA, WB), ROW_VARIANT("320x2_persistent", kernel, R, 8, 2, 320, true, NA, WB), \
-   {"320x2_lazy", row_variant(kernel<B, R, 8, 2, 320, 1, false, NA, WB>, sets, 320, false, false)}}
-#define ROW_VARIANTS_32(kernel, R)                                                                                             \
-  {ROW_VARIANT("640x2", kernel, R, 4, 2, 640, false, NA, WB), ROW_VARIANT("320x4", kernel, R, 4, 4, 320, false, NA, WB),         \
-   ROW_VARIANT("320x4_ef", kernel, R, 4, 4, 320, false, EF, WB), ROW_VARIANT("256x5", kernel, R, 4, 5, 256, false, NA, WB),      \
-   ROW_VARIANT("640x2_persistent", kernel, R, 4, 2, 640, true, NA, WB), ROW_VARIANT("320x4_persistent", kernel, R, 4, 4, 320, true, NA, WB)}
+#define ROW_VARIANTS_16(kernel, R)                                                                  \
+  {                                                                                                 \
+    ROW_VARIANT("640x1", kernel, R, 8, 1, 640, false, NA, WB),                                      \
+        ROW_VARIANT("320x2", kernel, R, 8, 2, 320, false, NA, WB),                                  \
+        ROW_VARIANT("320x2_ef", kernel, R, 8, 2, 320, false, EF, WB),                               \
+        ROW_VARIANT("320x2_cs", kernel, R, 8, 2, 320, false, NA, CS),                               \
+        ROW_VARIANT("160x4", kernel, R, 8, 4, 160, false, NA, WB),                                  \
+        ROW_VARIANT("160x4_ef", kernel, R, 8, 4, 160, false, EF, WB),                               \
+        ROW_VARIANT("128x5", kernel, R, 8, 5, 128, false, NA, WB),                                  \
+        ROW_VARIANT("640x1_persistent", kernel, R, 8, 1, 640, true, NA, WB),                        \
+        ROW_VARIANT("320x2_persistent", kernel, R, 8, 2, 320, true, NA, WB), {                      \
+      "320x2_lazy", row_variant(kernel<B, R, 8, 2, 320, 1, false, NA, WB>, sets, 320, false, false) \
+    }                                                                                               \
+  }
+#define ROW_VARIANTS_32(kernel, R)                                      \
+  {ROW_VARIANT("640x2", kernel, R, 4, 2, 640, false, NA, WB),           \
+   ROW_VARIANT("320x4", kernel, R, 4, 4, 320, false, NA, WB),           \
+   ROW_VARIANT("320x4_ef", kernel, R, 4, 4, 320, false, EF, WB),        \
+   ROW_VARIANT("256x5", kernel, R, 4, 5, 256, false, NA, WB),           \
+   ROW_VARIANT("640x2_persistent", kernel, R, 4, 2, 640, true, NA, WB), \
+   ROW_VARIANT("320x4_persistent", kernel, R, 4, 4, 320, true, NA, WB)}
 
 template <typename R>
 std::vector<Variant> variants_of(const std::vector<LayerNormModulateParams>& sets) {
@@ -280,8 +307,9 @@ std::vector<Variant> variants_of(const std::vector<GatedResidualCameraNormParams
 
 template <typename R>
 std::vector<Variant> variants_of(const std::vector<RmsNormParams>& sets) {
-  return {RMS_VARIANT("640x1", 1, 640, NA, WB),    RMS_VARIANT("320x2", 2, 320, NA, WB),    RMS_VARIANT("320x2_ef", 2, 320, EF, WB),
-          RMS_VARIANT("160x4_cs", 4, 160, NA, CS), RMS_VARIANT("160x4_ef", 4, 160, EF, WB), RMS_VARIANT("128x5", 5, 128, NA, WB)};
+  return {RMS_VARIANT("640x1", 1, 640, NA, WB),    RMS_VARIANT("320x2", 2, 320, NA, WB),
+          RMS_VARIANT("320x2_ef", 2, 320, EF, WB), RMS_VARIANT("160x4_cs", 4, 160, NA, CS),
+          RMS_VARIANT("160x4_ef", 4, 160, EF, WB), RMS_VARIANT("128x5", 5, 128, NA, WB)};
 }
 
 template <typename R, int kRows, LoadHint kLoad = NA, StoreHint kStore = WB>
@@ -289,22 +317,26 @@ Run columns_variant(const std::vector<GatedResidualParams>& sets, int threads) {
   return [=](int set, cudaStream_t s) {
     constexpr int V = kVectorElements<B, R>;
     const GatedResidualKernelParams p = kernel_params(sets[set]);
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.dim / V, threads)), static_cast<unsigned>(ceil_div(p.tokens, kRows)));
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.dim / V, threads)),
+                    static_cast<unsigned>(ceil_div(p.tokens, kRows)));
     return launch(gated_residual_columns<B, R, V, kRows, kLoad, kStore>, grid, dim3(threads), 0, s, true, p);
   };
 }
 
 template <typename R>
 std::vector<Variant> variants_of(const std::vector<GatedResidualParams>& sets) {
-  return {{"2_rows_160", columns_variant<R, 2>(sets, 160)},        {"4_rows_128", columns_variant<R, 4>(sets, 128)},
-          {"4_rows_256", columns_variant<R, 4>(sets, 256)},        {"4_rows_160_ef", columns_variant<R, 4, EF>(sets, 160)},
-          {"4_rows_160_cs", columns_variant<R, 4, NA, CS>(sets, 160)}, {"8_rows_160", columns_variant<R, 8>(sets, 160)},
+  return {{"2_rows_160", columns_variant<R, 2>(sets, 160)},
+          {"4_rows_128", columns_variant<R, 4>(sets, 128)},
+          {"4_rows_256", columns_variant<R, 4>(sets, 256)},
+          {"4_rows_160_ef", columns_variant<R, 4, EF>(sets, 160)},
+          {"4_rows_160_cs", columns_variant<R, 4, NA, CS>(sets, 160)},
+          {"8_rows_160", columns_variant<R, 8>(sets, 160)},
           {"1_row_160", columns_variant<R, 1>(sets, 160)}};
 }
 
 template <typename R, typename Params>
-void time_row_op(RowOp op, const char* name, std::vector<Params> RowProblem<B, R>::* sets_of, Status (*shipped)(const Params&, void*), int64_t tokens,
-                 int64_t dim) {
+void time_row_op(RowOp op, const char* name, std::vector<Params> RowProblem<B, R>::* sets_of,
+                 Status (*shipped)(const Params&, void*), int64_t tokens, int64_t dim) {
   if (std::string(name).find(options.op) == std::string::npos) return;
   arena->reset();
   RowCase c;
@@ -324,10 +356,14 @@ void time_row_op(RowOp op, const char* name, std::vector<Params> RowProblem<B, R
 template <typename R>
 void time_row_ops(int64_t tokens, int64_t dim) {
   using Problem = RowProblem<B, R>;
-  if constexpr (sizeof(R) == 2) time_row_op<R>(RowOp::kRmsNorm, "rms_norm", &Problem::rms, lingbot::cuda::rms_norm, tokens, dim);
-  time_row_op<R>(RowOp::kLayerNorm, "layer_norm_modulate", &Problem::layer, lingbot::cuda::layer_norm_modulate, tokens, dim);
-  time_row_op<R>(RowOp::kResidualNorm, "residual_norm_modulate", &Problem::residual, lingbot::cuda::residual_norm_modulate, tokens, dim);
-  time_row_op<R>(RowOp::kCameraNorm, "gated_residual_camera_norm", &Problem::camera, lingbot::cuda::gated_residual_camera_norm, tokens, dim);
+  if constexpr (sizeof(R) == 2)
+    time_row_op<R>(RowOp::kRmsNorm, "rms_norm", &Problem::rms, lingbot::cuda::rms_norm, tokens, dim);
+  time_row_op<R>(RowOp::kLayerNorm, "layer_norm_modulate", &Problem::layer, lingbot::cuda::layer_norm_modulate, tokens,
+                 dim);
+  time_row_op<R>(RowOp::kResidualNorm, "residual_norm_modulate", &Problem::residual,
+                 lingbot::cuda::residual_norm_modulate, tokens, dim);
+  time_row_op<R>(RowOp::kCameraNorm, "gated_residual_camera_norm", &Problem::camera,
+                 lingbot::cuda::gated_residual_camera_norm, tokens, dim);
   time_row_op<R>(RowOp::kGatedResidual, "gated_residual", &Problem::gated, lingbot::cuda::gated_residual, tokens, dim);
 }
 
@@ -346,7 +382,9 @@ struct TableProblem {
   double* ref;
 
   void poison() { check(cudaMemset(sets[0].out, kPoison, sets[0].num_tokens * sets[0].head_dim * 4), "poison"); }
-  void compare(Gate& g, Arena&) { g.rows<float>(sets[0].out, sets[0].head_dim, nullptr, ref, sets[0].num_tokens, sets[0].head_dim); }
+  void compare(Gate& g, Arena&) {
+    g.rows<float>(sets[0].out, sets[0].head_dim, nullptr, ref, sets[0].num_tokens, sets[0].head_dim);
+  }
 };
 
 void time_table(int64_t tokens) {
@@ -393,7 +431,8 @@ int run(int argc, char** argv) {
   if (Status s = device_info(&device)) return std::fprintf(stderr, "%s\n", s), 1;
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, 0), "properties");
-  std::printf("%s, %d multiprocessors, L2 %d MB\n", properties.name, device.multiprocessors, properties.l2CacheSize >> 20);
+  std::printf("%s, %d multiprocessors, L2 %d MB\n", properties.name, device.multiprocessors,
+              properties.l2CacheSize >> 20);
   Arena memory(size_t{8} << 30);
   Gate comparison;
   arena = &memory, gate = &comparison;

@@ -24,13 +24,13 @@ __device__ __forceinline__ void allow_next_grid() {
 // First element of vector i of this thread. kThreads 0: the row's width is known at run time only, and vectors may lie
 // beyond its end; else kThreads threads hold exactly one row.
 template <int V, int kThreads>
-__device__ __forceinline__ uint32_t row_element(int i) {
-  return (threadIdx.x + i * (kThreads == 0 ? blockDim.x : kThreads)) * V;
+__device__ __forceinline__ int row_element(int i) {  // signed: the compiler then folds i's part into the instruction
+  return static_cast<int>(threadIdx.x) * V + i * (kThreads == 0 ? static_cast<int>(blockDim.x) : kThreads) * V;
 }
 
 template <int kThreads>
-__device__ __forceinline__ bool in_row(uint32_t element, uint32_t dim) {
-  return kThreads != 0 || element < dim;
+__device__ __forceinline__ bool in_row(int element, uint32_t dim) {
+  return kThreads != 0 || element < static_cast<int>(dim);
 }
 
 template <int N>

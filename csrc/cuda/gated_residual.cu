@@ -13,7 +13,8 @@ struct GatedResidualKernelParams {
   uint32_t tokens, dim;
 };
 
-// A thread owns V channels: their gate is read once, then kRows rows at a time are in flight. V = 1: element by element.
+// A thread owns V channels: their gate is read once, then kRows rows at a time are in flight. V = 1: element by
+// element.
 template <typename T, typename R, int V, int kRows, LoadHint kLoad, StoreHint kStore>
 __global__ void __launch_bounds__(256) gated_residual_columns(const __grid_constant__ GatedResidualKernelParams p) {
   wait_for_previous_grid();
@@ -33,13 +34,15 @@ __global__ void __launch_bounds__(256) gated_residual_columns(const __grid_const
     }
   } else {
     float g[V];
-    for (uint64_t first = static_cast<uint64_t>(blockIdx.y) * kRows; first < p.tokens; first += static_cast<uint64_t>(gridDim.y) * kRows) {
+    for (uint64_t first = static_cast<uint64_t>(blockIdx.y) * kRows; first < p.tokens;
+         first += static_cast<uint64_t>(gridDim.y) * kRows) {
       Vec<R, V> rows[kRows];
       Vec<T, V> deltas[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int64_t at = static_cast<int64_t>(first + i) * p.dim;
-        if (first + i < p.tokens) rows[i] = load_stream<kLoad, V>(x + at), deltas[i] = load_stream<kLoad, V>(delta + at);
+        if (first + i < p.tokens)
+          rows[i] = load_stream<kLoad, V>(x + at), deltas[i] = load_stream<kLoad, V>(delta + at);
       }
       load_modulation<V>(gate, e, 1.f, g);
 #pragma unroll
@@ -69,7 +72,8 @@ Status gated_residual(const GatedResidualParams& a, void* stream) {
   const ColumnConfig config = column_config(a.dim, row_width(vectors, a.dim, a.dtype, a.residual_dtype));
   const GatedResidualKernelParams p = kernel_params(a);
   const dim3 grid(static_cast<uint32_t>(ceil_div(a.dim / config.width, config.threads)),
-                  static_cast<uint32_t>(std::min(ceil_div(a.tokens, config.rows), kMaxGridYZ)), static_cast<uint32_t>(a.batch));
+                  static_cast<uint32_t>(std::min(ceil_div(a.tokens, config.rows), kMaxGridYZ)),
+                  static_cast<uint32_t>(a.batch));
   const dim3 block(config.threads);
   return with_types(a.dtype, a.residual_dtype, [&](auto t, auto r) -> Status {
     using T = typename decltype(t)::type;
@@ -77,8 +81,10 @@ Status gated_residual(const GatedResidualParams& a, void* stream) {
     const bool overlap = device.capability >= 90;
     constexpr LoadHint kLoad = LoadHint::kNoAllocate;
     constexpr StoreHint kStore = StoreHint::kWriteBack;
-    if (config.width == 1) return launch(gated_residual_columns<T, R, 1, 1, kLoad, kStore>, grid, block, 0, stream, overlap, p);
-    return launch(gated_residual_columns<T, R, kVectorElements<T, R>, 4, kLoad, kStore>, grid, block, 0, stream, overlap, p);
+    if (config.width == 1)
+      return launch(gated_residual_columns<T, R, 1, 1, kLoad, kStore>, grid, block, 0, stream, overlap, p);
+    return launch(gated_residual_columns<T, R, kVectorElements<T, R>, 4, kLoad, kStore>, grid, block, 0, stream,
+                  overlap, p);
   });
 }
 

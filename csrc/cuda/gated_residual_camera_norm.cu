@@ -20,7 +20,8 @@ struct CameraNormKernelParams {
 
 // kPersistent: blocks step through the rows of their batch gridDim.x apart, with the next row's loads in flight and the
 // affine weights in registers; else a block is one row.
-template <typename T, typename R, int V, int kVecs, int kThreads, int kMinBlocks, bool kPersistent, LoadHint kLoad, StoreHint kStore>
+template <typename T, typename R, int V, int kVecs, int kThreads, int kMinBlocks, bool kPersistent, LoadHint kLoad,
+          StoreHint kStore>
 __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks)
     camera_norm_rows(const __grid_constant__ CameraNormKernelParams p) {
   __shared__ float shared[2][1][kMaxWarps];
@@ -31,12 +32,12 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   const float* gate = batch_channels(p.gate, batch);
   const bool camera = p.cam_scale != nullptr;
 
-  const auto load_row = [&](uint32_t token, Vec<R, V>(&x)[kVecs], Vec<T, V>(&delta)[kVecs], Vec<T, V>(&cam_scale)[kVecs],
-                            Vec<T, V>(&cam_shift)[kVecs]) {
+  const auto load_row = [&](uint32_t token, Vec<R, V>(&x)[kVecs], Vec<T, V>(&delta)[kVecs],
+                            Vec<T, V>(&cam_scale)[kVecs], Vec<T, V>(&cam_shift)[kVecs]) {
     const int64_t row = start + static_cast<int64_t>(token) * p.dim;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       const bool inside = in_row<kThreads>(e, p.dim);
       x[i] = inside ? load_stream<kLoad, V>(static_cast<const R*>(p.x) + row + e) : zero_vec<R, V>();
       delta[i] = inside ? load_stream<kLoad, V>(static_cast<const T*>(p.delta) + row + e) : zero_vec<T, V>();
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   if constexpr (kPersistent) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       weight[i] = load_cached<V>(static_cast<const T*>(p.weight) + e);
       bias[i] = load_cached<V>(static_cast<const T*>(p.bias) + e);
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const int64_t row = start + static_cast<int64_t>(token) * p.dim;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       float f[V], d[V], g[V], s[V], b[V];
       load_modulation<V>(gate, e, 1.f, g);
@@ -77,7 +78,8 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
       unpack(cam_scale[i], s);
       unpack(cam_shift[i], b);
 #pragma unroll
-      for (int j = 0; j < V; ++j) f[j] = fmaf(1.f + s[j], fmaf(d[j], g[j], f[j]), b[j]);  // without a camera: times 1, plus 0
+      for (int j = 0; j < V; ++j)
+        f[j] = fmaf(1.f + s[j], fmaf(d[j], g[j], f[j]), b[j]);  // without a camera: times 1, plus 0
       x[i] = pack<R, V>(f);
       store_vec<kStore>(static_cast<R*>(p.x_out) + row + e, x[i]);
     }
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const RowMoments m = row_moments<kThreads>(x, p.dim, p.inv_dim, p.eps, shared);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       if constexpr (!kPersistent) {
         weight[0] = load_cached<V>(static_cast<const T*>(p.weight) + e);
@@ -132,13 +134,25 @@ __global__ void __launch_bounds__(256) camera_norm_any(const __grid_constant__ C
   const RowMoments m = row_moments_any(x_out, p.dim, p.inv_dim, p.eps, shared);  // a thread reads what it wrote itself
   for (uint32_t e = threadIdx.x; e < p.dim; e += blockDim.x) {
     const float normalised = (to_float(x_out[e]) - m.mean) * m.inv_std;
-    y[e] = from_float<T>(fmaf(normalised, to_float(static_cast<const T*>(p.weight)[e]), to_float(static_cast<const T*>(p.bias)[e])));
+    y[e] = from_float<T>(
+        fmaf(normalised, to_float(static_cast<const T*>(p.weight)[e]), to_float(static_cast<const T*>(p.bias)[e])));
   }
 }
 
 inline CameraNormKernelParams kernel_params(const GatedResidualCameraNormParams& a) {
-  return {a.x, a.delta, a.gate, a.cam_scale, a.cam_shift, a.weight, a.bias, a.x_out, a.y,
-          static_cast<uint32_t>(a.tokens), static_cast<uint32_t>(a.dim), 1.f / static_cast<float>(a.dim), a.eps};
+  return {a.x,
+          a.delta,
+          a.gate,
+          a.cam_scale,
+          a.cam_shift,
+          a.weight,
+          a.bias,
+          a.x_out,
+          a.y,
+          static_cast<uint32_t>(a.tokens),
+          static_cast<uint32_t>(a.dim),
+          1.f / static_cast<float>(a.dim),
+          a.eps};
 }
 
 Status gated_residual_camera_norm(const GatedResidualCameraNormParams& a, void* stream) {
@@ -147,9 +161,9 @@ Status gated_residual_camera_norm(const GatedResidualCameraNormParams& a, void* 
   if (a.batch == 0 || a.tokens == 0) return nullptr;
   DeviceInfo device = {};
   if (Status s = device_info(&device)) return s;
-  const bool vectors = aligned(a.x, 16) && aligned(a.delta, 16) && aligned(a.cam_scale, 16) && aligned(a.cam_shift, 16) &&
-                       aligned(a.weight, 16) && aligned(a.bias, 16) && aligned(a.x_out, 16) && aligned(a.y, 16) &&
-                       modulation_aligned(a.gate);
+  const bool vectors = aligned(a.x, 16) && aligned(a.delta, 16) && aligned(a.cam_scale, 16) &&
+                       aligned(a.cam_shift, 16) && aligned(a.weight, 16) && aligned(a.bias, 16) &&
+                       aligned(a.x_out, 16) && aligned(a.y, 16) && modulation_aligned(a.gate);
   const RowConfig config = row_config(a.dim, row_width(vectors, a.dim, a.dtype, a.residual_dtype), 1);
   const CameraNormKernelParams p = kernel_params(a);
   const dim3 grid(p.tokens, static_cast<uint32_t>(a.batch)), block(config.threads);
@@ -162,8 +176,9 @@ Status gated_residual_camera_norm(const GatedResidualCameraNormParams& a, void* 
       if constexpr (S::V == 1) {
         return launch(camera_norm_any<T, R>, grid, block, 0, stream, overlap, p);
       } else {
-        return launch(camera_norm_rows<T, R, S::V, S::kVecs, S::kThreads, 1, false, LoadHint::kNoAllocate, StoreHint::kWriteBack>, grid,
-                      block, 0, stream, overlap, p);
+        return launch(
+            camera_norm_rows<T, R, S::V, S::kVecs, S::kThreads, 1, false, LoadHint::kNoAllocate, StoreHint::kWriteBack>,
+            grid, block, 0, stream, overlap, p);
       }
     });
   });

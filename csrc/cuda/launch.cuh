@@ -43,7 +43,8 @@ inline Status device_info(DeviceInfo* info) {
 // Launches on `stream`. `overlap`: the grid's blocks may start while the previous grid of the stream drains (compute
 // capability 9.0 and later; kernels begin with wait_for_previous_grid()).
 template <typename... Params, typename... Args>
-Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, bool overlap, Args&&... args) {
+Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, bool overlap,
+              Args&&... args) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
@@ -96,8 +97,8 @@ Status with_types(Dtype dtype, Dtype residual_dtype, F&& f) {
   });
 }
 
-// How a row lies in a block's registers, known when compiled: kVecs vectors of V elements in each of kThreads threads (0: as
-// many as the launch says, with bounds checks). V = 1: no vectors, the element-by-element kernel.
+// How a row lies in a block's registers, known when compiled: kVecs vectors of V elements in each of kThreads threads
+// (0: as many as the launch says, with bounds checks). V = 1: no vectors, the element-by-element kernel.
 template <int kElements, int kVectors, int kRowThreads>
 struct RowShape {
   static constexpr int V = kElements, kVecs = kVectors, kThreads = kRowThreads;

@@ -1,5 +1,5 @@
-// How each kernel is launched: pure functions of the shape, the element size and the device, without CUDA, so that they are
-// tested on any machine.
+// How each kernel is launched: pure functions of the shape, the element size and the device, without CUDA, so that they
+// are tested on any machine.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,8 @@ constexpr RowConfig row_config(int dim, int width, int period) {
   if (row_vectors >= 64 && row_threads(row_vectors, 2, period) <= max_row_threads(2)) {
     return {"rows_x2", row_threads(row_vectors, 2, period), 2, width, dim};
   }
-  if (row_threads(row_vectors, 1, 1) <= max_row_threads(1)) return {"rows_x1", row_threads(row_vectors, 1, 1), 1, width, dim};
+  if (row_threads(row_vectors, 1, 1) <= max_row_threads(1))
+    return {"rows_x1", row_threads(row_vectors, 1, 1), 1, width, dim};
   return any;
 }
 
@@ -57,8 +58,8 @@ constexpr RowConfig norm_rope_config(int dim, int head_dim, int width) {
   return row_config(dim, width, head_dim / width);
 }
 
-// A thread owns `width` channels and walks down the rows, `rows` at a time. Columns are cut into blocks of equal size where
-// that wastes no thread.
+// A thread owns `width` channels and walks down the rows, `rows` at a time. Columns are cut into blocks of equal size
+// where that wastes no thread.
 struct ColumnConfig {
   const char* name;
   int threads;
@@ -95,7 +96,8 @@ struct RopeTableConfig {
   int width;  // floats of a store
 };
 
-// The angles of a tile are made once each: (rows + columns) * head_dim / 6 + head_dim / 6 sines, then rows * columns tokens.
+// The angles of a tile are made once each: (rows + columns) * head_dim / 6 + head_dim / 6 sines, then rows * columns
+// tokens.
 constexpr RopeTableConfig rope_table_config(int head_dim, bool aligned) {
   return {"tile_4x8", 288, 4, 8, head_dim % 4 == 0 && aligned ? 4 : 1};
 }

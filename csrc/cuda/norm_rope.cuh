@@ -30,15 +30,16 @@ struct NormRopeParams {
   float inv_dim, eps;
 };
 
-__device__ __forceinline__ int64_t out_offset(const NormRopeParams& p, const NormRopePart& part, uint32_t batch, uint32_t token) {
+__device__ __forceinline__ int64_t out_offset(const NormRopeParams& p, const NormRopePart& part, uint32_t batch,
+                                              uint32_t token) {
   const uint32_t row = part.to_ring ? ring_slot(p.ring, token) : token;
   return batch * part.out_batch + row * part.out_token;
 }
 
 // Element e of a row, counted from the row's start in the output.
 template <bool kGroups>
-__device__ __forceinline__ int64_t group_offset(const NormRopeParams& p, uint32_t e) {
-  if constexpr (kGroups) return e + (e / p.group_width) * p.group_jump;
+__device__ __forceinline__ int64_t group_offset(const NormRopeParams& p, int e) {
+  if constexpr (kGroups) return e + (static_cast<uint32_t>(e) / p.group_width) * p.group_jump;
   return e;
 }
 
@@ -85,17 +86,20 @@ __device__ __forceinline__ Vec<T, V> norm_rotate(const Vec<T, V>& x, const Vec<T
 
 // cos and sin of the pairs that element e of a row starts.
 template <int N>
-__device__ __forceinline__ void load_cos_sin(const NormRopeParams& p, uint32_t token, uint32_t e, float (&cos)[N], float (&sin)[N]) {
+__device__ __forceinline__ void load_cos_sin(const NormRopeParams& p, uint32_t token, uint32_t e, float (&cos)[N],
+                                             float (&sin)[N]) {
   const uint32_t half = p.head_dim / 2;
   const float* at = p.cos_sin + static_cast<int64_t>(token) * p.head_dim + (e % p.head_dim) / 2;
   unpack(load_cached<N>(at), cos);
   unpack(load_cached<N>(at + half), sin);
 }
 
-// One row of one part: blockDim.x threads hold it in registers, kVecs vectors each. A block is one row, or kRows rows of one
-// warp each. threads * V must be a multiple of head_dim where kVecs > 1: a thread then meets one set of angles.
-template <typename T, int V, int kVecs, int kThreads, int kRows, int kMinBlocks, bool kGroups, LoadHint kLoad, StoreHint kStore>
-__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads * kRows, kMinBlocks) norm_rope_rows(const __grid_constant__ NormRopeParams p) {
+// One row of one part: blockDim.x threads hold it in registers, kVecs vectors each. A block is one row, or kRows rows
+// of one warp each. threads * V must be a multiple of head_dim where kVecs > 1: a thread then meets one set of angles.
+template <typename T, int V, int kVecs, int kThreads, int kRows, int kMinBlocks, bool kGroups, LoadHint kLoad,
+          StoreHint kStore>
+__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads * kRows, kMinBlocks)
+    norm_rope_rows(const __grid_constant__ NormRopeParams p) {
   __shared__ float shared[1][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
@@ -109,14 +113,14 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   Vec<T, V> x[kVecs];
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    const uint32_t e = row_element<V, kThreads>(i);
+    const int e = row_element<V, kThreads>(i);
     x[i] = in_row<kThreads>(e, p.dim) ? load_stream<kLoad, V>(in + e) : zero_vec<T, V>();
   }
   T* out = static_cast<T*>(part.out) + out_offset(p, part, batch, token);
   if (!part.weight) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (in_row<kThreads>(e, p.dim)) store_vec<kStore>(out + group_offset<kGroups>(p, e), x[i]);
     }
     return;
@@ -128,7 +132,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   if constexpr (kHoldWeights) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       w[i] = in_row<kThreads>(e, p.dim) ? load_cached<V>(weight + e) : zero_vec<T, V>();
     }
   }
@@ -142,7 +146,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   const float inv_rms = rsqrtf(sum[0] * p.inv_dim + p.eps);
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    const uint32_t e = row_element<V, kThreads>(i);
+    const int e = row_element<V, kThreads>(i);
     if (!in_row<kThreads>(e, p.dim)) continue;
     keep_packed(x[i]);
     const Vec<T, V> scale = kHoldWeights ? w[kHoldWeights ? i : 0] : load_cached<V>(weight + e);
@@ -150,10 +154,12 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   }
 }
 
-// One block a token: q, k and v all in flight before one reduction for both sums. Parts are k, v or q, k, v (kQ), v last
-// and possibly absent.
-template <typename T, int V, int kVecs, int kThreads, int kMinBlocks, bool kQ, bool kGroups, LoadHint kLoad, StoreHint kStore>
-__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks) norm_rope_tokens(const __grid_constant__ NormRopeParams p) {
+// One block a token: q, k and v all in flight before one reduction for both sums. Parts are k, v or q, k, v (kQ), v
+// last and possibly absent.
+template <typename T, int V, int kVecs, int kThreads, int kMinBlocks, bool kQ, bool kGroups, LoadHint kLoad,
+          StoreHint kStore>
+__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks)
+    norm_rope_tokens(const __grid_constant__ NormRopeParams p) {
   constexpr int kNormed = kQ ? 2 : 1;
   __shared__ float shared[kNormed][kMaxWarps];
   wait_for_previous_grid();
@@ -167,7 +173,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const T* in = static_cast<const T*>(p.part[n].in) + batch * p.part[n].in_batch + token * p.part[n].in_token;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       x[n][i] = in_row<kThreads>(e, p.dim) ? load_stream<kLoad, V>(in + e) : zero_vec<T, V>();
     }
   }
@@ -176,7 +182,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const T* in = static_cast<const T*>(part.in) + batch * part.in_batch + token * part.in_token;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (in_row<kThreads>(e, p.dim)) v[i] = load_stream<kLoad, V>(in + e);
     }
   }
@@ -198,17 +204,18 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     T* out = static_cast<T*>(p.part[n].out) + out_offset(p, p.part[n], batch, token);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       keep_packed(x[n][i]);
-      store_vec<kStore>(out + group_offset<kGroups>(p, e), norm_rotate(x[n][i], load_cached<V>(weight + e), inv_rms, cos, sin));
+      store_vec<kStore>(out + group_offset<kGroups>(p, e),
+                        norm_rotate(x[n][i], load_cached<V>(weight + e), inv_rms, cos, sin));
     }
   }
   if (has_v) {
     T* out = static_cast<T*>(p.part[kNormed].out) + out_offset(p, p.part[kNormed], batch, token);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (in_row<kThreads>(e, p.dim)) store_vec<kStore>(out + group_offset<kGroups>(p, e), v[i]);
     }
   }
@@ -245,7 +252,8 @@ __global__ void __launch_bounds__(256) norm_rope_any(const __grid_constant__ Nor
 }
 
 // The part of a row operand; absent operands have no part.
-inline NormRopePart norm_rope_part(const Rows& in, void* out, int64_t out_batch, int64_t out_token, const void* weight, bool to_ring) {
+inline NormRopePart norm_rope_part(const Rows& in, void* out, int64_t out_batch, int64_t out_token, const void* weight,
+                                   bool to_ring) {
   return {in.ptr, in.batch_stride, in.token_stride, out, out_batch, out_token, weight, to_ring ? 1u : 0u};
 }
 
@@ -255,7 +263,8 @@ inline int norm_rope_width(const NormRopeParams& p, int size) {
   bool ok = p.dim % width == 0 && p.head_dim % width == 0 && aligned(p.cos_sin, 16);
   for (uint32_t n = 0; n < p.parts; ++n) {
     ok = ok && rows_aligned(p.part[n].in, p.part[n].in_batch, p.part[n].in_token, size, 16) &&
-         rows_aligned(p.part[n].out, p.part[n].out_batch, p.part[n].out_token, size, 16) && aligned(p.part[n].weight, 16);
+         rows_aligned(p.part[n].out, p.part[n].out_batch, p.part[n].out_token, size, 16) &&
+         aligned(p.part[n].weight, 16);
   }
   return ok && p.group_jump * size % 16 == 0 ? width : 1;
 }
@@ -285,8 +294,8 @@ Status launch_norm_rope(const NormRopeParams& p, int64_t batch, Dtype dtype, voi
         return launch(norm_rope_any<T>, grid, block, 0, stream, overlap, p);
       } else {
         constexpr int kMinBlocks = Shape::kThreads == 160 ? 8 : 1;
-        return launch(norm_rope_rows<T, Shape::V, Shape::kVecs, Shape::kThreads, 1, kMinBlocks, kGroups, LoadHint::kNoAllocate,
-                                     StoreHint::kWriteBack>,
+        return launch(norm_rope_rows<T, Shape::V, Shape::kVecs, Shape::kThreads, 1, kMinBlocks, kGroups,
+                                     LoadHint::kNoAllocate, StoreHint::kWriteBack>,
                       grid, block, 0, stream, overlap, p);
       }
     });

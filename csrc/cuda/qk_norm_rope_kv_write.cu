@@ -10,9 +10,11 @@ inline NormRopeParams kernel_params(const QkNormRopeKvWriteParams& a) {
   if (a.q.ptr) {
     p.part[p.parts++] = norm_rope_part(a.q, a.q_out.ptr, a.q_out.batch_stride, a.q_out.token_stride, a.q_weight, false);
   }
-  p.part[p.parts++] = norm_rope_part(a.k, a.k_cache.ptr, a.k_cache.batch_stride, a.k_cache.token_stride, a.k_weight, true);
+  p.part[p.parts++] =
+      norm_rope_part(a.k, a.k_cache.ptr, a.k_cache.batch_stride, a.k_cache.token_stride, a.k_weight, true);
   if (a.v.ptr) {
-    p.part[p.parts++] = norm_rope_part(a.v, a.v_cache.ptr, a.v_cache.batch_stride, a.v_cache.token_stride, nullptr, true);
+    p.part[p.parts++] =
+        norm_rope_part(a.v, a.v_cache.ptr, a.v_cache.batch_stride, a.v_cache.token_stride, nullptr, true);
   }
   p.cos_sin = a.cos_sin;
   p.ring = device_ring(a.ring);

@@ -1,5 +1,5 @@
-// rope(rms_norm(q)), rope(rms_norm(k)) and v into one all-to-all buffer [ranks, tokens, batch, parts, heads / ranks, head_dim]:
-// what each rank receives is contiguous.
+// rope(rms_norm(q)), rope(rms_norm(k)) and v into one all-to-all buffer [ranks, tokens, batch, parts, heads / ranks,
+// head_dim]: what each rank receives is contiguous.
 #include "norm_rope.cuh"
 
 namespace lingbot::cuda {

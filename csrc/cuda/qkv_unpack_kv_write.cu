@@ -103,7 +103,8 @@ Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams& a, void* stream) {
   const UnpackParams p = kernel_params(a, elements);
   const UnpackConfig config = unpack_config(static_cast<int>(p.width));
   const dim3 block(config.threads, config.rows);
-  const dim3 grid(static_cast<uint32_t>(ceil_div(a.tokens, config.rows * config.tokens)), static_cast<uint32_t>(a.batch));
+  const dim3 grid(static_cast<uint32_t>(ceil_div(a.tokens, config.rows * config.tokens)),
+                  static_cast<uint32_t>(a.batch));
   const bool overlap = device.capability >= 90;
   constexpr LoadHint kLoad = LoadHint::kNoAllocate;
   constexpr StoreHint kStore = StoreHint::kWriteBack;

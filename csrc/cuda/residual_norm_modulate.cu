@@ -1,4 +1,5 @@
-// x_out = x + delta * gate, rounded to the residual type; y = layer_norm(x_out) * (1 + scale) + shift of the rounded x_out.
+// x_out = x + delta * gate, rounded to the residual type; y = layer_norm(x_out) * (1 + scale) + shift of the rounded
+// x_out.
 #include "row_norm.cuh"
 
 namespace lingbot::cuda {
@@ -13,9 +14,10 @@ struct ResidualNormKernelParams {
   float inv_dim, eps;
 };
 
-// kPersistent: blocks step through the rows of their batch gridDim.x apart, with the modulation in registers and the next
-// row's loads in flight; else a block is one row, and modulation is read through L1.
-template <typename T, typename R, int V, int kVecs, int kThreads, int kMinBlocks, bool kPersistent, LoadHint kLoad, StoreHint kStore>
+// kPersistent: blocks step through the rows of their batch gridDim.x apart, with the modulation in registers and the
+// next row's loads in flight; else a block is one row, and modulation is read through L1.
+template <typename T, typename R, int V, int kVecs, int kThreads, int kMinBlocks, bool kPersistent, LoadHint kLoad,
+          StoreHint kStore>
 __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks)
     residual_norm_rows(const __grid_constant__ ResidualNormKernelParams p) {
   __shared__ float shared[2][1][kMaxWarps];
@@ -31,7 +33,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const int64_t row = start + static_cast<int64_t>(token) * p.dim;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       const bool inside = in_row<kThreads>(e, p.dim);
       x[i] = inside ? load_stream<kLoad, V>(static_cast<const R*>(p.x) + row + e) : zero_vec<R, V>();
       delta[i] = inside ? load_stream<kLoad, V>(static_cast<const T*>(p.delta) + row + e) : zero_vec<T, V>();
@@ -46,7 +48,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   if constexpr (kPersistent) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       load_modulation<V>(gate, e, 1.f, weight[i]);
       load_modulation<V>(scale, e, 0.f, gain[i]);
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const int64_t row = start + static_cast<int64_t>(token) * p.dim;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       if constexpr (!kPersistent) load_modulation<V>(gate, e, 1.f, weight[0]);
       float f[V], d[V];
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     const RowMoments m = row_moments<kThreads>(x, p.dim, p.inv_dim, p.eps, shared);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t e = row_element<V, kThreads>(i);
+      const int e = row_element<V, kThreads>(i);
       if (!in_row<kThreads>(e, p.dim)) continue;
       if constexpr (!kPersistent) {
         load_modulation<V>(scale, e, 0.f, gain[0]);
@@ -122,8 +124,17 @@ __global__ void __launch_bounds__(256) residual_norm_any(const __grid_constant__
 }
 
 inline ResidualNormKernelParams kernel_params(const ResidualNormModulateParams& a) {
-  return {a.x, a.delta, a.gate, a.shift, a.scale, a.x_out, a.y, static_cast<uint32_t>(a.tokens),
-          static_cast<uint32_t>(a.dim), 1.f / static_cast<float>(a.dim), a.eps};
+  return {a.x,
+          a.delta,
+          a.gate,
+          a.shift,
+          a.scale,
+          a.x_out,
+          a.y,
+          static_cast<uint32_t>(a.tokens),
+          static_cast<uint32_t>(a.dim),
+          1.f / static_cast<float>(a.dim),
+          a.eps};
 }
 
 Status residual_norm_modulate(const ResidualNormModulateParams& a, void* stream) {
@@ -145,8 +156,9 @@ Status residual_norm_modulate(const ResidualNormModulateParams& a, void* stream)
       if constexpr (S::V == 1) {
         return launch(residual_norm_any<T, R>, grid, block, 0, stream, overlap, p);
       } else {
-        return launch(residual_norm_rows<T, R, S::V, S::kVecs, S::kThreads, 1, false, LoadHint::kNoAllocate, StoreHint::kWriteBack>, grid,
-                      block, 0, stream, overlap, p);
+        return launch(residual_norm_rows<T, R, S::V, S::kVecs, S::kThreads, 1, false, LoadHint::kNoAllocate,
+                                         StoreHint::kWriteBack>,
+                      grid, block, 0, stream, overlap, p);
       }
     });
   });

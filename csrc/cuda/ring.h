@@ -45,7 +45,8 @@ inline Status ring_problem(const Ring& ring, int64_t tokens) {
 
 inline DeviceRing device_ring(const Ring& ring) {
   const int64_t period = ring.capacity - ring.sink;
-  const int64_t start = ring.chunk_start < ring.sink ? ring.chunk_start : ring.sink + (ring.chunk_start - ring.sink) % period;
+  const int64_t start =
+      ring.chunk_start < ring.sink ? ring.chunk_start : ring.sink + (ring.chunk_start - ring.sink) % period;
   return {ring.cursor, ring.cursor ? 0u : static_cast<uint32_t>(start), static_cast<uint32_t>(ring.sink),
           static_cast<uint32_t>(period)};
 }

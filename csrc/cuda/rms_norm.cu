@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   Vec<T, V> x[kVecs];
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    const uint32_t e = row_element<V, kThreads>(i);
+    const int e = row_element<V, kThreads>(i);
     x[i] = in_row<kThreads>(e, p.dim) ? load_stream<kLoad, V>(in + e) : zero_vec<T, V>();
   }
   float sum[1] = {0.f};
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   const float inv_rms = rsqrtf(sum[0] * p.inv_dim + p.eps);
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    const uint32_t e = row_element<V, kThreads>(i);
+    const int e = row_element<V, kThreads>(i);
     if (!in_row<kThreads>(e, p.dim)) continue;
     float f[V], w[V];
     unpack(x[i], f);
@@ -73,8 +73,15 @@ __global__ void __launch_bounds__(256) rms_norm_any(const __grid_constant__ RmsN
 }
 
 inline RmsNormKernelParams kernel_params(const RmsNormParams& a) {
-  return {a.x.ptr, a.x.batch_stride, a.x.token_stride, a.weight, a.y, static_cast<uint32_t>(a.tokens), static_cast<uint32_t>(a.dim),
-          1.f / static_cast<float>(a.dim), a.eps};
+  return {a.x.ptr,
+          a.x.batch_stride,
+          a.x.token_stride,
+          a.weight,
+          a.y,
+          static_cast<uint32_t>(a.tokens),
+          static_cast<uint32_t>(a.dim),
+          1.f / static_cast<float>(a.dim),
+          a.eps};
 }
 
 Status rms_norm(const RmsNormParams& a, void* stream) {
@@ -95,8 +102,8 @@ Status rms_norm(const RmsNormParams& a, void* stream) {
       if constexpr (S::V == 1) {
         return launch(rms_norm_any<T>, grid, block, 0, stream, overlap, p);
       } else {
-        return launch(rms_norm_rows<T, S::V, S::kVecs, S::kThreads, 1, LoadHint::kNoAllocate, StoreHint::kWriteBack>, grid, block, 0,
-                      stream, overlap, p);
+        return launch(rms_norm_rows<T, S::V, S::kVecs, S::kThreads, 1, LoadHint::kNoAllocate, StoreHint::kWriteBack>,
+                      grid, block, 0, stream, overlap, p);
       }
     });
   });

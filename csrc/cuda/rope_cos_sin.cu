@@ -1,5 +1,5 @@
-// cos | sin of every token's (t, h, w), from its index alone: out[i] = cos, then sin, of pos_axis * theta^(-2j / D_axis).
-// Angles are double and as large as the frame index needs; the table is float32.
+// cos | sin of every token's (t, h, w), from its index alone: out[i] = cos, then sin, of pos_axis * theta^(-2j /
+// D_axis). Angles are double and as large as the frame index needs; the table is float32.
 #include <algorithm>
 #include <cmath>
 
@@ -19,8 +19,8 @@ struct RopeTableParams {
   double frequency[kMaxRotaryPairs];
 };
 
-// One block is a tile of kRows x kColumns tokens of one frame. Pairs of time have one angle in it, pairs of height kRows,
-// pairs of width kColumns: each is made once, then spread over the tile from shared memory.
+// One block is a tile of kRows x kColumns tokens of one frame. Pairs of time have one angle in it, pairs of height
+// kRows, pairs of width kColumns: each is made once, then spread over the tile from shared memory.
 template <int kThreads, int kRows, int kColumns, int kWidth>
 __global__ void __launch_bounds__(kThreads) rope_table(const __grid_constant__ RopeTableParams p) {
   constexpr int kPositions = 1 + kRows + kColumns;
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kThreads) rope_table(const __grid_constant__ R
 }
 
 // Blocks of `tile_rows` x `tile_columns` tokens that hold the tokens asked for.
-inline Status rope_table_params(const RopeCosSinParams& a, int tile_rows, int tile_columns, RopeTableParams* params, uint32_t* blocks) {
+inline Status rope_table_params(const RopeCosSinParams& a, int tile_rows, int tile_columns, RopeTableParams* params,
+                                uint32_t* blocks) {
   RopeTableParams& p = *params;
   p = {};
   p.out = a.out;
@@ -102,11 +103,13 @@ inline Status rope_table_params(const RopeCosSinParams& a, int tile_rows, int ti
   p.first_row = frames == 1 ? a.token_start % a.frame_stride / p.width : 0;
   const int64_t rows = frames == 1 ? last % a.frame_stride / p.width - p.first_row + 1 : frame_rows;
   const int64_t farthest = std::max(last / a.frame_stride, std::max(frame_rows, p.width) + tile_rows + tile_columns);
-  if (static_cast<double>(farthest) * largest >= kMaxAngle) return "token position is too large: an angle is beyond 2^50";
+  if (static_cast<double>(farthest) * largest >= kMaxAngle)
+    return "token position is too large: an angle is beyond 2^50";
 
   const int64_t row_tiles = ceil_div(rows, tile_rows);
   const int64_t column_tiles = ceil_div(p.width, tile_columns);
-  if (frames > kMaxGridX / row_tiles || row_tiles * frames > kMaxGridX / column_tiles) return "too many tokens for one launch";
+  if (frames > kMaxGridX / row_tiles || row_tiles * frames > kMaxGridX / column_tiles)
+    return "too many tokens for one launch";
   p.row_tiles = static_cast<uint32_t>(row_tiles);
   p.column_tiles = static_cast<uint32_t>(column_tiles);
   *blocks = static_cast<uint32_t>(row_tiles * column_tiles * frames);
@@ -114,7 +117,8 @@ inline Status rope_table_params(const RopeCosSinParams& a, int tile_rows, int ti
 }
 
 Status rope_cos_sin(const RopeCosSinParams& a, void* stream) {
-  if (a.head_dim < 2 || a.head_dim % 2 != 0 || a.head_dim > 2 * kMaxRotaryPairs) return "head_dim must be even and in [2, 256]";
+  if (a.head_dim < 2 || a.head_dim % 2 != 0 || a.head_dim > 2 * kMaxRotaryPairs)
+    return "head_dim must be even and in [2, 256]";
   if (a.frame_stride < 1 || a.width < 1) return "frame_stride and width must be positive";
   if (a.frame_stride > INT64_MAX / 2) return "frame_stride must be below 2^62";
   if (a.num_tokens < 0 || a.token_start < 0) return "num_tokens and token_start must not be negative";

@@ -1,4 +1,5 @@
-// What the norms over a row share: statistics of a row held in registers, modulation vectors, and the limits of a launch.
+// What the norms over a row share: statistics of a row held in registers, modulation vectors, and the limits of a
+// launch.
 #pragma once
 
 #include "block.cuh"
@@ -11,7 +12,8 @@ struct RowMoments {
   float mean, inv_std;
 };
 
-// Mean, then variance around it, of a row in registers. `shared` serves one call a barrier pair: two calls in a loop are fine.
+// Mean, then variance around it, of a row in registers. `shared` serves one call a barrier pair: two calls in a loop
+// are fine.
 template <int kThreads, typename R, int V, int kVecs>
 __device__ __forceinline__ RowMoments row_moments(Vec<R, V> (&x)[kVecs], uint32_t dim, float inv_dim, float eps,
                                                   float (&shared)[2][1][kMaxWarps]) {
@@ -42,7 +44,8 @@ __device__ __forceinline__ RowMoments row_moments(Vec<R, V> (&x)[kVecs], uint32_
 
 // The same of a row in memory, read twice, element by element.
 template <typename R>
-__device__ RowMoments row_moments_any(const R* row, uint32_t dim, float inv_dim, float eps, float (&shared)[2][1][kMaxWarps]) {
+__device__ RowMoments row_moments_any(const R* row, uint32_t dim, float inv_dim, float eps,
+                                      float (&shared)[2][1][kMaxWarps]) {
   float sum[1] = {0.f};
   for (uint32_t e = threadIdx.x; e < dim; e += blockDim.x) sum[0] += to_float(row[e]);
   row_sum(sum, shared[0]);
@@ -58,7 +61,7 @@ __device__ RowMoments row_moments_any(const R* row, uint32_t dim, float inv_dim,
 
 // V elements of a per-channel float32 vector; `absent` where there is none.
 template <int V>
-__device__ __forceinline__ void load_modulation(const float* channels, uint32_t e, float absent, float (&value)[V]) {
+__device__ __forceinline__ void load_modulation(const float* channels, int e, float absent, float (&value)[V]) {
   if (channels) {
     unpack(load_cached<V>(channels + e), value);
   } else {
@@ -87,7 +90,8 @@ inline Status row_shape_problem(int64_t batch, int64_t tokens, int32_t dim) {
 
 // Elements of a vector where all of a launch's operands are aligned and the row is made of whole vectors; else 1.
 inline int row_width(bool all_aligned, int32_t dim, Dtype dtype, Dtype residual_dtype) {
-  const int width = 16 / (element_size(dtype) > element_size(residual_dtype) ? element_size(dtype) : element_size(residual_dtype));
+  const int width =
+      16 / (element_size(dtype) > element_size(residual_dtype) ? element_size(dtype) : element_size(residual_dtype));
   return all_aligned && dim % width == 0 ? width : 1;
 }
 

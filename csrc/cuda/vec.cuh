@@ -11,10 +11,10 @@ namespace lingbot::cuda {
 
 // How a streamed operand is read. All keep it out of L1, where weights and modulation vectors live.
 enum class LoadHint {
-  kNoAllocate,   // L2 keeps it with normal priority
-  kEvictFirst,   // first to leave L1 and L2
-  kEvictFirstL2, // the same for L2, through an access policy
-  kPrefetch256,  // as kNoAllocate; L2 fetches 256 bytes at a time
+  kNoAllocate,    // L2 keeps it with normal priority
+  kEvictFirst,    // first to leave L1 and L2
+  kEvictFirstL2,  // the same for L2, through an access policy
+  kPrefetch256,   // as kNoAllocate; L2 fetches 256 bytes at a time
 };
 
 enum class StoreHint {
@@ -38,22 +38,24 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
-// Volatile: streamed loads stay in program order, all issued before the first use, and never move above the wait for the
-// previous grid.
+// Volatile: streamed loads stay in program order, all issued before the first use, and never move above the wait for
+// the previous grid.
 template <LoadHint kHint>
 __device__ __forceinline__ void load16(uint32_t* w, const void* p) {
   if constexpr (kHint == LoadHint::kNoAllocate) {
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "l"(p));
   } else if constexpr (kHint == LoadHint::kEvictFirst) {
-    asm volatile("ld.global.cs.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
+    asm volatile("ld.global.cs.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
   } else if constexpr (kHint == LoadHint::kEvictFirstL2) {
     asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p), "l"(evict_first_policy()));
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "l"(p), "l"(evict_first_policy()));
   } else {
     asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "l"(p));
   }
 }
 
