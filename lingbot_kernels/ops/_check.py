@@ -110,20 +110,24 @@ def ring(batch: int, num_tokens: int, k_cache: Tensor, chunk_start: int, cursor:
         raise TypeError(f"ring: got cursor {describe(cursor)}, must be int32 [1] on {k_cache.device}")
 
 
-def extent(x: Tensor) -> tuple[int, int]:
-    """First byte of x in memory and the byte after its last."""
-    if x.numel() == 0:
-        return (0, 0)
-    start = x.data_ptr()
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return (start, start + (last + 1) * x.element_size())
-
-
 def disjoint(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor | None]]) -> None:
-    """No written tensor may share memory with another argument."""
-    spans = [(name, *extent(x)) for name, x in written]
-    others = spans + [(name, *extent(x)) for name, x in read if x is not None]
+    """No written tensor may share memory with another argument: neither one's bytes, first to last, may overlap."""
+    spans = [(name, *_span(x)) for name, x in written]
+    others = [(name, *_span(x)) for name, x in read if x is not None]
     for i, (name, start, stop) in enumerate(spans):
-        for other, other_start, other_stop in others[i + 1 :]:
+        for other, other_start, other_stop in spans[i + 1 :] + others:
             if start < other_stop and other_start < stop:
                 raise ValueError(f"{name} and {other}: share memory, must be apart (the op writes {name})")
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """First byte of x in memory and the byte after its last."""
+    start = x.data_ptr()
+    if x.is_contiguous():
+        return start, start + x.nbytes
+    if not x.numel():
+        return 0, 0
+    last = 0
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        last += (size - 1) * stride
+    return start, start + (last + 1) * x.element_size()

@@ -79,7 +79,8 @@ def requested_backend() -> str:
     """The backend asked for by `use_backend` or the environment; "auto" where there is none."""
     chosen = _override.get()
     if chosen is None:
-        chosen = _named(os.environ.get("LINGBOT_KERNELS_BACKEND") or "auto", "LINGBOT_KERNELS_BACKEND")
+        chosen = os.environ.get("LINGBOT_KERNELS_BACKEND") or "auto"
+        return chosen if chosen == "auto" else _named(chosen, "LINGBOT_KERNELS_BACKEND")
     return chosen
 
 

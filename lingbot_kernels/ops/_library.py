@@ -6,19 +6,45 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lingbot_kernels import nvtx
 
 LIBRARY = torch.library.Library("lingbot_kernels", "DEF")
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = _TENSORS | {type(None), int, float, str, bool, list, tuple, torch.dtype}
 
 
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define `lingbot_kernels::<schema>` and return the overload to call.
+class RegisteredOp:
+    """A registered op. A plain eager call goes straight to the implementation, which saves the dispatcher's several us;
+    tracing, compiling, autograd, tensor subclasses and dispatch modes see the op as `torch.library` has it.
+    """
+
+    __slots__ = ("_implementation", "overload")
+
+    def __init__(self, overload: Callable[..., Any], implementation: Callable[..., Any]) -> None:
+        self.overload = overload
+        self._implementation = implementation
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return self.overload(*arguments)
+        grad = torch.is_grad_enabled()
+        for argument in arguments:
+            kind = type(argument)
+            if kind not in _PLAIN or (grad and kind in _TENSORS and argument.requires_grad):
+                return self.overload(*arguments)
+        return self._implementation(*arguments)
+
+
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> RegisteredOp:
+    """Define `lingbot_kernels::<schema>` and return what calls it.
 
     The implementation serves every device: which backend runs is an argument of the op, resolved by the caller.
     """
     name = schema.split("(", 1)[0]
+    ranged = nvtx.ranged(name)(implementation)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, nvtx.ranged(name)(implementation), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, ranged, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lingbot_kernels::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.lingbot_kernels, name).default
+    return RegisteredOp(getattr(torch.ops.lingbot_kernels, name).default, ranged)

@@ -46,15 +46,13 @@ def launch(backend: str, op: str, device: torch.device, *args: Any) -> None:
 
     Raises RuntimeError with the launcher's message when it refuses or the launch fails.
     """
-    if backend == "cuda":
-        index = device.index
-        if index is None or index == torch.cuda.current_device():
-            getattr(_C.cuda, op)(*args, torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()))
-        else:
-            with torch.cuda.device(index):
-                getattr(_C.cuda, op)(*args, torch._C._cuda_getCurrentRawStream(index))
-    else:
+    if backend == "cpu":
         getattr(_C.cpu, op)(*args, 0)
+    elif device.index == torch._C._cuda_getDevice():
+        getattr(_C.cuda, op)(*args, torch._C._cuda_getCurrentRawStream(device.index))
+    else:
+        with torch.cuda.device(device):
+            getattr(_C.cuda, op)(*args, torch._C._cuda_getCurrentRawStream(device.index))
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

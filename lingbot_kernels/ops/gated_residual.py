@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lingbot_kernels import reference
@@ -16,7 +17,7 @@ def _run(x: Tensor, delta: Tensor, gate: Tensor | None, backend: str) -> Tensor:
     if backend == "reference":
         return reference.gated_residual(x, delta, gate)
     batch, num_tokens, dim = x.shape
-    x_out = x.new_empty(x.shape)
+    x_out = torch.empty_like(x)
     if backend == "triton":
         from lingbot_kernels.triton import gated_residual as kernel
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lingbot_kernels import reference
@@ -27,7 +28,7 @@ def _run(
     _check.weight("bias", bias, dim, delta)
     if backend == "reference":
         return reference.gated_residual_camera_norm(x, delta, gate, cam_scale, cam_shift, weight, bias, eps)
-    x_out, y = x.new_empty(x.shape), delta.new_empty(x.shape)
+    x_out, y = torch.empty_like(x), torch.empty_like(delta)
     if backend == "triton":
         from lingbot_kernels.triton import gated_residual_camera_norm as kernel
 

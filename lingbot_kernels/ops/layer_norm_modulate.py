@@ -20,7 +20,7 @@ def _run(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.d
     if backend == "reference":
         return reference.layer_norm_modulate(x, shift, scale, eps, out_dtype=out_dtype)
     batch, num_tokens, dim = x.shape
-    y = x.new_empty(x.shape, dtype=out_dtype)
+    y = torch.empty_like(x, dtype=out_dtype)
     if backend == "triton":
         from lingbot_kernels.triton import layer_norm_modulate as kernel
 

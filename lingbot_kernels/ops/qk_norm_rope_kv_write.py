@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lingbot_kernels import reference
@@ -48,7 +49,7 @@ def write(
 ) -> Tensor | None:  # fmt: skip
     _check_arguments(q, k, v, q_weight, k_weight, cos_sin, k_cache, v_cache, chunk_start, cursor, sink)
     _check.disjoint((("k_cache", k_cache), ("v_cache", v_cache)), (("q", q), ("k", k), ("v", v), ("cos_sin", cos_sin)))
-    q_out = None if q is None else k.new_empty(k.shape)
+    q_out = None if q is None else torch.empty_like(k)
     batch, num_tokens, _ = k.shape
     capacity, heads, head_dim = k_cache.shape[1:]
     if backend in ("cuda", "cpu"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lingbot_kernels import reference
@@ -19,7 +20,7 @@ def _run(
     if backend == "reference":
         return reference.residual_norm_modulate(x, delta, shift, scale, eps, gate)
     batch, num_tokens, dim = x.shape
-    x_out, y = x.new_empty(x.shape), delta.new_empty(x.shape)
+    x_out, y = torch.empty_like(x), torch.empty_like(delta)
     if backend == "triton":
         from lingbot_kernels.triton import residual_norm_modulate as kernel
 

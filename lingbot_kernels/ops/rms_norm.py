@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lingbot_kernels import reference
@@ -15,7 +16,7 @@ def _run(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
     _check.weight("weight", weight, dim, x)
     if backend == "reference":
         return reference.rms_norm(x, weight, eps)
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x)
     if backend == "triton":
         from lingbot_kernels.triton import rms_norm as kernel
 
