@@ -12,11 +12,9 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo yes)
 ifeq ($(HAS_GPU),yes)
 TORCH_SPEC ?= torch>=2.9
 TRITON_SPEC ?=
-TORCH_LINKS ?=
 else
 TORCH_SPEC ?= torch==2.13.0
 TRITON_SPEC ?= triton>=3.4,<3.7
-TORCH_LINKS ?= https://download.pytorch.org/whl/cpu/torch/
 endif
 
 .PHONY: demo test lint install clean
@@ -39,7 +37,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.torch: | $(BIN)/python
-	$(BIN)/python -m pip install $(if $(TORCH_LINKS),--find-links $(TORCH_LINKS)) "$(TORCH_SPEC)" \
+	$(BIN)/python -m pip install "$(TORCH_SPEC)" \
 		$(if $(TRITON_SPEC),"$(TRITON_SPEC)")
 	touch $@
 

@@ -55,10 +55,13 @@ class Case:
     bytes: int  # that must be read and written, per-channel vectors left out
 
 
-def row_variants(default: _rows.RowConfig, make: Callable[[int], _rows.RowConfig], split: bool) -> dict[str, Any]:
+def row_variants(length: int, make: Callable[[int | None], _rows.RowConfig], split: bool = False) -> dict[str, Any]:
     """Warps a row, rows a program, cache hints, and for q, k, v also programs of their own."""
+    default = make(None)
     variants = {"default": default}
     for warps in (1, 2, 4, 8):
+        if length > 12 * make(warps).chunk:  # more vectors a thread than its registers can hold
+            continue
         variants[f"w{warps}"] = make(warps)
         if split:
             variants[f"w{warps} split"] = dataclasses.replace(make(warps), split=True)
@@ -68,7 +71,6 @@ def row_variants(default: _rows.RowConfig, make: Callable[[int], _rows.RowConfig
         if split:
             variants[f"rows{rows} split"] = dataclasses.replace(default, rows=rows, split=True)
     if split:
-        del variants["w1"]  # three rows in one warp's registers spill at 5120
         variants["plain split"] = dataclasses.replace(default, streaming=False, split=True)
     seen: dict[Any, str] = {}
     return {name: config for name, config in variants.items() if seen.setdefault(config, name) == name}
@@ -87,7 +89,7 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
     def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
         return torch.full(shape, float("nan"), device=device, dtype=dtype)
 
-    words = row_variants(_rows.word_config(dim, 2), lambda warps: _rows.word_config(dim, 2, warps), split=False)
+    words = row_variants(dim // 2, lambda warps: _rows.word_config(dim, 2, warps))
     if op == "rope_cos_sin":
         configs = {
             f"w{warps} t{rows}": table.RopeCosSinConfig(warps, rows, HEAD_DIM // 2)
@@ -105,14 +107,12 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
         )
     if op in ("qk_norm_rope_kv_write", "k_norm_rope_kv_write", "qk_norm_rope_pack"):
         full = op != "k_norm_rope_kv_write"
-        cos_sin = torch.empty(tokens, HEAD_DIM, device=device)
-        if device != "cpu":
-            reference.rope_cos_sin(tokens, 1000 * FRAME, FRAME, WIDTH, HEAD_DIM, THETA, device, out=cos_sin)
+        cos_sin = reference.rope_cos_sin(tokens, 1000 * FRAME, FRAME, WIDTH, HEAD_DIM, THETA, device)
 
         def inputs() -> Tensors:
             return (random(1, tokens, 3, dim), random(2, dim))
 
-        configs = row_variants(_rows.word_config(dim, 2), lambda warps: _rows.word_config(dim, 2, warps), split=True)
+        configs = row_variants(dim // 2, lambda warps: _rows.word_config(dim, 2, warps), split=True)
         if op == "qk_norm_rope_pack":
             return Case(
                 inputs,
@@ -160,9 +160,7 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             lambda: (empty(1, 2 * tokens, own, HEAD_DIM), empty(1, 2 * tokens, own, HEAD_DIM)),
             lambda i, o, c: unpacking.qkv_unpack_kv_write(i[0], o[0], o[1], 5 * tokens, None, SINK, config=c),
             unpacked,
-            row_variants(
-                _rows.value_config(dim // RANKS, (2,)), lambda w: _rows.value_config(dim // RANKS, (2,), w), split=False
-            ),
+            row_variants(dim // RANKS, lambda warps: _rows.value_config(dim // RANKS, (2,), warps)),
             4 * row_bytes // RANKS,
         )
     if op == "rms_norm":
@@ -175,7 +173,7 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             2 * row_bytes,
         )
     sizes = (r_dtype.itemsize, 2)
-    values = row_variants(_rows.value_config(dim, sizes), lambda w: _rows.value_config(dim, sizes, w), split=False)
+    values = row_variants(dim, lambda warps: _rows.value_config(dim, sizes, warps))
 
     def passes() -> Tensors:
         x, delta = random(1, tokens, dim, dtype=r_dtype), random(1, tokens, dim)

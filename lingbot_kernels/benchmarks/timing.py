@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Effort:
     """How long to measure: samples of at least `sample_us` each, as many as fit in `budget_us`, within bounds."""
 
     sample_us: float = 1000.0
-    budget_us: float = 60_000.0
+    budget_us: float = 40_000.0
     min_samples: int = 8
     max_samples: int = 40
 
@@ -161,11 +162,13 @@ def _measure_events(calls: Sequence[Thunk], per_call: float, effort: Effort) -> 
     return _percentiles(samples, len(calls), "events")
 
 
-def wall_us(calls: Sequence[Thunk], device: torch.device, *, batch: int = 20, batches: int = 7) -> float:
+def wall_us(calls: Sequence[Thunk], device: torch.device, call_us: float, batches: int = 5) -> float:
     """Median time the host spends in one call, microseconds, launches queued and not waited for.
 
-    A batch is short enough for the GPU's launch queue, so that a full queue never holds the host back.
+    A batch is short enough for the GPU's launch queue, so that a full queue never holds the host back, and shorter
+    where a call takes long: `call_us` on the device.
     """
+    batch = int(min(max(10_000 / max(call_us, 1.0), 3), 20))
 
     def wait() -> None:
         if device.type == "cuda":
@@ -182,22 +185,13 @@ def wall_us(calls: Sequence[Thunk], device: torch.device, *, batch: int = 20, ba
     return statistics.median(times)
 
 
-class CopyCeiling:
-    """Time of a copy that reads and writes as many bytes as an op does, in this process; measured once a size."""
+def copy_pair(nbytes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(target, source), contiguous bf16, nbytes in all."""
+    source = torch.randn(max(nbytes // 4, 1), dtype=torch.bfloat16, device=device)
+    return torch.empty_like(source), source
 
-    def __init__(self, device: torch.device, effort: Effort) -> None:
-        self._device = device
-        self._effort = effort
-        self._measured: dict[int, Timing] = {}
 
-    def measure(self, nbytes: int) -> Timing:
-        """`torch.Tensor.copy_` of contiguous bf16: nbytes / 2 read, nbytes / 2 written."""
-        if nbytes not in self._measured:
-            pairs = [self._pair(nbytes) for _ in range(rotated_sets(nbytes, self._device))]
-            calls = [lambda target=target, source=source: target.copy_(source) for target, source in pairs]
-            self._measured[nbytes] = measure(calls, self._device, self._effort)
-        return self._measured[nbytes]
-
-    def _pair(self, nbytes: int) -> tuple[Tensor, Tensor]:
-        source = torch.randn(max(nbytes // 4, 1), dtype=torch.bfloat16, device=self._device)
-        return torch.empty_like(source), source
+def measure_copy(nbytes: int, device: torch.device, effort: Effort) -> Timing:
+    """Time of a copy that reads nbytes / 2 and writes nbytes / 2: the ceiling of an op that moves nbytes."""
+    pairs = [copy_pair(nbytes, device) for _ in range(rotated_sets(nbytes, device))]
+    return measure([partial(target.copy_, source) for target, source in pairs], device, effort)

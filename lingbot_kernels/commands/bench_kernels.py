@@ -79,16 +79,20 @@ def command(
     """
     from lingbot_kernels.benchmarks.rows import read_rows
 
-    if source is not None:
+    def read(path: Path, option: str) -> list[dict[str, Any]]:
         try:
-            rows = read_rows(source)
+            return read_rows(path) if path.exists() else []
         except ValueError as error:
-            raise click.BadParameter(str(error), param_hint="--from") from error
+            raise click.BadParameter(str(error), param_hint=option) from error
+
+    if source is not None:
+        rows = read(source, "--from")
         _conclude(rows, rows, plot_path, update_winners)
         return
     plan = _plan(ops, cases, backends, device, peers, quick)
+    earlier = read(json_path, "--json") if json_path else []  # refuse a file of other rows before anything is measured
     fresh, path, green = _run(plan, json_path)
-    _conclude(fresh, read_rows(path), plot_path, update_winners)
+    _conclude(fresh, [*(earlier if json_path else read(path, "--json")), *fresh], plot_path, update_winners)
     if not green:
         raise click.exceptions.Exit(1)
 

@@ -336,12 +336,13 @@ class RowConfig:
 def row_config(length: int, vector: int, num_warps: int | None = None) -> RowConfig:
     """Configuration for a row of `length` elements of which `vector` make one access of a thread.
 
-    Takes the most warps of (8, 4, 2, 1) that still have three whole chunks each, so that no lane is masked and a thread
-    has several loads in flight; where no chunk size divides the row, the fewest that keep it within six chunks.
+    Takes the most warps of (8, 4, 2, 1) that still have three to eight whole chunks each, so that no lane is masked and
+    a thread has several loads in flight; where no chunk size divides the row, the fewest that need at most six chunks.
     """
     if num_warps is None:
-        whole = [w for w in (8, 4, 2, 1) if length % (32 * w * vector) == 0 and length // (32 * w * vector) >= 3]
-        few = [w for w in (1, 2, 4, 8) if length <= 6 * 32 * w * vector]
+        chunks = {warps: length / (32 * warps * vector) for warps in (8, 4, 2, 1)}
+        whole = [warps for warps, count in chunks.items() if count in range(3, 9)]
+        few = [warps for warps, count in reversed(chunks.items()) if count <= 6]
         num_warps = (whole or few or [8])[0]
     return RowConfig(num_warps, 32 * num_warps * vector)
 

@@ -30,11 +30,11 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, launch): 14B and 1.3B widths at a 4-way shard's token count, bf16, and a float32 residual stream."""
+    """(name, launch): widths of the 14B and 1.3B models, bf16, also a float32 residual stream; 3072: the prologue."""
     tokens = 1131
     table = torch.empty(tokens, 128)
     yield "rope_cos_sin", lambda: rope_cos_sin.rope_cos_sin(table, 0, 1508, 52, 1e4)
-    for dim in (5120, 3072, 1536):
+    for dim in (5120, 1536, 3072):
         heads = dim // 128
         q, k, v = torch.empty(1, tokens, 3, dim, dtype=BF16).unbind(2)
         x, delta, y, x_out = torch.empty(4, 1, tokens, dim, dtype=BF16).unbind(0)
@@ -67,6 +67,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
         yield f"qk_norm_rope_kv_write-{dim}", full
         yield f"k_norm_rope_kv_write-{dim}", write_only
+        if dim == 3072:
+            continue
         yield f"qk_norm_rope_kv_write-cursor-{dim}", cursor
         yield f"qk_norm_rope_pack-{dim}", pack
         yield f"qkv_unpack_kv_write-{dim}", unpack

@@ -19,8 +19,11 @@ from lingbot_kernels.triton import (
     rms_norm,
 )
 
+BF16 = torch.bfloat16
 DIMS = [5120, 1536, 640, 200]
-DTYPE_PAIRS = [(t, t) for t in DTYPES] + [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
+DTYPE_PAIRS = [(t, t) for t in DTYPES] + [(torch.float32, BF16), (torch.float32, torch.float16)]
+# (residual, dtype, dim): every dtype pair on a row with a masked tail, every width in bf16.
+CASES = [(*pair, 200) for pair in DTYPE_PAIRS] + [(BF16, BF16, dim) for dim in DIMS[:3]] + [(torch.float32, BF16, 1536)]
 
 
 def modulations(count: int, batch: int, dim: int, per_batch: bool) -> list[torch.Tensor]:
@@ -45,8 +48,7 @@ def test_rms_norm(dtype: torch.dtype, dim: int, rows: int) -> None:
     assert_as_good_as(y, reference.rms_norm(x, weight, EPS), reference.rms_norm(x.double(), weight.double(), EPS))
 
 
-@pytest.mark.parametrize(("residual", "dtype"), DTYPE_PAIRS, ids=str)
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize(("residual", "dtype", "dim"), CASES, ids=str)
 @pytest.mark.parametrize("per_batch", [False, True])
 def test_layer_norm_modulate(residual: torch.dtype, dtype: torch.dtype, dim: int, per_batch: bool) -> None:
     x = (randn(2, 3, dim) + 3).to(residual)
@@ -58,8 +60,7 @@ def test_layer_norm_modulate(residual: torch.dtype, dtype: torch.dtype, dim: int
     assert_as_good_as(y, plain, reference.layer_norm_modulate(*double(x, shift, scale), EPS))
 
 
-@pytest.mark.parametrize(("residual", "dtype"), DTYPE_PAIRS, ids=str)
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize(("residual", "dtype", "dim"), CASES, ids=str)
 @pytest.mark.parametrize(("per_batch", "with_gate"), [(False, True), (True, True), (True, False)])
 def test_residual_norm_modulate(
     residual: torch.dtype, dtype: torch.dtype, dim: int, per_batch: bool, with_gate: bool
@@ -77,8 +78,7 @@ def test_residual_norm_modulate(
     assert_as_good_as(y, reference.layer_norm_modulate(x_out, shift, scale, EPS, dtype), exact_y)
 
 
-@pytest.mark.parametrize(("residual", "dtype"), DTYPE_PAIRS, ids=str)
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize(("residual", "dtype", "dim"), CASES, ids=str)
 @pytest.mark.parametrize(("per_batch", "with_gate", "camera"), [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
 def test_gated_residual_camera_norm(
     residual: torch.dtype, dtype: torch.dtype, dim: int, per_batch: int, with_gate: int, camera: int
@@ -104,11 +104,11 @@ def test_gated_residual_camera_norm(
 @pytest.mark.parametrize(("rows", "num_warps"), [(2, 1), (4, 2), (2, 4), (4, 8)])
 def test_passes_in_every_program_shape(rows: int, num_warps: int) -> None:
     """Rows a program, and chunks that pass the row's end; all give the bits of one row a program."""
-    x, delta = randn(2, 3, 640, dtype=torch.bfloat16), randn(2, 3, 640, dtype=torch.bfloat16, seed=1)
+    x, delta = randn(2, 3, 640, dtype=BF16), randn(2, 3, 640, dtype=BF16, seed=1)
     shift, scale, gate = modulations(3, 2, 640, True)
     outputs = []
     for config in (None, _rows.RowConfig(num_warps, 256 * num_warps, rows, streaming=False)):
-        x_out, y, z, camera_x, camera_y = (poisoned(2, 3, 640, dtype=torch.bfloat16) for _ in range(5))
+        x_out, y, z, camera_x, camera_y = (poisoned(2, 3, 640, dtype=BF16) for _ in range(5))
         residual_norm_modulate.residual_norm_modulate(x, delta, gate, shift, scale, x_out, y, EPS, config=config)
         layer_norm_modulate.layer_norm_modulate(x, shift, scale, z, EPS, config=config)
         gated_residual_camera_norm.gated_residual_camera_norm(

@@ -192,12 +192,17 @@ def test_odd_offsets_and_strides_are_named() -> None:
     assert "D is 16386" in str(packing.why_not(None, torch.empty(1, 1, 16386), torch.empty(1, 1, 16386)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "ranks"), [(40, 128, 4), (12, 128, 2), (6, 96, 3), (5, 128, 1), (4, 64, 4)]
+    ("dtype", "heads", "head_dim", "ranks", "with_q", "split"),
+    [
+        (BF16, 40, 128, 4, True, False),
+        (BF16, 12, 128, 2, True, True),
+        (BF16, 5, 128, 1, True, False),
+        (BF16, 4, 64, 4, False, True),
+        *((dtype, 6, 96, 3, with_q, not with_q) for dtype in DTYPES for with_q in (True, False)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("with_q", [True, False])
-@pytest.mark.parametrize("split", [True, False])
 def test_pack(dtype: torch.dtype, heads: int, head_dim: int, ranks: int, with_q: bool, split: bool) -> None:
     chunk = Chunk(dtype, heads, head_dim, batch=2, tokens=2)
     batch, tokens, dim = chunk.shape

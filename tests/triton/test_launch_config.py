@@ -1,0 +1,63 @@
+"""Launch configurations are pure functions of the shape: no lane idles at the tuned widths, every width is covered."""
+
+from __future__ import annotations
+
+import pytest
+
+from lingbot_kernels.triton import _rows, rope_cos_sin
+
+
+@pytest.mark.parametrize("dim", [5120, 3072, 1536, 8192, 4096, 2560, 1280])
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_tuned_widths_leave_no_lane_idle(dim: int, element_size: int) -> None:
+    words = _rows.word_config(dim, element_size)
+    assert dim // 2 % words.chunk == 0
+    assert words.chunk * 2 * element_size == words.num_warps * 32 * _rows.VECTOR_BYTES
+    values = _rows.value_config(dim, (element_size, 2))
+    assert dim % values.chunk == 0
+    assert values.chunk * element_size == values.num_warps * 32 * _rows.VECTOR_BYTES
+
+
+def test_tuned_configurations() -> None:
+    assert _rows.word_config(5120, 2) == _rows.RowConfig(num_warps=4, chunk=512)
+    assert _rows.word_config(1536, 2) == _rows.RowConfig(num_warps=2, chunk=256)
+    assert _rows.word_config(5120, 4) == _rows.RowConfig(num_warps=8, chunk=512)
+    assert _rows.value_config(5120, (4, 2)) == _rows.RowConfig(num_warps=8, chunk=1024)
+
+
+def test_every_width_is_covered_by_powers_of_two_within_the_register_budget() -> None:
+    for dim in range(2, _rows.MAX_DIM + 1, 2):
+        for config, length in ((_rows.word_config(dim, 2), dim // 2), (_rows.value_config(dim, (2, 2)), dim)):
+            assert config.chunk & (config.chunk - 1) == 0
+            assert config.num_warps in (1, 2, 4, 8)
+            assert -(-length // config.chunk) <= 8  # vectors a thread holds of one row
+
+
+def test_a_warp_count_can_be_asked_for() -> None:
+    assert _rows.word_config(5120, 2, num_warps=2) == _rows.RowConfig(num_warps=2, chunk=256)
+
+
+def test_cache_hints_follow_streaming() -> None:
+    assert (_rows.RowConfig(4, 512).evict, _rows.RowConfig(4, 512).modifier) == ("evict_first", ".cs")
+    plain = _rows.RowConfig(4, 512, streaming=False)
+    assert (plain.evict, plain.modifier) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("chunk_start", "sink", "capacity"), [(0, 2, 9), (8, 2, 9), (9, 2, 9), (10**15, 2, 9), (30, 0, 7)]
+)
+def test_reduced_position_keeps_every_slot(chunk_start: int, sink: int, capacity: int) -> None:
+    reduced = _rows.reduced_position(chunk_start, None, sink, capacity)
+    assert isinstance(reduced, int) and reduced < capacity
+
+    def slot(p: int) -> int:
+        return p if p < sink else sink + (p - sink) % (capacity - sink)
+
+    assert [slot(chunk_start + i) for i in range(2 * capacity)] == [slot(reduced + i) for i in range(2 * capacity)]
+
+
+@pytest.mark.parametrize("head_dim", [20, 64, 96, 128, 256, 1024])
+def test_rope_tiles_stay_small(head_dim: int) -> None:
+    config = rope_cos_sin.launch_config(head_dim)
+    assert head_dim // 2 <= config.pairs < head_dim
+    assert config.tokens * config.pairs <= 4 * 32 * config.num_warps
