@@ -24,7 +24,7 @@ class SessionOptions:
     checkpoint: Path | None = None
     device: str = "auto"
     dtype: str | None = None
-    backend: str = "auto"
+    backend: str | None = None
     seed: int = 0
     height: int | None = None
     width: int | None = None
@@ -86,9 +86,8 @@ _OPTIONS = (
     _run(
         "--backend",
         type=click.Choice(BACKENDS),
-        default="auto",
-        show_default=True,
-        help="Of every op that has a home there; auto takes the measured winner.",
+        help="Of every op that has a home there; auto takes the measured winner. "
+        "[default: LINGBOT_KERNELS_BACKEND, else auto]",
     ),
     _window("--height", type=click.IntRange(min=1), help="Pixels of the video. [default: 480; tiny: 128]"),
     _window("--width", type=click.IntRange(min=1), help="Pixels of the video. [default: 832; tiny: 224]"),

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels.commands import backends, environment, tables
-from lingbot_kernels.commands._click import blame
 from lingbot_kernels.commands._options import SessionOptions
 from lingbot_kernels.commands.measure import ChunkTimer, ChunkTimes, percentiles, steady
 from lingbot_kernels.commands.session import (
@@ -37,7 +36,6 @@ from lingbot_kernels.commands.session import (
     video_size,
 )
 from lingbot_kernels.commands.timed_rollout import RolloutOptions, cache_bytes, describe_model, settings
-from lingbot_kernels.ops import BackendUnavailable, use_backend
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.stages.causal_denoising import CONTEXT_STEP_INDEX, CausalDenoisingStage
 
@@ -243,12 +241,10 @@ def run(
 ) -> None:
     """The command: measure, print, write. click.ClickException (exit code 1) where bits differ."""
     bench = CachingBench(options, chunks, cuda_graphs)
-    like_rollout = RolloutOptions(options, CameraOptions(), chunks, cuda_graphs=cuda_graphs)
-    described = settings(like_rollout, bench.model, bench.schedule, bench.size, bench.camera)
-    with use_backend(options.backend):
-        with blame("--backend", BackendUnavailable):
-            cfg, tokens = bench.model.config, described["tokens_per_chunk"]
-            backends.serving(cfg, bench.model.device.type, bench.model.dtype, tokens)
+    model = bench.model
+    with backends.chosen_backend(options.backend, model.config, model.device, model.dtype):
+        like_rollout = RolloutOptions(options, CameraOptions(), chunks, cuda_graphs=cuda_graphs)
+        described = settings(like_rollout, model, bench.schedule, bench.size, bench.camera)
         if interleave == "auto":
             session_bytes = bench.session_bytes()
             interleave = pick_interleave(session_bytes, len(VARIANTS), _free_bytes(bench.model.device))

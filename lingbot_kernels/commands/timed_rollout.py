@@ -38,7 +38,6 @@ from torch import Tensor
 
 from lingbot_kernels import plots
 from lingbot_kernels.commands import backends, environment, tables
-from lingbot_kernels.commands._click import blame
 from lingbot_kernels.commands._options import SessionOptions
 from lingbot_kernels.commands.measure import ChunkTimer, ChunkTimes, percentiles, steady
 from lingbot_kernels.commands.session import (
@@ -54,7 +53,7 @@ from lingbot_kernels.commands.session import (
 )
 from lingbot_kernels.models.camera import CELL, PIXEL_FRAMES_PER_LATENT
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
-from lingbot_kernels.ops import BackendUnavailable, use_backend
+from lingbot_kernels.ops._dispatch import requested_backend
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 from lingbot_kernels.stages.schedule import Schedule
@@ -172,13 +171,13 @@ def settings(
     size: tuple[int, int],
     camera: CameraPath | None,
 ) -> dict[str, Any]:
-    """The report's settings."""
+    """The report's settings; to be called under the backend that serves the rollout."""
     _, ph, pw = model.config.patch_size
     tokens = (size[0] // CELL // ph) * (size[1] // CELL // pw)
     return {
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "backend": options.session.backend,
+        "backend": requested_backend(),
         "seed": options.session.seed,
         "chunks": options.chunks,
         "height": size[0],
@@ -226,11 +225,12 @@ def run(options: RolloutOptions) -> None:
         "environment": environment.collect(),
         "device": environment.device_name(model.device),
         "model": describe_model(options.session, model),
-        "settings": settings(options, model, schedule, size, camera),
     }
-    with use_backend(options.session.backend), _progress(options) as advance:
-        with blame("--backend", BackendUnavailable):
-            backends.serving(model.config, model.device.type, model.dtype, report["settings"]["tokens_per_chunk"])
+    with (
+        backends.chosen_backend(options.session.backend, model.config, model.device, model.dtype),
+        _progress(options) as advance,
+    ):
+        report["settings"] = settings(options, model, schedule, size, camera)
         for index, chunk in enumerate(timed_chunks(model, schedule, state, text, inputs, options.chunks)):
             chunks.append(record(index, chunk))
             if options.save_latents is not None:

@@ -172,6 +172,22 @@ def test_the_plot_is_a_png_for_few_chunks_and_many(invoke, tmp_path):
     assert "\n..." in text and "\n299 " in text and "\n150 " not in text
 
 
+def test_the_backend_is_the_option_s_then_the_environment_s(invoke, tmp_path, monkeypatch):
+    def backend(*arguments):
+        report, _ = report_of(invoke, tmp_path, "--chunks", 1, *arguments)
+        return report["settings"]["backend"], report["summary"]["backends"]["windowed_attention"]
+
+    assert backend() == ("auto", "sdpa")
+    assert backend("--backend", "reference") == ("reference", "reference")
+    monkeypatch.setenv("LINGBOT_KERNELS_BACKEND", "reference")
+    assert backend() == ("reference", "reference")
+    assert backend("--backend", "auto") == ("auto", "sdpa")
+    monkeypatch.setenv("LINGBOT_KERNELS_BACKEND", "cuda")
+    assert "LINGBOT_KERNELS_BACKEND: rope_cos_sin" in invoke("rollout", *SMALL, code=2).output
+    monkeypatch.setenv("LINGBOT_KERNELS_BACKEND", "cudda")
+    assert "LINGBOT_KERNELS_BACKEND" in invoke("bench", "caching", *SMALL, code=2).output
+
+
 class Watch(TorchDispatchMode):
     """Notes the backend that each registered op is really called with."""
 
