@@ -79,7 +79,7 @@ class ModelBench:
     def run(self) -> bool:
         """Measure; whether every gate was green."""
         gate, error, plain_error = self.gate()
-        gated = {"gate": gate, "error": error, "plain_error": plain_error}
+        gated: dict[str, Any] = {"gate": gate, "error": error, "plain_error": plain_error}
         if gate != GREEN:
             self.report(self._row("denoise_step", "lingbot_kernels", [], **gated, note="the gate failed: no times"))
             return False
