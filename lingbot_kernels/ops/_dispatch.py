@@ -75,6 +75,7 @@ def use_backend(backend: str) -> Iterator[None]:
         _override.reset(token)
 
 
+@torch.compiler.assume_constant_result
 def requested_backend() -> str:
     """The backend asked for by `use_backend` or the environment; "auto" where there is none."""
     chosen = _override.get()
