@@ -11,7 +11,13 @@ import torch
 from helpers import Inputs, make_inputs, make_model, ring_bits, same_ring, small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lingbot_kernels import CausalDenoisingStage, CausalLingBotTransformer, LingBotConfig, RealtimeCausalDiTState, use_backend
+from lingbot_kernels import (
+    CausalDenoisingStage,
+    CausalLingBotTransformer,
+    LingBotConfig,
+    RealtimeCausalDiTState,
+    use_backend,
+)
 
 PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "linear", "_addmm_activation", "mkldnn_linear")
 

@@ -172,9 +172,7 @@ def rollout_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("residual", ["bfloat16", "float32"])
 def test_bfloat16_errs_at_most_a_quarter_more_than_the_plain_formulation(residual: str, backend: str) -> None:
-    cfg: LingBotConfig = small_config(
-        dim=128, ffn_dim=256, window_frames=9, sink_frames=2, residual_dtype=residual
-    )
+    cfg: LingBotConfig = small_config(dim=128, ffn_dim=256, window_frames=9, sink_frames=2, residual_dtype=residual)
     got, plain, want = [], [], []
     for seed in range(3):
         model, inputs = make_model(cfg, torch.bfloat16, seed), make_inputs(cfg, 6, (8, 8), seed=seed)

@@ -96,7 +96,7 @@ def test_missing_unexpected_and_wrongly_shaped_keys_are_named(part: str) -> None
     with pytest.raises(RuntimeError, match=f"(?s)Missing key.*{name}"):
         model.load_state_dict(weights)
     assert model.load_state_dict(weights, strict=False).missing_keys == [name]
-    with pytest.raises(RuntimeError, match="(?s)Unexpected key.*blocks.1.self_attn.qkv.weight"):
+    with pytest.raises(RuntimeError, match=r"(?s)Unexpected key.*blocks\.1\.self_attn.qkv.weight"):
         model.load_state_dict({**weights, name: value, "blocks.1.self_attn.qkv.weight": value})
     with pytest.raises(RuntimeError, match=name):
         model.load_state_dict({**weights, name: torch.zeros(3)})

@@ -23,9 +23,7 @@ def tagged_write(ring: KVRing, cache: torch.Tensor, start: int, tokens: int, tag
     v = torch.tensor([[[float(start + i), float(tag)] for i in range(tokens)]], dtype=torch.float64)
     table = ops.rope_cos_sin(tokens, 0, 1, 1, HEAD_DIM, 1e4, "cpu")
     position = RingPosition(plan.chunk_start, ring.sink)
-    ops.k_norm_rope_kv_write(
-        v, v, v.new_ones(HEAD_DIM), table, torch.empty_like(cache), cache, position, 1e-6
-    )
+    ops.k_norm_rope_kv_write(v, v, v.new_ones(HEAD_DIM), table, torch.empty_like(cache), cache, position, 1e-6)
     ring.commit(plan)
     assert ring.num_visible == plan.num_visible
 
@@ -212,7 +210,7 @@ def test_every_refusal_leaves_the_session_as_it_was(case: str, step_index: int) 
 def test_a_refused_first_chunk_leaves_a_fresh_session_fresh() -> None:
     model = make_model(small_config(window_frames=5, sink_frames=3, frames_per_chunk=2))
     state = RealtimeCausalDiTState()
-    with pytest.raises(ValueError, match="chunk: got 24 tokens, must be at most .* 12"):
+    with pytest.raises(ValueError, match=r"chunk: got 24 tokens, must be at most .* 12"):
         model(torch.randn(1, 36, 4, 4, 6), torch.randn(1, 5, 24), 1.0, state=state, start_frame=0)
     assert state.kv_cache is None and state.nbytes() == 0
 
@@ -259,7 +257,7 @@ def test_bad_input_of_a_forward_is_named_and_leaves_the_session(case: str) -> No
 
 def test_a_model_without_camera_layers_refuses_a_camera() -> None:
     model = make_model(small_config(camera=False))
-    with pytest.raises(ValueError, match="camera: got .*must be None: the model has no camera layers"):
+    with pytest.raises(ValueError, match=r"camera: got .*must be None: the model has no camera layers"):
         model(
             torch.zeros(1, 36, 3, 4, 6), torch.zeros(1, 5, 24), 1.0, state=RealtimeCausalDiTState(), start_frame=0,
             camera=torch.zeros(1, 384, 3, 4, 6),

@@ -365,7 +365,7 @@ def test_store_keeps_nothing_where_computing_fails_or_it_is_off() -> None:
 def test_store_hands_the_evicted_value_to_refill_or_computes_anew() -> None:
     store = Store(1)
     first = store.get_or_compute("a", lambda: [1], lambda held: pytest.fail("nothing is evicted yet"))
-    refilled = store.get_or_compute("b", lambda: [2], lambda held: held + [3] if held is first else None)
+    refilled = store.get_or_compute("b", lambda: [2], lambda held: [*held, 3] if held is first else None)
     assert refilled == [1, 3]
     assert store.get_or_compute("c", lambda: [4], lambda held: None) == [4]
 
