@@ -54,9 +54,13 @@ def forward(model: CausalLingBotTransformer, state: RealtimeCausalDiTState, chun
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_update_cache_only_leaves_the_bits_of_a_full_forward(dtype: torch.dtype, backend: str) -> None:
-    model = make_model(small_config(window_frames=8, sink_frames=1), dtype)
+@pytest.mark.parametrize(
+    ("dtype", "residual"),
+    [(torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.bfloat16, "float32")],
+    ids=["float32", "bfloat16", "bfloat16 in float32"],
+)
+def test_update_cache_only_leaves_the_bits_of_a_full_forward(dtype: torch.dtype, residual: str, backend: str) -> None:
+    model = make_model(small_config(window_frames=8, sink_frames=1, residual_dtype=residual), dtype)
     full, only = RealtimeCausalDiTState(), RealtimeCausalDiTState()
     with use_backend(backend):
         for chunk in range(5):

@@ -100,6 +100,13 @@ def test_a_model_without_camera_layers() -> None:
     assert worst(package_rollout(CausalDenoisingStage(model), inputs, camera=False), want) <= 1e-5
 
 
+def test_the_tiny_preset() -> None:
+    cfg = LingBotConfig.preset("tiny", residual_dtype="float32")
+    model, inputs = make_model(cfg), make_inputs(cfg, 2, (8, 8))
+    want = oracle_rollout(Oracle(cfg, model.state_dict()), inputs)
+    assert worst(package_rollout(CausalDenoisingStage(model), inputs), want) <= 1e-5
+
+
 def test_float64_model_errs_by_the_float32_rope_table_alone() -> None:
     cfg = small_config(window_frames=8, sink_frames=2)
     model, inputs = make_model(cfg, torch.float64), make_inputs(cfg, 6)

@@ -52,10 +52,14 @@ def test_hits_and_misses_of_each_chunk() -> None:
     assert state.nbytes() == ring + sum(stats[name]["bytes"] for name in counts(state))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "residual"),
+    [(torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.bfloat16, "float32")],
+    ids=["float32", "bfloat16", "bfloat16 in float32"],
+)
 @pytest.mark.parametrize("off", [*SWITCHES, "all"])
-def test_every_cache_off_gives_the_same_bits(off: str, dtype: torch.dtype) -> None:
-    model = make_model(small_config(window_frames=7, sink_frames=2), dtype)
+def test_every_cache_off_gives_the_same_bits(off: str, dtype: torch.dtype, residual: str) -> None:
+    model = make_model(small_config(window_frames=7, sink_frames=2, residual_dtype=residual), dtype)
     stage, inputs = CausalDenoisingStage(model), make_inputs(model.config, 4, batch=2)
     switches = dict.fromkeys(SWITCHES if off == "all" else (off,), False)
     with_caches, without = RealtimeCausalDiTState(), RealtimeCausalDiTState(**switches)

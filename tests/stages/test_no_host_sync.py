@@ -76,7 +76,8 @@ def test_no_value_is_read_in_a_whole_chunk(
     [
         lambda x: x.item(), lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x.numpy(), bool, int, float,
         lambda x: x.nonzero(), lambda x: torch.nonzero(x), lambda x: x.to("cpu"), lambda x: [0][x],
-        lambda x: 1 if x else 0,        lambda x: range(x), lambda x: f"{x}", lambda x: x.to(device="cpu"), lambda x: torch.equal(x, x),
+        lambda x: 1 if x else 0, lambda x: range(x), lambda x: f"{x}", lambda x: x.to(device="cpu"),
+        lambda x: torch.equal(x, x),
     ],
 )  # fmt: skip
 def test_the_guard_itself_sees_each_kind_of_read(read: Callable[[Tensor], Any]) -> None:
