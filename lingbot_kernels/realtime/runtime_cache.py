@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -101,12 +100,10 @@ class Store:
         evicted = None
         while len(self._entries) >= self.max_entries:
             _, evicted = self._entries.popitem(last=False)
-        # A refill writes in place, which torch refuses outside inference mode for tensors that were made inside.
-        with torch.inference_mode(False), torch.no_grad():
-            value = None if evicted is None or refill is None else refill(evicted)
-            del evicted
-            if value is None:
-                value = compute()
+        value = None if evicted is None or refill is None else refill(evicted)
+        del evicted
+        if value is None:
+            value = compute()
         self._entries[key] = value
         return value
 

@@ -14,7 +14,7 @@ from lingbot_kernels import CausalDenoisingStage, RealtimeCausalDiTState, use_ba
 
 READS = (
     "item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "unique", "masked_select", "equal", "allclose",
-    "__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__iter__", "__array__",
+    "__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__",
     "__repr__", "__format__",
 )  # fmt: skip
 FUNCTIONS = ("nonzero", "equal", "allclose", "masked_select", "unique", "is_nonzero", "from_numpy")
