@@ -35,8 +35,19 @@ class FusedLinear(nn.Module):
         rows = slice(first * self.out_features, (first + len(names)) * self.out_features)
         return F.linear(x, self.weight[rows], self.bias[rows]).chunk(len(names), dim=-1)
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        """The owner has loaded the rows."""
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """The owner has loaded the rows; no checkpoint has keys of the fused layer itself."""
+        if strict:
+            unexpected_keys += [key for key in state_dict if key.startswith(prefix)]
 
     def row_views(self) -> dict[str, Tensor]:
         """`<name>.weight` and `<name>.bias` of each layer, as views of the parameters."""

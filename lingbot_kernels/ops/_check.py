@@ -87,6 +87,8 @@ def caches(k_cache: Tensor, v_cache: Tensor, like: Tensor) -> None:
             raise TypeError(f"{name}: got {describe(cache)}, must be {like.dtype} on {like.device}")
         if cache.stride(3) != 1 or cache.stride(2) != cache.shape[3]:
             raise ValueError(f"{name}: got strides {cache.stride()}, a token's heads must be contiguous")
+        if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
+            raise ValueError(f"{name}: got strides {cache.stride()}, must give each batch and slot memory of its own")
     if k_cache.shape != v_cache.shape:
         raise ValueError(f"v_cache: got shape {list(v_cache.shape)}, must be k_cache's {list(k_cache.shape)}")
 

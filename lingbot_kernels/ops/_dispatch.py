@@ -75,6 +75,7 @@ def use_backend(backend: str) -> Iterator[None]:
         _override.reset(token)
 
 
+@torch.compiler.assume_constant_result
 def requested_backend() -> str:
     """The backend asked for by `use_backend` or the environment; "auto" where there is none."""
     chosen = _override.get()
@@ -151,3 +152,9 @@ def resolve(op: str, backend: str | None, device_type: str, dtype: torch.dtype, 
     if backend is None:
         return _resolve(op, requested_backend(), False, device_type, dtype, tokens, dim)
     return _resolve(op, _named(backend, "backend"), True, device_type, dtype, tokens, dim)
+
+
+def resolve_tokens(op: str, backend: str | None, x: torch.Tensor) -> str:
+    """`resolve` for an op on token-major x [B, S, D]; another shape is left to the op's own check to refuse."""
+    tokens, dim = x.shape[1:] if x.dim() == 3 else (0, 0)
+    return resolve(op, backend, x.device.type, x.dtype, tokens, dim)

@@ -40,7 +40,8 @@ class RegisteredOp:
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> RegisteredOp:
     """Define `lingbot_kernels::<schema>` and return what calls it.
 
-    The implementation serves every device: which backend runs is an argument of the op, resolved by the caller.
+    The implementation serves every device: which backend runs is an argument of the op, resolved by the caller. The
+    fake checks the arguments as the implementation does: it also runs where one of them is a meta tensor.
     """
     name = schema.split("(", 1)[0]
     ranged = nvtx.ranged(name)(implementation)

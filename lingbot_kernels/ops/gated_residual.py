@@ -10,10 +10,14 @@ from lingbot_kernels.ops import _check, _dispatch, _native
 from lingbot_kernels.ops._library import register
 
 
-def _run(x: Tensor, delta: Tensor, gate: Tensor | None, backend: str) -> Tensor:
+def _check_arguments(x: Tensor, delta: Tensor, gate: Tensor | None) -> None:
     _check.residual("x", x, "delta", delta)
     if gate is not None:
         _check.modulation("gate", gate, x)
+
+
+def _run(x: Tensor, delta: Tensor, gate: Tensor | None, backend: str) -> Tensor:
+    _check_arguments(x, delta, gate)
     if backend == "reference":
         return reference.gated_residual(x, delta, gate)
     batch, num_tokens, dim = x.shape
@@ -33,10 +37,15 @@ def _run(x: Tensor, delta: Tensor, gate: Tensor | None, backend: str) -> Tensor:
     return x_out
 
 
+def _fake(x: Tensor, delta: Tensor, gate: Tensor | None, backend: str) -> Tensor:
+    _check_arguments(x, delta, gate)
+    return x.new_empty(x.shape)
+
+
 _op = register(
     "gated_residual(Tensor x, Tensor delta, Tensor? gate, str backend) -> Tensor",
     _run,
-    lambda x, delta, gate, backend: x.new_empty(x.shape),
+    _fake,
 )
 
 
@@ -51,5 +60,5 @@ def gated_residual(x: Tensor, delta: Tensor, gate: Tensor | None, *, backend: st
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve("gated_residual", backend, x.device.type, x.dtype, x.shape[1], x.shape[-1])
+    chosen = _dispatch.resolve_tokens("gated_residual", backend, x)
     return _op(x, delta, gate, chosen)

@@ -10,12 +10,11 @@ from lingbot_kernels.ops import _check, _dispatch, _native
 from lingbot_kernels.ops._library import register
 
 
-def _run(
+def _check_arguments(
     x: Tensor, delta: Tensor, gate: Tensor | None, cam_scale: Tensor | None, cam_shift: Tensor | None,
-    weight: Tensor, bias: Tensor, eps: float, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    weight: Tensor, bias: Tensor,
+) -> None:  # fmt: skip
     _check.residual("x", x, "delta", delta)
-    batch, num_tokens, dim = x.shape
     if gate is not None:
         _check.modulation("gate", gate, x)
     if (cam_scale is None) != (cam_shift is None):
@@ -24,8 +23,16 @@ def _run(
         if camera is not None:
             _check.tokens(name, camera, delta)
             _check.contiguous(name, camera)
-    _check.weight("weight", weight, dim, delta)
-    _check.weight("bias", bias, dim, delta)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        _check.weight(name, vector, x.shape[2], delta)
+
+
+def _run(
+    x: Tensor, delta: Tensor, gate: Tensor | None, cam_scale: Tensor | None, cam_shift: Tensor | None,
+    weight: Tensor, bias: Tensor, eps: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_arguments(x, delta, gate, cam_scale, cam_shift, weight, bias)
+    batch, num_tokens, dim = x.shape
     if backend == "reference":
         return reference.gated_residual_camera_norm(x, delta, gate, cam_scale, cam_shift, weight, bias, eps)
     x_out, y = torch.empty_like(x), torch.empty_like(delta)
@@ -45,11 +52,19 @@ def _run(
     return x_out, y
 
 
+def _fake(
+    x: Tensor, delta: Tensor, gate: Tensor | None, cam_scale: Tensor | None, cam_shift: Tensor | None,
+    weight: Tensor, bias: Tensor, eps: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_arguments(x, delta, gate, cam_scale, cam_shift, weight, bias)
+    return x.new_empty(x.shape), delta.new_empty(x.shape)
+
+
 _op = register(
     "gated_residual_camera_norm(Tensor x, Tensor delta, Tensor? gate, Tensor? cam_scale, Tensor? cam_shift, "
     "Tensor weight, Tensor bias, float eps, str backend) -> (Tensor, Tensor)",
     _run,
-    lambda x, delta, *rest: (x.new_empty(x.shape), delta.new_empty(x.shape)),
+    _fake,
 )
 
 
@@ -81,5 +96,5 @@ def gated_residual_camera_norm(
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve("gated_residual_camera_norm", backend, x.device.type, x.dtype, x.shape[1], x.shape[-1])
+    chosen = _dispatch.resolve_tokens("gated_residual_camera_norm", backend, x)
     return _op(x, delta, gate, cam_scale, cam_shift, weight, bias, eps, chosen)

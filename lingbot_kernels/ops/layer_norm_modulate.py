@@ -10,13 +10,17 @@ from lingbot_kernels.ops import _check, _dispatch, _native
 from lingbot_kernels.ops._library import register
 
 
-def _run(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype, backend: str) -> Tensor:
+def _check_arguments(x: Tensor, shift: Tensor, scale: Tensor, out_dtype: torch.dtype) -> None:
     _check.tokens("x", x)
     _check.contiguous("x", x)
     _check.modulation("shift", shift, x)
     _check.modulation("scale", scale, x)
     if out_dtype != x.dtype and x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"out_dtype: got {out_dtype}, must be x's {x.dtype}, since only a float32 x may be narrowed")
+
+
+def _run(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype, backend: str) -> Tensor:
+    _check_arguments(x, shift, scale, out_dtype)
     if backend == "reference":
         return reference.layer_norm_modulate(x, shift, scale, eps, out_dtype=out_dtype)
     batch, num_tokens, dim = x.shape
@@ -36,10 +40,15 @@ def _run(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.d
     return y
 
 
+def _fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype, backend: str) -> Tensor:
+    _check_arguments(x, shift, scale, out_dtype)
+    return x.new_empty(x.shape, dtype=out_dtype)
+
+
 _op = register(
     "layer_norm_modulate(Tensor x, Tensor shift, Tensor scale, float eps, ScalarType out_dtype, str backend) -> Tensor",
     _run,
-    lambda x, shift, scale, eps, out_dtype, backend: x.new_empty(x.shape, dtype=out_dtype),
+    _fake,
 )
 
 
@@ -64,5 +73,5 @@ def layer_norm_modulate(
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve("layer_norm_modulate", backend, x.device.type, x.dtype, x.shape[1], x.shape[-1])
+    chosen = _dispatch.resolve_tokens("layer_norm_modulate", backend, x)
     return _op(x, shift, scale, eps, out_dtype or x.dtype, chosen)

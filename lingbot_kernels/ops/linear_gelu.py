@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lingbot_kernels import reference
-from lingbot_kernels.ops import _dispatch
+from lingbot_kernels.ops import _check, _dispatch
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -20,8 +20,16 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None 
         backend: "reference", or "auto" for torch's libraries.
 
     Raises:
+        ValueError, TypeError: naming the argument.
         BackendUnavailable: any other backend is asked for; matrix products are a library's.
     """
+    if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, must be [N, K] for x {list(x.shape)}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got shape {list(bias.shape)}, must be {list(weight.shape[:1])}")
+    for name, operand in (("weight", weight), ("bias", bias)):
+        if operand.dtype != x.dtype or operand.device != x.device:
+            raise TypeError(f"{name}: got {_check.describe(operand)}, must be {x.dtype} on {x.device}")
     requested = _dispatch.requested_backend() if backend is None else backend
     if requested == "reference":
         return reference.linear_gelu(x, weight, bias)

@@ -11,7 +11,7 @@ from lingbot_kernels.ops._library import register
 from lingbot_kernels.ops.ring import RingPosition
 
 
-def _check_arguments(
+def check_arguments(
     q: Tensor | None, k: Tensor, v: Tensor | None, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor,
     k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int,
 ) -> None:  # fmt: skip
@@ -47,7 +47,7 @@ def write(
     q: Tensor | None, k: Tensor, v: Tensor | None, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor,
     k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int, eps: float, backend: str,
 ) -> Tensor | None:  # fmt: skip
-    _check_arguments(q, k, v, q_weight, k_weight, cos_sin, k_cache, v_cache, chunk_start, cursor, sink)
+    check_arguments(q, k, v, q_weight, k_weight, cos_sin, k_cache, v_cache, chunk_start, cursor, sink)
     _check.disjoint((("k_cache", k_cache), ("v_cache", v_cache)), (("q", q), ("k", k), ("v", v), ("cos_sin", cos_sin)))
     q_out = None if q is None else torch.empty_like(k)
     batch, num_tokens, _ = k.shape
@@ -80,12 +80,20 @@ def write(
     return q_out
 
 
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor | None, q_weight: Tensor, k_weight: Tensor, cos_sin: Tensor,
+    k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int, eps: float, backend: str,
+) -> Tensor:  # fmt: skip
+    check_arguments(q, k, v, q_weight, k_weight, cos_sin, k_cache, v_cache, chunk_start, cursor, sink)
+    return k.new_empty(k.shape)
+
+
 _full = register(
     "qk_norm_rope_kv_write(Tensor q, Tensor k, Tensor? v, Tensor q_weight, Tensor k_weight, Tensor cos_sin, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt chunk_start, Tensor? cursor, SymInt sink, float eps, str backend) "
     "-> Tensor",
     write,
-    lambda q, k, *rest: k.new_empty(k.shape),
+    _fake,
 )
 
 
@@ -123,7 +131,7 @@ def qk_norm_rope_kv_write(
             caches that share memory with another argument, and mixed devices or dtypes are refused.
         BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve("qk_norm_rope_kv_write", backend, k.device.type, k.dtype, k.shape[1], k.shape[2])
+    chosen = _dispatch.resolve_tokens("qk_norm_rope_kv_write", backend, k)
     return _full(
         q, k, v, q_weight, k_weight, cos_sin, k_cache, v_cache, ring.chunk_start, ring.cursor, ring.sink, eps, chosen
     )

@@ -15,13 +15,12 @@ def _shape(q: Tensor | None, k: Tensor, cos_sin: Tensor, ranks: int) -> tuple[in
     return (ranks, k.shape[1], k.shape[0], 2 if q is None else 3, k.shape[2] // head_dim // ranks, head_dim)
 
 
-def _run(
-    q: Tensor | None, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor, ranks: int,
-    eps: float, backend: str,
-) -> Tensor:  # fmt: skip
+def _check_arguments(
+    q: Tensor | None, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor, ranks: int
+) -> None:
     _check.tokens("k", k)
     _check.tokens("v", v, k)
-    batch, num_tokens, dim = k.shape
+    _, num_tokens, dim = k.shape
     head_dim = cos_sin.shape[-1]
     check_table(cos_sin, num_tokens, head_dim, k)
     if dim % head_dim or ranks < 1 or dim // head_dim % ranks:
@@ -32,6 +31,15 @@ def _run(
         _check.tokens("q", q, k)
         _check.weight("q_weight", q_weight, dim, k)
     _check.weight("k_weight", k_weight, dim, k)
+
+
+def _run(
+    q: Tensor | None, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor, ranks: int,
+    eps: float, backend: str,
+) -> Tensor:  # fmt: skip
+    _check_arguments(q, k, v, q_weight, k_weight, cos_sin, ranks)
+    batch, num_tokens, dim = k.shape
+    head_dim = cos_sin.shape[1]
     if backend == "reference":
         return reference.qk_norm_rope_pack(q, k, v, q_weight, k_weight, cos_sin, ranks, eps)
     packed = k.new_empty(_shape(q, k, cos_sin, ranks))
@@ -50,11 +58,19 @@ def _run(
     return packed
 
 
+def _fake(
+    q: Tensor | None, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor, ranks: int,
+    eps: float, backend: str,
+) -> Tensor:  # fmt: skip
+    _check_arguments(q, k, v, q_weight, k_weight, cos_sin, ranks)
+    return k.new_empty(_shape(q, k, cos_sin, ranks))
+
+
 _op = register(
     "qk_norm_rope_pack(Tensor? q, Tensor k, Tensor v, Tensor? q_weight, Tensor k_weight, Tensor cos_sin, int ranks, "
     "float eps, str backend) -> Tensor",
     _run,
-    lambda q, k, v, q_weight, k_weight, cos_sin, ranks, eps, backend: k.new_empty(_shape(q, k, cos_sin, ranks)),
+    _fake,
 )
 
 
@@ -83,5 +99,5 @@ def qk_norm_rope_pack(
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve("qk_norm_rope_pack", backend, k.device.type, k.dtype, k.shape[1], k.shape[2])
+    chosen = _dispatch.resolve_tokens("qk_norm_rope_pack", backend, k)
     return _op(q, k, v, q_weight, k_weight, cos_sin, ranks, eps, chosen)

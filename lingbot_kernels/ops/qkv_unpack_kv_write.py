@@ -10,17 +10,24 @@ from lingbot_kernels.ops._library import register
 from lingbot_kernels.ops.ring import RingPosition
 
 
-def _run(
-    packed: Tensor, k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int, backend: str
+def _check_arguments(
+    packed: Tensor, k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int
 ) -> None:
     if packed.dim() != 5 or packed.shape[2] not in (2, 3):
         raise ValueError(f"packed: got {_check.describe(packed)}, must be [S, B, 2 or 3, heads, head_dim]")
     _check.contiguous("packed", packed)
     _check.caches(k_cache, v_cache, packed)
-    num_tokens, batch, parts, heads, head_dim = packed.shape
+    num_tokens, batch, _, heads, head_dim = packed.shape
     if k_cache.shape[2:] != packed.shape[3:]:
         raise ValueError(f"k_cache: got {list(k_cache.shape)}, must hold {heads} heads of {head_dim}")
     _check.ring(batch, num_tokens, k_cache, chunk_start, cursor, sink)
+
+
+def _run(
+    packed: Tensor, k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int, backend: str
+) -> None:
+    _check_arguments(packed, k_cache, v_cache, chunk_start, cursor, sink)
+    num_tokens, batch, parts, heads, head_dim = packed.shape
     _check.disjoint((("k_cache", k_cache), ("v_cache", v_cache)), (("packed", packed),))
     if backend == "reference":
         reference.qkv_unpack_kv_write(packed, k_cache, v_cache, RingPosition(chunk_start, sink, cursor))
@@ -40,11 +47,17 @@ def _run(
         )  # fmt: skip
 
 
+def _fake(
+    packed: Tensor, k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int, backend: str
+) -> None:
+    _check_arguments(packed, k_cache, v_cache, chunk_start, cursor, sink)
+
+
 _op = register(
     "qkv_unpack_kv_write(Tensor packed, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt chunk_start, Tensor? cursor, "
     "SymInt sink, str backend) -> ()",
     _run,
-    lambda *arguments: None,
+    _fake,
 )
 
 
@@ -62,7 +75,7 @@ def qkv_unpack_kv_write(
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    dim = packed.shape[-2] * packed.shape[-1]
-    chosen = _dispatch.resolve("qkv_unpack_kv_write", backend, packed.device.type, packed.dtype, packed.shape[0], dim)
+    tokens, dim = (packed.shape[0], packed.shape[3] * packed.shape[4]) if packed.dim() == 5 else (0, 0)
+    chosen = _dispatch.resolve("qkv_unpack_kv_write", backend, packed.device.type, packed.dtype, tokens, dim)
     _op(packed, k_cache, v_cache, ring.chunk_start, ring.cursor, ring.sink, chosen)
     return packed[:, :, 0].transpose(0, 1) if packed.shape[2] == 3 else None

@@ -10,13 +10,17 @@ from lingbot_kernels.ops import _check, _dispatch, _native
 from lingbot_kernels.ops._library import register
 
 
-def _run(
-    x: Tensor, delta: Tensor, shift: Tensor, scale: Tensor, eps: float, gate: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
+def _check_arguments(x: Tensor, delta: Tensor, shift: Tensor, scale: Tensor, gate: Tensor | None) -> None:
     _check.residual("x", x, "delta", delta)
     for name, vector in (("shift", shift), ("scale", scale), ("gate", gate)):
         if vector is not None:
             _check.modulation(name, vector, x)
+
+
+def _run(
+    x: Tensor, delta: Tensor, shift: Tensor, scale: Tensor, eps: float, gate: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    _check_arguments(x, delta, shift, scale, gate)
     if backend == "reference":
         return reference.residual_norm_modulate(x, delta, shift, scale, eps, gate)
     batch, num_tokens, dim = x.shape
@@ -36,11 +40,18 @@ def _run(
     return x_out, y
 
 
+def _fake(
+    x: Tensor, delta: Tensor, shift: Tensor, scale: Tensor, eps: float, gate: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    _check_arguments(x, delta, shift, scale, gate)
+    return x.new_empty(x.shape), delta.new_empty(x.shape)
+
+
 _op = register(
     "residual_norm_modulate(Tensor x, Tensor delta, Tensor shift, Tensor scale, float eps, Tensor? gate, str backend) "
     "-> (Tensor, Tensor)",
     _run,
-    lambda x, delta, shift, scale, eps, gate, backend: (x.new_empty(x.shape), delta.new_empty(x.shape)),
+    _fake,
 )
 
 
@@ -67,5 +78,5 @@ def residual_norm_modulate(
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve("residual_norm_modulate", backend, x.device.type, x.dtype, x.shape[1], x.shape[-1])
+    chosen = _dispatch.resolve_tokens("residual_norm_modulate", backend, x)
     return _op(x, delta, shift, scale, eps, gate, chosen)

@@ -10,10 +10,14 @@ from lingbot_kernels.ops import _check, _dispatch, _native
 from lingbot_kernels.ops._library import register
 
 
-def _run(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
+def _check_arguments(x: Tensor, weight: Tensor) -> None:
     _check.tokens("x", x)
+    _check.weight("weight", weight, x.shape[2], x)
+
+
+def _run(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
+    _check_arguments(x, weight)
     batch, num_tokens, dim = x.shape
-    _check.weight("weight", weight, dim, x)
     if backend == "reference":
         return reference.rms_norm(x, weight, eps)
     y = torch.empty_like(x)
@@ -31,10 +35,15 @@ def _run(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
     return y
 
 
+def _fake(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
+    _check_arguments(x, weight)
+    return x.new_empty(x.shape)
+
+
 _op = register(
     "rms_norm(Tensor x, Tensor weight, float eps, str backend) -> Tensor",
     _run,
-    lambda x, weight, eps, backend: x.new_empty(x.shape),
+    _fake,
 )
 
 
@@ -49,5 +58,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = Non
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve("rms_norm", backend, x.device.type, x.dtype, x.shape[1], x.shape[-1])
+    chosen = _dispatch.resolve_tokens("rms_norm", backend, x)
     return _op(x, weight, eps, chosen)

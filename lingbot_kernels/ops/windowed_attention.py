@@ -75,7 +75,8 @@ def visible_segments(
     if recent < num_tokens:
         raise ValueError(f"recent: got {recent}, must be at least the chunk's {num_tokens} tokens")
     sink, turn = ring.sink, capacity - ring.sink
-    end = ring.chunk_start + num_tokens
+    # A full ring may tell its position by the slot alone, as the session's does: one turn on, the slots are the same.
+    end = ring.chunk_start + num_tokens + (turn if num_visible == capacity else 0)
     first = max(end - recent, end - turn, min(sink, end))
     ranges = [(0, min(sink, num_visible))] if sink else []
     if end > sink:
@@ -181,7 +182,7 @@ def windowed_attention(
             "must both be [B, capacity, heads, head_dim]"
         )
     batch, capacity, heads, head_dim = k_cache.shape
-    if tuple(q.shape) not in ((batch, q.shape[1], heads * head_dim), (batch, q.shape[1], heads, head_dim)):
+    if q.dim() < 3 or q.shape[0] != batch or tuple(q.shape[2:]) not in ((heads * head_dim,), (heads, head_dim)):
         raise ValueError(f"q: got shape {list(q.shape)}, must be [{batch}, S, {heads * head_dim}]")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.dtype != q.dtype or cache.device != q.device:

@@ -93,10 +93,8 @@ class CausalDenoisingStage:
         self._check_latents("noise", noise)
         if renoise is None:
             renoise = _draw((len(schedule.times) - 1, *noise.shape), noise, generator)
-        elif renoise.shape != (len(schedule.times) - 1, *noise.shape):
-            raise ValueError(
-                f"renoise: got shape {list(renoise.shape)}, must be {[len(schedule.times) - 1, *noise.shape]}"
-            )
+        else:
+            _check_companion("renoise", renoise, (len(schedule.times) - 1, *noise.shape), noise.device)
         condition = self._condition(condition, noise)
         text, camera = _versioned(text), None if camera is None else _versioned(camera)
         start_frame = state.next_frame if start_frame is None else start_frame
@@ -231,9 +229,18 @@ class CausalDenoisingStage:
         shape = (batch, cfg.in_channels - cfg.out_channels, *rest)
         if condition is None:
             return torch.zeros(shape, dtype=dtype, device=latents.device)
-        if condition.shape != shape:
-            raise ValueError(f"condition: got shape {list(condition.shape)}, must be {list(shape)}")
+        _check_companion("condition", condition, shape, latents.device)
         return condition.to(dtype)
+
+
+def _check_companion(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """x must be a float tensor of `shape` on the latents' device."""
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        raise TypeError(f"{name}: got {x.dtype if isinstance(x, Tensor) else type(x).__name__}, must be a float tensor")
+    if x.shape != shape or x.device != device:
+        raise ValueError(
+            f"{name}: got shape {list(x.shape)} on {x.device}, must be {list(shape)} on the latents' {device}"
+        )
 
 
 def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -246,6 +253,8 @@ def _pick(name: str, source: Source, index: int, frames: int) -> Tensor | None:
     if source is None or callable(source):
         return source(index) if callable(source) else None
     if not isinstance(source, Tensor):
+        if index >= len(source):
+            raise ValueError(f"{name}: got {len(source)} of them, must hold one for chunk {index} as well")
         return source[index]
     part = source[:, :, index * frames : (index + 1) * frames]
     if part.shape[2] != frames:

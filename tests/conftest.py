@@ -1,0 +1,23 @@
+"""What every test runs under: one thread (the models are tiny), and poisoned memory for the ops and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+POISONED = ("ops", "models", "realtime", "stages")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Memory that torch hands out uninitialised (torch.empty and its kin, and what kernels allocate) holds NaN, or the
+    largest integer: whatever reads a value that nothing wrote shows it.
+    """
+    poison = request.path.parent.name in POISONED and "unpoisoned" not in request.keywords
+    torch.use_deterministic_algorithms(poison, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
