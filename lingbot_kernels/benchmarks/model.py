@@ -89,16 +89,20 @@ class ModelBench:
         session = Session(self, model)
         first, steady = session.fill(), []
         self._remember("full window")
-        replay_floor = self.floor(session)
+        replay_floor = self.floor(session, _library_attention(session.library))
+        replay_own = self.floor(session, lambda q, k, v: _attend(q, k, v, session.library, False))
         floor: list[float] = []
+        own_floor: list[float] = []
         for _ in range(self.plan.chunks):  # in turns, so that clocks and temperature are the same for both
             steady.append(session.chunk())
-            floor += [_timed(replay_floor) for _ in range(4)]
+            floor += [_timed(replay_floor) for _ in range(3)]
+            own_floor += [_timed(replay_own) for _ in range(3)]
         self._remember("peak")
         ceiling = statistics.median(floor)
         note = self._note(session)
         steps = [ms for times in steady for ms in times.denoise]
         self._report("bare_floor", "library", floor, ceiling, gate=GREEN, note=session.library)
+        self._report("bare_floor", "library, our tiles", own_floor, ceiling, gate=GREEN, note=session.library)
         self._report("denoise_step", "lingbot_kernels", steps, ceiling, **gated, note=note)
         self._report("context_update", "lingbot_kernels", [t.context for t in steady], ceiling, **gated, note=note)
         self._report("chunk", "lingbot_kernels", [t.total for t in steady], ceiling, **gated, note=note)
@@ -128,9 +132,9 @@ class ModelBench:
         error, plain_error = (float((a.double() - truth).norm() / truth.norm()) for a in (got, plain))
         return (GREEN if error <= 1.25 * plain_error else RED), error, plain_error
 
-    def floor(self, session: Session) -> Callable[[], None]:
+    def floor(self, session: Session, attend: Callable[[Tensor, Tensor, Tensor], Any]) -> Callable[[], None]:
         """A graph of every layer's products and attention on its own weights and K/V, with random activations."""
-        cfg, model, library = self.config, session.model, session.library
+        cfg, model = self.config, session.model
         assert session.state.kv_cache is not None and session.state.crossattn_cache is not None
         rings, texts = session.state.kv_cache.layers, session.state.crossattn_cache.layers
         x = torch.randn(self.tokens, cfg.dim, device=self.device, dtype=torch.bfloat16)
@@ -140,10 +144,10 @@ class ModelBench:
         def run() -> None:
             for block, ring, text in zip(model.blocks, rings, texts, strict=True):
                 torch.mm(x, block.self_attn.qkv.weight.t())
-                _attend(q, *ring, library, False)
+                attend(q, *ring)
                 torch.mm(x, block.self_attn.o.weight.t())
                 torch.mm(x, block.cross_attn.q.weight.t())
-                _attend(q, *text, library, False)
+                attend(q, *text)
                 torch.mm(x, block.cross_attn.o.weight.t())
                 torch.mm(x, block.ffn[0].weight.t())  # type: ignore[operator]
                 torch.mm(hidden, block.ffn[2].weight.t())  # type: ignore[operator]
@@ -317,6 +321,15 @@ def _small_rollout(model: CausalLingBotTransformer) -> Tensor:
     stage = CausalDenoisingStage(model, STEPS)
     chunks = stage.rollout(RealtimeCausalDiTState(), 7, text=text, camera=camera, generator=generator)
     return torch.cat([chunk.double() for chunk in chunks], dim=2)
+
+
+def _library_attention(library: str) -> Callable[[Tensor, Tensor, Tensor], Any]:
+    """The library's attention as its own users call it."""
+    if library != "fa4":
+        return lambda q, k, v: _attend(q, k, v, library, False)
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func
 
 
 def _timed(call: Callable[[], Any]) -> float:

@@ -85,10 +85,11 @@ def caches(k_cache: Tensor, v_cache: Tensor, like: Tensor) -> None:
             raise ValueError(f"{name}: got {describe(cache)}, must be [B, capacity, heads, head_dim]")
         if cache.dtype != like.dtype or cache.device != like.device:
             raise TypeError(f"{name}: got {describe(cache)}, must be {like.dtype} on {like.device}")
-        if cache.stride(3) != 1 or cache.stride(2) != cache.shape[3]:
-            raise ValueError(f"{name}: got strides {cache.stride()}, a token's heads must be contiguous")
-        if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
-            raise ValueError(f"{name}: got strides {cache.stride()}, must give each batch and slot memory of its own")
+        strides = cache.stride()
+        if strides[3] != 1 or strides[2] != cache.shape[3]:
+            raise ValueError(f"{name}: got strides {strides}, a token's heads must be contiguous")
+        if 0 in strides and any(size > 1 and not stride for size, stride in zip(cache.shape, strides, strict=True)):
+            raise ValueError(f"{name}: got strides {strides}, must give each batch and slot memory of its own")
     if k_cache.shape != v_cache.shape:
         raise ValueError(f"v_cache: got shape {list(v_cache.shape)}, must be k_cache's {list(k_cache.shape)}")
 
@@ -115,9 +116,12 @@ def ring(batch: int, num_tokens: int, k_cache: Tensor, chunk_start: int, cursor:
 def disjoint(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor | None]]) -> None:
     """No written tensor may share memory with another argument: neither one's bytes, first to last, may overlap."""
     spans = [(name, *_span(x)) for name, x in written]
-    others = [(name, *_span(x)) for name, x in read if x is not None]
-    for i, (name, start, stop) in enumerate(spans):
-        for other, other_start, other_stop in spans[i + 1 :] + others:
+    for name, x in read:
+        if x is not None:
+            spans.append((name, *_span(x)))
+    for i in range(len(written)):
+        name, start, stop = spans[i]
+        for other, other_start, other_stop in spans[i + 1 :]:
             if start < other_stop and other_start < stop:
                 raise ValueError(f"{name} and {other}: share memory, must be apart (the op writes {name})")
 
@@ -130,6 +134,6 @@ def _span(x: Tensor) -> tuple[int, int]:
     if not x.numel():
         return 0, 0
     last = 0
-    for size, stride in zip(x.shape, x.stride(), strict=True):
+    for size, stride in zip(x.shape, x.stride()):  # noqa: B905  (a strict zip costs as much as the loop)
         last += (size - 1) * stride
     return start, start + (last + 1) * x.element_size()
