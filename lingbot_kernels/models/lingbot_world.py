@@ -513,7 +513,7 @@ class CausalLingBotTransformer(nn.Module):
         blocks = torch.cat([block.modulation for block in self.blocks]).to(dtype) + e0
         return TimeEmbeddings(blocks, self.head.modulation[0].to(dtype) + e)
 
-    def _embed_camera(self, camera: Tensor, shard: SequenceShard) -> Tensor:
+    def _embed_camera(self, camera: Tensor, shard: SequenceShard = WHOLE) -> Tensor:
         tokens = patchify(camera.to(self.dtype), self.config.patch_size)[:, shard.tokens]
         embedding = self.patch_embedding_wancamctrl(tokens)
         return embedding + self.c2ws_hidden_states_layer2(F.silu(self.c2ws_hidden_states_layer1(embedding)))

@@ -16,6 +16,8 @@ from torch import Tensor
 from lingbot_kernels import ops
 from lingbot_kernels.ops.ring import RingPosition
 
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # named anew in torch 2.13
+
 
 def sequence_splits(total: int, ranks: int) -> tuple[int, ...]:
     """Tokens of each rank: total / ranks, and one more for the first total % ranks.
@@ -148,7 +150,7 @@ class SequenceShard:
         longest = max(self.splits)  # every rank sends as much: the fixed-size collective exists in every backend
         sent = F.pad(x.transpose(0, 1), (0, 0, 0, 0, 0, longest - x.shape[1])).contiguous()
         received = x.new_empty((self.ranks * longest, *sent.shape[1:]))
-        dist.all_gather_into_tensor(received, sent, group=self.group)
+        all_gather(received, sent, group=self.group)
         if not self.uniform:
             parts = zip(received.split(longest), self.splits, strict=True)
             received = torch.cat([part[:tokens] for part, tokens in parts])

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lingbot_kernels.parallel.sequence_shard import SequenceShard, sequence_splits
+from lingbot_kernels.parallel.sequence_shard import SequenceShard, all_gather, sequence_splits
 from lingbot_kernels.realtime.runtime_cache import TensorIdentity
 
 LAYOUTS = ("ulysses",)
@@ -94,7 +94,7 @@ class ShardGroup:
         digest = torch.frombuffer(bytearray(_hash(repr(own).encode())), dtype=torch.uint8)
         digests = digest.new_empty(self.ranks * digest.numel())
         try:
-            dist.all_gather_into_tensor(digests, digest, group=self._control)
+            all_gather(digests, digest, group=self._control)
             if bool((digests.view(self.ranks, -1) == digest).all(1).all()):
                 return
             everyone: list[Any] = [None] * self.ranks

@@ -9,12 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from ranks import free_port
-from rollouts import Case, session, small_model
 
-from lingbot_kernels import RealtimeCausalDiTState
 from lingbot_kernels.parallel import launch
 
 HERE = Path(__file__).parent
@@ -83,19 +81,34 @@ def test_a_rank_that_does_not_start() -> None:
     assert time.monotonic() - started < 40
 
 
-def test_torchrun(tmp_path: Path) -> None:
+def rollout(path: Path, *start: str) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", PROGRAM,
-        "rollout", str(tmp_path),
-    ]  # fmt: skip
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["done"]
-    chunks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    alone = session(small_model(torch.float64), Case(grid=(4, 8), chunks=2), 1, RealtimeCausalDiTState())
-    for first, second, exact in zip(*chunks, alone, strict=True):
-        assert torch.equal(first, second)
-        assert (first - exact).norm() / exact.norm() <= 1e-5
+        *(sys.executable, "-m", *start, "lingbot_kernels", "rollout", "--device=cpu", "--chunks=2", "--height=64"),
+        *("--width=80", "--window-frames=5", "--sink-frames=1", "--save-latents", str(path)),
+    ]
+    return subprocess.run(command, env=environment(COLUMNS="120"), capture_output=True, text=True, timeout=100)
+
+
+def torchrun(ranks: int) -> list[str]:
+    return ["torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}", "-m"]
+
+
+def test_the_rollout_command(tmp_path: Path) -> None:
+    """Works as on one rank: one report, one file, the same latents."""
+    alone, shared = tmp_path / "alone.npy", tmp_path / "shared.npy"
+    done = [rollout(alone), rollout(shared, *torchrun(2))]
+    assert [one.returncode for one in done] == [0, 0], done[1].stderr
+    assert len(done[1].stdout.splitlines()) == len(done[0].stdout.splitlines())
+    a, b = np.load(alone), np.load(shared)
+    assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
+    assert not np.array_equal(a, 0 * a)
+
+
+def test_the_rollout_command_names_a_wrong_rank_count(tmp_path: Path) -> None:
+    done = rollout(tmp_path / "none.npy", *torchrun(3))
+    assert done.returncode != 0
+    assert "ranks: got 3, must divide num_heads = 2" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
