@@ -59,24 +59,34 @@ def command(
       lingbot-kernels rollout --preset lingbot-world-14b --height 464 --chunks 12 --json rollout.json --plot rollout.png
       lingbot-kernels rollout --checkpoint LingBot-World --poses poses.npy --intrinsics intrinsics.npy
       lingbot-kernels rollout --actions 'w*9,w+l*6,.*3' --chunks 6 --save-latents walk.safetensors
+      torchrun --nproc_per_node=4 -m lingbot_kernels rollout --preset lingbot-world-14b --height 464
     """
     session = SessionOptions.take(options)
     prompt_embeds = options.pop("prompt_embeds")
 
     from lingbot_kernels.commands import timed_rollout
     from lingbot_kernels.commands.session import CameraOptions
+    from lingbot_kernels.parallel import launch
 
-    timed_rollout.run(
-        timed_rollout.RolloutOptions(
-            session=session,
-            camera=CameraOptions(**options),
-            chunks=chunks,
-            prompt_embeds=prompt_embeds,
-            camera_cache=not no_camera_cache,
-            cuda_graphs=not no_cuda_graphs,
-            json_path=json_path,
-            plot_path=plot_path,
-            save_latents=save_latents,
-            quiet=quiet,
+    if launch.launched() and session.device not in ("auto", "cpu", "cuda"):
+        raise click.BadParameter(
+            f"{session.device!r} must be auto, cuda or cpu: torchrun says which GPU a rank takes.",
+            param_hint="--device",
         )
+    rollout = timed_rollout.RolloutOptions(
+        session=session,
+        camera=CameraOptions(**options),
+        chunks=chunks,
+        prompt_embeds=prompt_embeds,
+        camera_cache=not no_camera_cache,
+        cuda_graphs=not no_cuda_graphs,
+        json_path=json_path,
+        plot_path=plot_path,
+        save_latents=save_latents,
+        quiet=quiet or not launch.is_main(),
     )
+    try:
+        with launch.process_group(session.device) as group:
+            timed_rollout.run(rollout, group)
+    except launch.RankFailed as error:
+        raise click.ClickException(str(error)) from error

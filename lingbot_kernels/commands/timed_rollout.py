@@ -4,7 +4,7 @@ The report (`--json`) is one object:
 
 - environment: see `environment.collect`; device: the name of what ran it.
 - model: preset, checkpoint (one of them None), parameters, config (the fields of LingBotConfig).
-- settings: device, dtype, backend, seed, chunks, height, width (pixels), tokens_per_frame, tokens_per_chunk,
+- settings: device, ranks, dtype, backend, seed, chunks, height, width (pixels), tokens_per_frame, tokens_per_chunk,
   schedule (times, sigmas, noise_sigmas), camera ("poses", "actions", "made path" or None), camera_scale (None: running
   maximum), camera_cache, cuda_graphs (whether they may be used), prompt (file or "seeded noise").
 - chunks: for each index, start_frame, inputs_ms, denoise_ms (a list, one a step), context_ms, time_to_chunk_ms
@@ -31,6 +31,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
@@ -38,6 +39,7 @@ from torch import Tensor
 
 from lingbot_kernels import plots
 from lingbot_kernels.commands import backends, environment, tables
+from lingbot_kernels.commands._click import blame
 from lingbot_kernels.commands._options import SessionOptions
 from lingbot_kernels.commands.measure import ChunkTimer, ChunkTimes, percentiles, steady
 from lingbot_kernels.commands.session import (
@@ -54,6 +56,7 @@ from lingbot_kernels.commands.session import (
 from lingbot_kernels.models.camera import CELL, PIXEL_FRAMES_PER_LATENT
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.ops._dispatch import requested_backend
+from lingbot_kernels.parallel import launch
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 from lingbot_kernels.stages.schedule import Schedule
@@ -176,6 +179,7 @@ def settings(
     tokens = (size[0] // CELL // ph) * (size[1] // CELL // pw)
     return {
         "device": str(model.device),
+        "ranks": model.shard_group.ranks,
         "dtype": str(model.dtype).removeprefix("torch."),
         "backend": requested_backend(),
         "seed": options.session.seed,
@@ -203,13 +207,19 @@ def describe_model(options: SessionOptions, model: CausalLingBotTransformer) -> 
     }
 
 
-def run(options: RolloutOptions) -> None:
-    """The command: run, print, write. click.ClickException (exit code 1) where the latents are not finite."""
+def run(options: RolloutOptions, group: dist.ProcessGroup | None = None) -> None:
+    """The command: run, print, write; over the ranks of `group`, of which rank 0 prints and writes.
+
+    click.ClickException (exit code 1) where the latents are not finite.
+    """
     if options.plot_path is not None:
         _require_plots()
     notes = Console(stderr=True, quiet=options.quiet, soft_wrap=True)
     model = make_model(options.session)
     model.cuda_graphs = options.cuda_graphs
+    if group is not None:
+        with blame("torchrun --nproc_per_node"):
+            model.shard_sequence(group)
     schedule, size = make_schedule(options.session), video_size(options.session, model.config)
     frames = options.chunks * model.config.frames_per_chunk
     camera = make_camera(options.camera, model.config, frames)
@@ -239,6 +249,8 @@ def run(options: RolloutOptions) -> None:
         report["chunks"] = chunks
         report["summary"] = summary(chunks, state.stats(), model, report["settings"]["tokens_per_chunk"])
 
+    if not launch.is_main():
+        return
     tables.print_rollout(tables.console(), report)
     if options.json_path is not None:
         options.json_path.write_text(json.dumps(report, indent=2) + "\n")

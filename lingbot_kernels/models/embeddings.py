@@ -49,9 +49,9 @@ class PatchEmbedding(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, F, H, W] -> [B, S, dim]."""
-        return F.linear(patchify(x, self.patch_size), self.weight.flatten(1), self.bias)
+    def forward(self, x: Tensor, tokens: slice = slice(None)) -> Tensor:
+        """[B, C, F, H, W] -> [B, S, dim], of the given tokens alone."""
+        return F.linear(patchify(x, self.patch_size)[:, tokens], self.weight.flatten(1), self.bias)
 
 
 class TextEmbedding(nn.Sequential):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,11 +30,14 @@ from lingbot_kernels.models.embeddings import (
     unpatchify,
 )
 from lingbot_kernels.models.fused_linear import FusedLinear, FusedLinearOwner
+from lingbot_kernels.parallel.sequence_shard import SequenceShard
+from lingbot_kernels.parallel.shard_group import ShardGroup
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPosition, CrossAttentionCache
 from lingbot_kernels.realtime.runtime_cache import TensorIdentity
 
 KeyValue = tuple[Tensor, Tensor]
+WHOLE = SequenceShard()
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class TimeEmbeddings:
 
 @dataclass(frozen=True)
 class ChunkInputs:
-    """What a forward reads besides the K/V ring: latents [B, C, F, H, W], cos‖sin, and each block's text and camera
-    pairs.
+    """What a forward reads besides the K/V ring: latents [B, C, F, H, W], cos‖sin and each block's camera pairs of
+    this rank's tokens, and each block's text pairs.
     """
 
     latents: Tensor
@@ -61,6 +65,7 @@ class ChunkInputs:
     time: TimeEmbeddings
     text_kv: Sequence[KeyValue] | PerBlock
     camera: Sequence[KeyValue] | PerBlock | None
+    shard: SequenceShard
 
 
 class PerBlock:
@@ -96,22 +101,29 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
         self.norm_k = RMSNorm(cfg.dim, cfg.eps, **factory)
 
     def forward(
-        self, x: Tensor, cos_sin: Tensor, kv: KeyValue, position: ChunkPosition, update_cache_only: bool = False
+        self,
+        x: Tensor,
+        cos_sin: Tensor,
+        kv: KeyValue,
+        position: ChunkPosition,
+        update_cache_only: bool = False,
+        shard: SequenceShard = WHOLE,
     ) -> Tensor | None:
         """x [B, S, d] -> [B, S, d], with the chunk's K and V left in the ring `kv`.
 
+        Over several ranks x is this rank's tokens, `kv` this rank's heads; between the exchanges q is all tokens.
         With `update_cache_only` K and V are projected and written, and nothing else: returns None.
         """
         norm_q, norm_k = self.norm_q, self.norm_k
         if update_cache_only:
             k, v = self.qkv("k", "v", x=x)
-            ops.k_norm_rope_kv_write(k, v, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps)
+            shard.k_norm_rope_kv_write(k, v, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps)
             return None
         q, k, v = self.qkv("q", "k", "v", x=x)
-        q = ops.qk_norm_rope_kv_write(
+        q = shard.qk_norm_rope_kv_write(
             q, k, v, norm_q.weight, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps
         )  # K and V now lie in the ring
-        return self.o(ops.windowed_attention(q, *kv, position.num_visible))
+        return self.o(shard.exchange_output(ops.windowed_attention(q, *kv, position.num_visible)))
 
 
 class LingBotCrossAttention(nn.Module):
@@ -192,8 +204,9 @@ class LingBotTransformerBlock(nn.Module):
         text_kv: KeyValue,
         camera: KeyValue | None = None,
         update_cache_only: bool = False,
+        shard: SequenceShard = WHOLE,
     ) -> tuple[Tensor, Tensor] | None:
-        """One block over a chunk: (x, y) -> (x, y) for what follows.
+        """One block over a chunk, or over this rank's tokens of it: (x, y) -> (x, y) for what follows.
 
         Args:
             x: residual stream [B, S, d].
@@ -201,14 +214,15 @@ class LingBotTransformerBlock(nn.Module):
             modulation: float32 [6, d]: shift, scale, gate of self-attention, then of the MLP.
             following: float32 [>= 2, d]: shift and scale of the next block's self-attention, or of the head.
             cos_sin: float32 [S, head_dim].
-            kv: this layer's ring, K and V [B, capacity, heads, head_dim], written in the chunk's slots.
+            kv: this layer's ring, K and V [B, capacity, heads of this rank, head_dim], written in the chunk's slots.
             text_kv: this layer's text K and V.
             camera: this layer's (scale, shift) [B, S, d], or None.
             update_cache_only: stop after the K/V write and return None.
+            shard: which tokens x has; one rank's whole chunk by default.
         """
         _, _, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(0)
         with nvtx.range("self_attn"):
-            attended = self.self_attn(y, cos_sin, kv, position, update_cache_only)
+            attended = self.self_attn(y, cos_sin, kv, position, update_cache_only, shard)
         if attended is None:
             return None
         norm3, (cam_scale, cam_shift) = self.norm3, camera or (None, None)
@@ -259,6 +273,7 @@ class CausalLingBotTransformer(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = cfg
         self.cuda_graphs = True
+        self.shard_group = ShardGroup()
         d = cfg.dim
         self.patch_embedding = PatchEmbedding(cfg.in_channels, d, cfg.patch_size, **factory)
         self.text_embedding = TextEmbedding(cfg.text_dim, d, cfg.text_len, **factory)
@@ -303,6 +318,18 @@ class CausalLingBotTransformer(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the weights under their official names as safetensors shards with an index, and config.json."""
         checkpoint.save_checkpoint(self, folder)
+
+    def shard_sequence(self, group: dist.ProcessGroup | None = None, layout: str = "ulysses") -> None:
+        """Share every later chunk among the ranks of `group`, the default process group where None.
+
+        Called on every rank, with the same weights; from then on each rank calls forward with the same arguments and
+        gets the same result. Sessions begun before must start again.
+
+        Raises:
+            ValueError, RuntimeError: on every rank alike, as `ShardGroup.join` says.
+        """
+        self.shard_group = ShardGroup.join(group, layout, self)
+        _renew_weights(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -349,20 +376,26 @@ class CausalLingBotTransformer(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument; the session is then as it was.
         """
+        self.shard_group.agree_on_forward(
+            self, state, latents=latents, text=text, timestep=timestep, start_frame=start_frame, camera=camera,
+            step_index=step_index, update_cache_only=update_cache_only,
+        )  # fmt: skip
         check_chunk(self.config, self.device, latents, text, timestep, start_frame, camera, step_index)
         batch, _, frames, height, width = latents.shape
         _, ph, pw = self.config.patch_size
         layout = self.cache_layout(batch, (height // ph, width // pw))
+        shard = self.shard_group.shard(frames * layout.frame_tokens)
         plan = state.plan_chunk(self._weights, layout, start_frame, frames)
         kv_cache = state.kv_cache
         assert kv_cache is not None
         with nvtx.range("embeddings"):
             inputs = ChunkInputs(
                 latents.to(self.dtype),
-                self._prepare_cached_rope_for_sequence_shard(state, plan.tokens, plan.start),
+                self._prepare_cached_rope_for_sequence_shard(state, shard.num_tokens, plan.start + shard.start),
                 self._prepare_cached_time_embeddings(state, float(timestep), step_index),
                 self._prepare_cached_text(state, text),
-                None if camera is None else self._prepare_cached_camera_modulation(state, camera),
+                None if camera is None else self._prepare_cached_camera_modulation(state, camera, shard),
+                shard,
             )
         kv_cache.ring.commit(plan)
         graphs = state.graphs if self.cuda_graphs and self.device.type == "cuda" else None
@@ -375,7 +408,7 @@ class CausalLingBotTransformer(nn.Module):
     ) -> Tensor | None:
         """Everything between the caches and the output: a function of tensors, which a CUDA graph can capture."""
         time = inputs.time
-        x = self.patch_embedding(inputs.latents).to(self.residual_dtype)
+        x = self.patch_embedding(inputs.latents, inputs.shard.tokens).to(self.residual_dtype)
         shift, scale = time.blocks[0, :2]
         y = ops.layer_norm_modulate(x, shift, scale, self.config.eps, out_dtype=self.dtype)
         last = len(self.blocks) - 1
@@ -392,27 +425,29 @@ class CausalLingBotTransformer(nn.Module):
                     inputs.text_kv[i],
                     None if inputs.camera is None else inputs.camera[i],
                     update_cache_only=update_cache_only and i == last,
+                    shard=inputs.shard,
                 )
             if after is None:
                 return None
             x, y = after
         _, _, frames, height, width = inputs.latents.shape
         with nvtx.range("head"):
-            out = unpatchify(self.head(y), self.config.patch_size, frames, height, width)
+            out = inputs.shard.gather(self.head(y))
+            out = unpatchify(out, self.config.patch_size, frames, height, width)
         return out.to(torch.promote_types(self.dtype, torch.float32))
 
     def cache_layout(self, batch: int, grid: tuple[int, int]) -> CacheLayout:
-        """The K/V ring of a session of `batch` videos with `grid` (rows, columns) tokens a frame."""
+        """The K/V ring of a session of `batch` videos with `grid` (rows, columns) tokens a frame, on this rank."""
         cfg = self.config
         return CacheLayout(
-            cfg.num_layers, batch, cfg.num_heads, cfg.head_dim, grid, cfg.window_frames, cfg.sink_frames,
-            self.dtype, self.device,
+            cfg.num_layers, batch, cfg.num_heads // self.shard_group.ranks, cfg.head_dim, grid, cfg.window_frames,
+            cfg.sink_frames, self.dtype, self.device,
         )  # fmt: skip
 
     def _prepare_cached_rope_for_sequence_shard(
         self, state: RealtimeCausalDiTState, num_tokens: int, token_start: int
     ) -> Tensor:
-        """cos‖sin [num_tokens, head_dim] of the tokens from absolute index `token_start`; made once a chunk."""
+        """cos‖sin [num_tokens, head_dim] of this rank's tokens, from absolute index `token_start`; once a chunk."""
         assert state.kv_cache is not None
         grid, device, cfg = state.kv_cache.layout.grid, self.device, self.config
         key = (num_tokens, token_start, grid[0] * grid[1], grid[1], cfg.head_dim, cfg.rope_theta)
@@ -430,7 +465,9 @@ class CausalLingBotTransformer(nn.Module):
         return state.runtime_cache["time_embeddings"].get_or_compute(key, lambda: self._embed_time(timestep))
 
     def _prepare_cached_text(self, state: RealtimeCausalDiTState, text: Tensor) -> list[KeyValue] | PerBlock:
-        """Every block's text K and V; made once a prompt."""
+        """Every block's text K and V; made once a prompt. Every rank of a shard has all of it, since its tokens
+        attend to the whole text with all heads.
+        """
         store = state.runtime_cache["text"]
 
         def compute() -> CrossAttentionCache | PerBlock:
@@ -450,13 +487,13 @@ class CausalLingBotTransformer(nn.Module):
         return found.layers if isinstance(found, CrossAttentionCache) else found
 
     def _prepare_cached_camera_modulation(
-        self, state: RealtimeCausalDiTState, camera: Tensor
+        self, state: RealtimeCausalDiTState, camera: Tensor, shard: SequenceShard
     ) -> list[KeyValue] | PerBlock:
-        """Every block's camera (scale, shift); made once a chunk and reused by its forwards."""
+        """Every block's camera (scale, shift) of this rank's tokens; made once a chunk and reused by its forwards."""
         store = state.runtime_cache["camera_modulation"]
 
         def compute(held: list[KeyValue] | None = None) -> list[KeyValue] | PerBlock | None:
-            embedding = self._embed_camera(camera)
+            embedding = self._embed_camera(camera, shard)
             if not store.enabled:
                 return PerBlock(lambda i: self.blocks[i].camera_modulation(embedding))
             if held is None:
@@ -476,6 +513,7 @@ class CausalLingBotTransformer(nn.Module):
         blocks = torch.cat([block.modulation for block in self.blocks]).to(dtype) + e0
         return TimeEmbeddings(blocks, self.head.modulation[0].to(dtype) + e)
 
-    def _embed_camera(self, camera: Tensor) -> Tensor:
-        embedding = self.patch_embedding_wancamctrl(patchify(camera.to(self.dtype), self.config.patch_size))
+    def _embed_camera(self, camera: Tensor, shard: SequenceShard = WHOLE) -> Tensor:
+        tokens = patchify(camera.to(self.dtype), self.config.patch_size)[:, shard.tokens]
+        embedding = self.patch_embedding_wancamctrl(tokens)
         return embedding + self.c2ws_hidden_states_layer2(F.silu(self.c2ws_hidden_states_layer1(embedding)))

@@ -6,7 +6,7 @@ from typing import Any
 
 from lingbot_kernels.realtime.graphs import SessionGraphs
 from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPlan, CrossAttentionCache, KVCache
-from lingbot_kernels.realtime.runtime_cache import RuntimeCache, Store
+from lingbot_kernels.realtime.runtime_cache import RuntimeCache, Store, TensorIdentity
 
 
 class RealtimeCausalDiTState:
@@ -41,6 +41,7 @@ class RealtimeCausalDiTState:
             text=Store(1, text_cache),
         )
         self.graphs = SessionGraphs()
+        self.agreed_text: tuple[TensorIdentity, str] | None = None  # the prompt that the ranks of a shard compared
         self._owner: object | None = None
 
     @property
@@ -109,4 +110,5 @@ class RealtimeCausalDiTState:
         self.kv_cache = None
         self.graphs.clear()
         self.runtime_cache.clear()
+        self.agreed_text = None
         self._owner = None

@@ -6,6 +6,7 @@ the ring stands, so one capture serves every later chunk. Latents and time embed
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from lingbot_kernels.realtime.kv_cache import ChunkPlan, KVCache
 
 Run = Callable[[Any, Any, Any, bool], "Tensor | None"]
+_live: weakref.WeakSet[SessionGraphs] = weakref.WeakSet()
 
 
 @dataclass
@@ -87,8 +89,15 @@ class SessionGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             out = run(own, kv_cache.layers, position, update_cache_only)
         self._pool = graph.pool()
+        _live.add(self)
         self.captures += 1
         return _Captured(graph, own, kv_cache, out)
+
+
+def clear_all() -> None:
+    """Drop the graphs of every session: a communicator can't end while a graph that holds an exchange lives."""
+    for graphs in list(_live):
+        graphs.clear()
 
 
 def _same_buffers(captured: _Captured, inputs: Any, kv_cache: KVCache) -> bool:

@@ -79,7 +79,8 @@ class CausalDenoisingStage:
             text: [B, L, text_dim].
             condition: [B, in_channels - out_channels, F, H, W] mask and image latent; zeros where None.
             camera: [B, 384, F, H, W], or None.
-            renoise: [steps - 1, B, out_channels, F, H, W]; drawn from `generator` (torch's own where None) if None.
+            renoise: [steps - 1, B, out_channels, F, H, W]; drawn from `generator` (torch's own where None) if None,
+                which must stand alike on every rank of a sharded model.
             update_context: False hands the chunk out first; call `update_context` before the next chunk.
             start_frame: absolute index of the chunk's first latent frame; the session's next one where None.
 
@@ -92,6 +93,7 @@ class CausalDenoisingStage:
         schedule = self.schedule
         self._check_latents("noise", noise)
         if renoise is None:
+            self.model.shard_group.agree_on_noise(generator, noise.device)
             renoise = _draw((len(schedule.times) - 1, *noise.shape), noise, generator)
         else:
             _check_companion("renoise", renoise, (len(schedule.times) - 1, *noise.shape), noise.device)

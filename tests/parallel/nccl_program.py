@@ -1,0 +1,105 @@
+"""For test_nccl.py, started by torchrun: rollouts on one GPU and on all, with and without CUDA graphs, saved a rank.
+
+By itself it also tells how long the exchanges of the 14B model take: torchrun --nproc_per_node=4 nccl_program.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lingbot_kernels import CausalDenoisingStage, CausalLingBotTransformer, LingBotConfig, RealtimeCausalDiTState
+from lingbot_kernels.parallel import launch
+from lingbot_kernels.parallel.sequence_shard import SequenceShard, sequence_splits
+
+GRIDS = {"even": (8, 12), "uneven": (6, 10)}  # 72 and 45 tokens a chunk
+CHUNKS = 9
+
+
+def make_model(dtype: torch.dtype) -> CausalLingBotTransformer:
+    torch.manual_seed(1)
+    config = LingBotConfig.preset("lingbot-world-14b", num_layers=2, window_frames=11, text_dim=64, text_len=16)
+    return CausalLingBotTransformer(config, device="cuda", dtype=torch.bfloat16).to(dtype)
+
+
+def run(model: CausalLingBotTransformer, grid: tuple[int, int]) -> tuple[list[Tensor], dict[str, int]]:
+    generator = torch.Generator("cuda").manual_seed(2)
+    frames = CHUNKS * model.config.frames_per_chunk
+    texts = [torch.randn(1, 9, model.config.text_dim, device="cuda", generator=generator) for _ in range(2)]
+    camera = torch.randn(1, 384, frames, *grid, device="cuda", generator=generator)
+    state = RealtimeCausalDiTState()
+    chunks = CausalDenoisingStage(model).rollout(
+        state,
+        CHUNKS,
+        text=lambda i: texts[i >= CHUNKS - 2],
+        camera=camera,
+        generator=generator,
+        latent_size=grid,
+    )
+    done = [chunk.cpu() for chunk in chunks]
+    return done, {"captures": state.graphs.captures, "replays": state.graphs.replays}
+
+
+def microseconds(function: Callable[[], Any], repeats: int = 50) -> float:
+    """Of GPU time, in a CUDA graph of `repeats` calls; the median of 9 replays."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(repeats):
+            function()
+    times = []
+    for _ in range(9):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / repeats)
+    return sorted(times)[4]
+
+
+def time_exchanges(group: torch.distributed.ProcessGroup, tokens: int = 4524, heads: int = 40) -> dict[str, float]:
+    rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    shard = SequenceShard(sequence_splits(tokens, ranks), rank, group)
+    packed = torch.randn(ranks, shard.num_tokens, 1, 3, heads // ranks, 128, device="cuda").bfloat16()
+    attended = torch.randn(1, tokens, heads // ranks * 128, device="cuda").bfloat16()
+    keys_values = packed[:, :, :, :2].contiguous()
+    return {
+        "qkv": microseconds(lambda: shard.exchange_qkv(packed)),
+        "kv": microseconds(lambda: shard.exchange_qkv(keys_values)),
+        "output": microseconds(lambda: shard.exchange_output(attended)),
+        "sent_megabytes_a_layer": (ranks - 1) / ranks * (packed.nbytes + attended.nbytes) / 1e6,
+    }
+
+
+def main(folder: str | None) -> None:
+    with launch.process_group("cuda", timeout_s=120) as group:
+        assert group is not None, "start this with torchrun"
+        if folder is None:
+            times = time_exchanges(group)
+            if launch.is_main():
+                print({name: round(value, 1) for name, value in times.items()})
+            return
+        found: dict[str, Any] = {}
+        if launch.is_main():
+            exact = make_model(torch.float64)
+            found["exact"] = {name: run(exact, grid)[0] for name, grid in GRIDS.items()}
+            del exact
+        model = make_model(torch.bfloat16)
+        found["one"] = {name: run(model, grid)[0] for name, grid in GRIDS.items()}
+        model.shard_sequence(group)
+        found["graphs"] = {name: run(model, grid) for name, grid in GRIDS.items()}
+        model.cuda_graphs = False
+        found["eager"] = {name: run(model, grid)[0] for name, grid in GRIDS.items()}
+        torch.save(found, os.path.join(folder, f"{os.environ['RANK']}.pt"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else None)
