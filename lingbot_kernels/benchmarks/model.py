@@ -89,26 +89,26 @@ class ModelBench:
         session = Session(self, model)
         first, steady = session.fill(), []
         self._remember("full window")
-        replay_floor = self.floor(session, _library_attention(session.library))
+        replay_floor = self.floor(session, library_attention(session.library))
         replay_own = self.floor(session, lambda q, k, v: _attend(q, k, v, session.library, False))
         floor: list[float] = []
         own_floor: list[float] = []
         for _ in range(self.plan.chunks):  # in turns, so that clocks and temperature are the same for both
             steady.append(session.chunk())
-            floor += [_timed(replay_floor) for _ in range(3)]
-            own_floor += [_timed(replay_own) for _ in range(3)]
+            floor += [timed(replay_floor) for _ in range(3)]
+            own_floor += [timed(replay_own) for _ in range(3)]
         self._remember("peak")
         ceiling = statistics.median(floor)
         note = self._note(session)
         steps = [ms for times in steady for ms in times.denoise]
-        self._report("bare_floor", "library", floor, ceiling, gate=GREEN, note=session.library)
-        self._report("bare_floor", "library, our tiles", own_floor, ceiling, gate=GREEN, note=session.library)
-        self._report("denoise_step", "lingbot_kernels", steps, ceiling, **gated, note=note)
-        self._report("context_update", "lingbot_kernels", [t.context for t in steady], ceiling, **gated, note=note)
-        self._report("chunk", "lingbot_kernels", [t.total for t in steady], ceiling, **gated, note=note)
-        self._report("first_chunk", "lingbot_kernels", [first.total], ceiling, **gated, note="window not full")
+        self.report_times("bare_floor", "library", floor, ceiling, gate=GREEN, note=session.library)
+        self.report_times("bare_floor", "library, our tiles", own_floor, ceiling, gate=GREEN, note=session.library)
+        self.report_times("denoise_step", "lingbot_kernels", steps, ceiling, **gated, note=note)
+        self.report_times("context_update", "lingbot_kernels", [t.context for t in steady], ceiling, **gated, note=note)
+        self.report_times("chunk", "lingbot_kernels", [t.total for t in steady], ceiling, **gated, note=note)
+        self.report_times("first_chunk", "lingbot_kernels", [first.total], ceiling, **gated, note="window not full")
         for phase, ms in session.breakdown().items():
-            self._report(f"step_phase_{phase}", "lingbot_kernels", [ms], ceiling, **gated, note="eager, by kernel")
+            self.report_times(f"step_phase_{phase}", "lingbot_kernels", [ms], ceiling, **gated, note="eager, by kernel")
         busy = session.busy()
         self.report(dataclasses.replace(
             self._row("gpu_busy", "lingbot_kernels", [], **gated), ratio=busy, note="kernel time / time of a step"
@@ -128,18 +128,31 @@ class ModelBench:
         with use_backend("reference"):
             plain, truth = _small_rollout(model), _small_rollout(exact)
         del model, exact
-        _free()
+        free()
         error, plain_error = (float((a.double() - truth).norm() / truth.norm()) for a in (got, plain))
         return (GREEN if error <= 1.25 * plain_error else RED), error, plain_error
 
     def floor(self, session: Session, attend: Callable[[Tensor, Tensor, Tensor], Any]) -> Callable[[], None]:
         """A graph of every layer's products and attention on its own weights and K/V, with random activations."""
-        cfg, model = self.config, session.model
         assert session.state.kv_cache is not None and session.state.crossattn_cache is not None
         rings, texts = session.state.kv_cache.layers, session.state.crossattn_cache.layers
-        x = torch.randn(self.tokens, cfg.dim, device=self.device, dtype=torch.bfloat16)
-        hidden = torch.randn(self.tokens, cfg.ffn_dim, device=self.device, dtype=torch.bfloat16)
-        q = torch.randn(1, self.tokens, cfg.num_heads, cfg.head_dim, device=self.device, dtype=torch.bfloat16)
+        return self.floor_graph(session.model, rings, texts, attend, self.tokens, self.config.num_heads)
+
+    def floor_graph(
+        self,
+        model: CausalLingBotTransformer,
+        rings: Sequence[tuple[Tensor, Tensor]],
+        texts: Sequence[tuple[Tensor, Tensor]],
+        attend: Callable[[Tensor, Tensor, Tensor], Any],
+        own_tokens: int,
+        own_heads: int,
+    ) -> Callable[[], None]:
+        """The floor's graph for a rank with `own_tokens` of the chunk outside self-attention, `own_heads` inside."""
+        cfg = self.config
+        factory: dict[str, Any] = {"device": self.device, "dtype": torch.bfloat16}
+        x, hidden = torch.randn(own_tokens, cfg.dim, **factory), torch.randn(own_tokens, cfg.ffn_dim, **factory)
+        q = torch.randn(1, self.tokens, own_heads, cfg.head_dim, **factory)
+        q_text = torch.randn(1, own_tokens, cfg.num_heads, cfg.head_dim, **factory)
 
         def run() -> None:
             for block, ring, text in zip(model.blocks, rings, texts, strict=True):
@@ -147,7 +160,7 @@ class ModelBench:
                 attend(q, *ring)
                 torch.mm(x, block.self_attn.o.weight.t())
                 torch.mm(x, block.cross_attn.q.weight.t())
-                attend(q, *text)
+                attend(q_text, *text)
                 torch.mm(x, block.cross_attn.o.weight.t())
                 torch.mm(x, block.ffn[0].weight.t())  # type: ignore[operator]
                 torch.mm(hidden, block.ffn[2].weight.t())  # type: ignore[operator]
@@ -155,7 +168,7 @@ class ModelBench:
         run()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
         graph.replay()
         return graph.replay
@@ -173,7 +186,7 @@ class ModelBench:
             self.report(self._row("denoise_step", "flashdreams", [], peer=True, gate=FAILED, note=note))
             return True
         gate = GREEN if error < 0.05 else RED
-        self._report(
+        self.report_times(
             "denoise_step", "flashdreams", times, ceiling, peer=True, gate=gate, error=error, note="compiled, graphed"
         )
         return gate == GREEN
@@ -195,7 +208,7 @@ class ModelBench:
             f"{(total - free) / 2**30:.1f}; graphs {session.state.graphs.captures} captured{scaled}"
         )
 
-    def _report(self, op: str, backend: str, times_ms: Sequence[float], ceiling_ms: float, **fields: Any) -> None:
+    def report_times(self, op: str, backend: str, times_ms: Sequence[float], ceiling_ms: float, **fields: Any) -> None:
         row = self._row(op, backend, times_ms, **fields)
         if row.p50_us is not None:
             row = dataclasses.replace(
@@ -227,6 +240,7 @@ class Session:
         self.timer = ChunkTimer(device)
         self.stage = CausalDenoisingStage(model, STEPS, observe=self.timer.observe)
         self.text = torch.randn(1, cfg.text_len, cfg.text_dim, device=device)
+        self.first: Tensor | None = None
         self.latents = (1, cfg.out_channels, cfg.frames_per_chunk, *bench.plan.latent_size)
 
     def chunk(self) -> ChunkTimes:
@@ -238,6 +252,7 @@ class Session:
         chunk = self.stage.denoise_chunk(self.state, noise, text=self.text, camera=camera)
         self.timer.chunk_ready()
         times = self.timer.stop()
+        self.first = chunk if self.first is None else self.first
         if not bool(torch.isfinite(chunk).all()):
             raise FloatingPointError("the chunk is not finite")
         return times
@@ -282,7 +297,7 @@ class Session:
             for _ in range(10):
                 self.step(camera)
 
-        elapsed = _timed(steps)
+        elapsed = timed(steps)
         kernels = sum(us for _, us in _kernel_times(steps)) / 1e3
         return min(kernels / elapsed, 1.0)
 
@@ -308,7 +323,7 @@ class Session:
                 peer.forward(latents, 937.5, embedding, chunk, first=step == 0)
             peer.end_chunk(chunk)
         peer.forward(latents, 937.5, embedding, chunks + 2)
-        times = [_timed(lambda: peer.forward(latents, 937.5, embedding, chunks + 2, first=False)) for _ in range(20)]
+        times = [timed(lambda: peer.forward(latents, 937.5, embedding, chunks + 2, first=False)) for _ in range(20)]
         return error, times[5:]
 
 
@@ -323,7 +338,7 @@ def _small_rollout(model: CausalLingBotTransformer) -> Tensor:
     return torch.cat([chunk.double() for chunk in chunks], dim=2)
 
 
-def _library_attention(library: str) -> Callable[[Tensor, Tensor, Tensor], Any]:
+def library_attention(library: str) -> Callable[[Tensor, Tensor, Tensor], Any]:
     """The library's attention as its own users call it."""
     if library != "fa4":
         return lambda q, k, v: _attend(q, k, v, library, False)
@@ -332,7 +347,7 @@ def _library_attention(library: str) -> Callable[[Tensor, Tensor, Tensor], Any]:
     return flash_attn_func
 
 
-def _timed(call: Callable[[], Any]) -> float:
+def timed(call: Callable[[], Any]) -> float:
     """Milliseconds of the GPU's time, by events; waits."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -362,7 +377,7 @@ def _kind(kernel: str) -> str:
     return "fused_passes" if "lingbot" in name or name.endswith("_kernel") else "other"
 
 
-def _free() -> None:
+def free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -16,6 +18,9 @@ import click
 @click.option("--peer/--no-peer", default=True, show_default=True, help="Run FlashDreams' network as well.")
 @click.option("--camera-cache/--no-camera-cache", default=True, show_default=True, help="Keep the camera modulation.")
 @click.option("--residual-dtype", type=click.Choice(["bfloat16", "float32"]), help="Of the residual stream.")
+@click.option(
+    "--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Share the sequence over so many."
+)
 @click.option("--device", default="cuda", show_default=True, help="cuda or cuda:N.")
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
@@ -31,6 +36,7 @@ def command(
     peer: bool,
     camera_cache: bool,
     residual_dtype: str | None,
+    gpus: int,
     device: str,
     json_path: Path | None,
     plot_path: Path | None,
@@ -46,10 +52,20 @@ def command(
       lingbot-kernels bench model
       lingbot-kernels bench model --layers 8 --plot step.png
       lingbot-kernels bench model --preset lingbot-world-1.3b --height 480
+      lingbot-kernels bench model --gpus 4
     """
     import torch
 
+    from lingbot_kernels.parallel import launch
+
+    if gpus > 1 and not launch.launched():
+        if torch.cuda.device_count() < gpus:
+            raise click.BadParameter(f"{gpus}, but torch sees {torch.cuda.device_count()}.", param_hint="--gpus")
+        program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+        raise click.exceptions.Exit(subprocess.call([*program, "-m", "lingbot_kernels", *sys.argv[1:]]))
+
     from lingbot_kernels.benchmarks.model import ModelBench, ModelPlan
+    from lingbot_kernels.benchmarks.model_sharded import ShardedModelBench
     from lingbot_kernels.benchmarks.rows import Environment, Row, append_rows, default_path
     from lingbot_kernels.config import PRESETS
 
@@ -59,22 +75,32 @@ def command(
         raise click.BadParameter(f"{height} x {width} must be multiples of 16.", param_hint="--height, --width")
     if not torch.cuda.is_available():
         raise click.ClickException("bench model needs a CUDA device, and torch sees none")
-    where = torch.device(device if ":" in device else f"{device}:{torch.cuda.current_device()}")
-    torch.cuda.set_device(where)
+    if not launch.launched():
+        torch.cuda.set_device(torch.device(device).index or 0)
     plan = ModelPlan(preset, layers, (height // 8, width // 8), chunks, peer, camera_cache, residual_dtype)
-    environment = Environment.collect(where)
+    environment = Environment.collect(torch.device("cuda"))
     path = json_path or default_path(environment, "model")
-    click.echo(f"{environment.gpu} · torch {environment.torch} · commit {environment.commit}")
+    if launch.is_main():
+        click.echo(f"{environment.gpu} · torch {environment.torch} · commit {environment.commit}")
     rows: list[dict[str, object]] = []
 
     def report(row: Row) -> None:
+        if not launch.is_main():
+            return
         rows.append(row.to_json(environment))
         append_rows(path, rows[-1:])
         time = "" if row.p50_us is None else f"{row.p50_us / 1e3:10.3f} ms"
         ratio = "" if row.ratio is None else f"{row.ratio:7.4f}"
         click.echo(f"{row.op:24} {row.backend:16} {time:>13} {ratio:>8}  {row.gate}  {row.note}")
 
-    green = ModelBench(plan, where, report).run()
+    with launch.process_group("cuda") as group:
+        where = torch.device("cuda", torch.cuda.current_device())
+        if group is None:
+            green = ModelBench(plan, where, report).run()
+        else:
+            green = ShardedModelBench(plan, where, report).run_sharded(group)
+    if not launch.is_main():
+        return
     click.echo(f"{len(rows)} rows appended to {path}")
     if plot_path is not None:
         from lingbot_kernels.benchmarks.model_plot import plot

@@ -1,0 +1,97 @@
+"""The model bench over several GPUs: one GPU first, then the ranks of a group, in the same process on every rank."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lingbot_kernels.benchmarks.model import ModelBench, Session, free, library_attention, timed
+from lingbot_kernels.benchmarks.rows import GREEN, RED
+from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
+
+
+class ShardedModelBench(ModelBench):
+    """`ModelBench` with the sequence shared among the ranks of `group`; rank 0 reports."""
+
+    @torch.no_grad()
+    def run_sharded(self, group: dist.ProcessGroup) -> bool:
+        """Measure one GPU, then all; whether the ranks' result agrees with one GPU's."""
+        ranks = dist.get_world_size(group)
+        torch.manual_seed(0)
+        model = CausalLingBotTransformer(self.config, device=self.device, dtype=torch.bfloat16)
+        alone, first = self._chunks(Session(self, model))
+        model.shard_sequence(group)
+        free()
+        dist.barrier(group)
+        self.case = self.case.removesuffix("-1gpu") + f"-{ranks}gpu"
+        torch.manual_seed(0)
+        torch.randn(1, device=self.device)
+        session = Session(self, model)
+        shared, first_shared = self._chunks(session)
+        error = float((first_shared.double() - first.double()).norm() / first.double().norm())
+        gate: dict[str, Any] = {"gate": GREEN if error < 0.05 else RED, "error": error}
+        replay = self._shard_floor(session)
+        floor = []
+        for _ in range(8):
+            dist.barrier(group)
+            floor.append(timed(replay))
+        ceiling = statistics.median(floor)
+        exchange = self._exchange_ms(session)
+        step = statistics.median(ms for times in shared for ms in times.denoise)
+        one, many = (statistics.median(t.total for t in times) for times in (alone, shared))
+        scaling = one / (ranks * many)
+        note = (
+            f"{session.library} attention; one GPU {one:.1f} ms a chunk in the same run, scaling {scaling:.3f}; "
+            f"exchanges {exchange:.2f} ms of a step, {exchange / step:.3f} of it; graphs {session.state.graphs.captures} captured"
+        )
+        self.report_times("bare_floor", "library", floor, ceiling, gate=GREEN, note="products and attention of a shard")
+        self.report_times(
+            "denoise_step", "lingbot_kernels", [ms for t in shared for ms in t.denoise], ceiling, note=note, **gate
+        )
+        self.report_times("context_update", "lingbot_kernels", [t.context for t in shared], ceiling, note=note, **gate)
+        self.report_times("chunk", "lingbot_kernels", [t.total for t in shared], ceiling, note=note, **gate)
+        return gate["gate"] == GREEN
+
+    def _chunks(self, session: Session) -> tuple[list[Any], Tensor]:
+        """Times of the plan's steady chunks, and the first chunk's latents."""
+        session.fill()
+        times = [session.chunk() for _ in range(self.plan.chunks)]
+        assert session.first is not None
+        return times, session.first
+
+    def _shard_floor(self, session: Session) -> Callable[[], None]:
+        """The graph of this rank's products and attention alone: its tokens, and its heads over all tokens."""
+        state = session.state
+        assert state.kv_cache is not None and state.crossattn_cache is not None
+        shard = session.model.shard_group.shard(self.tokens)
+        attend = library_attention(session.library)
+        own_heads = state.kv_cache.layout.heads
+        return self.floor_graph(
+            session.model, state.kv_cache.layers, state.crossattn_cache.layers, attend, shard.num_tokens, own_heads
+        )
+
+    def _exchange_ms(self, session: Session) -> float:
+        """Milliseconds of a step's exchanges when nothing else runs, the passes that lay out their results included."""
+        cfg, shard = self.config, session.model.shard_group.shard(self.tokens)
+        own = cfg.num_heads // shard.ranks
+        packed = torch.randn(
+            shard.ranks, shard.num_tokens, 1, 3, own, cfg.head_dim, device=self.device, dtype=torch.bfloat16
+        )
+        attended = torch.randn(1, self.tokens, own * cfg.head_dim, device=self.device, dtype=torch.bfloat16)
+
+        def run() -> None:
+            for _ in range(cfg.num_layers):
+                shard.exchange_qkv(packed)
+                shard.exchange_output(attended)
+
+        run()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+        return statistics.median(timed(graph.replay) for _ in range(7))
