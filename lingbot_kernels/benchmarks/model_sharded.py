@@ -47,7 +47,8 @@ class ShardedModelBench(ModelBench):
         scaling = one / (ranks * many)
         note = (
             f"{session.library} attention; one GPU {one:.1f} ms a chunk in the same run, scaling {scaling:.3f}; "
-            f"exchanges {exchange:.2f} ms of a step, {exchange / step:.3f} of it; graphs {session.state.graphs.captures} captured"
+            f"exchanges {exchange:.2f} ms of a step, {exchange / step:.3f} of it; "
+            f"graphs {session.state.graphs.captures} captured"
         )
         self.report_times("bare_floor", "library", floor, ceiling, gate=GREEN, note="products, attention of a shard")
         self.report_times(
