@@ -74,8 +74,7 @@ def test_ranges_nest_chunk_step_block_phase_op(enabled, stage, tmp_path):
     assert nesting["qk_norm_rope_kv_write"] == {"self_attn"}
     assert nesting["k_norm_rope_kv_write"] == {"self_attn"}
     assert nesting["gated_residual_camera_norm"] == {"camera"}
-    assert nesting["residual_norm_modulate"] == {"cross_attn"}
-    assert nesting["gated_residual"] == {"ffn"}
+    assert nesting["residual_norm_modulate"] == {"cross_attn", "ffn"}
     assert nesting["windowed_attention"] == {"self_attn", "cross_attn"}
     assert nesting["rope_cos_sin"] == {"embeddings"}
     names = [event["name"] for event in events]
