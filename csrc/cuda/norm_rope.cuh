@@ -95,8 +95,8 @@ __device__ __forceinline__ void load_cos_sin(const NormRopeParams& p, uint32_t t
   unpack(load_cached<N>(at + half), sin);
 }
 
-// A block is one row of one part, in registers, kVecs vectors a thread. threads * V must be a multiple of head_dim where
-// kVecs > 1: a thread then meets one set of angles.
+// A block is one row of one part, in registers, kVecs vectors a thread. threads * V must be a multiple of head_dim
+// where kVecs > 1: a thread then meets one set of angles.
 template <typename T, int V, int kVecs, int kThreads, int kMinBlocks, bool kGroups, LoadHint kLoad, StoreHint kStore>
 __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks)
     norm_rope_rows(const __grid_constant__ NormRopeParams p) {

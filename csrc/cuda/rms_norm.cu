@@ -98,9 +98,9 @@ Status rms_norm(const RmsNormParams& a, void* stream) {
   return with_type(a.dtype, [&](auto tag) -> Status {
     using T = typename decltype(tag)::type;
     if (config.vectors == 5) {
-      constexpr int V = kVectorElements<T, T>;
-      return launch(rms_norm_rows<T, V, 5, 128, 1, LoadHint::kNoAllocate, StoreHint::kWriteBack>, grid, block, 0, stream,
-                    device.capability >= 90, p);
+      return launch(
+          rms_norm_rows<T, kVectorElements<T, T>, 5, 128, 1, LoadHint::kNoAllocate, StoreHint::kWriteBack>, grid, block,
+          0, stream, device.capability >= 90, p);
     }
     return with_row_shape<T, T>(config, [&](auto shape) -> Status {
       using S = decltype(shape);

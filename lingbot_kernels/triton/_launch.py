@@ -26,34 +26,28 @@ INT32 = 1 << 31
 _compiled: dict[tuple[Any, ...], CompiledKernel] = {}
 
 
-def _kind(value: Any) -> Any:
-    """What of an argument decides how a kernel is compiled, or finer: an int's own value where it is no size in tokens.
-
-    None, a tensor's dtype and alignment, a float as such, an int as itself.
-    """
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % POINTER_ALIGNMENT
-    return float if isinstance(value, float) else value
-
-
 def _key(
     kernel: JITFunction,
     device: int,
+    tensors: tuple[Any, ...],
     counts: tuple[Any, ...],
-    args: tuple[Any, ...],
+    strides: tuple[Any, ...],
     constants: tuple[Any, ...],
     num_warps: int,
 ) -> tuple[Any, ...] | None:
-    """The key of a call, or None where it has to be `kernel[grid](...)`."""
-    kinds = []
-    for count in counts:
-        if isinstance(count, int):
-            if not -INT32 <= count < INT32:
-                return None  # compiled for 64 bits
-            kinds.append(int)
+    """The key of a call, or None where it has to be `kernel[grid](...)`.
+
+    Of a tensor its dtype and alignment, of a count that it is an int of 32 bits, of all else its value.
+    """
+    kinds = [None if x is None else (x.dtype, x.data_ptr() % POINTER_ALIGNMENT) for x in tensors]
+    for x in counts:
+        if isinstance(x, torch.Tensor):
+            kinds.append((x.dtype, x.data_ptr() % POINTER_ALIGNMENT))
+        elif -INT32 <= x < INT32:
+            kinds.append(None)
         else:
-            kinds.append(_kind(count))
-    return id(kernel), device, num_warps, constants, tuple(kinds), tuple([_kind(x) for x in args])
+            return None  # compiled for 64 bits
+    return id(kernel), device, num_warps, strides, constants, *kinds
 
 
 def _can_use_compiled(kernel: Any, first: torch.Tensor) -> bool:
@@ -89,7 +83,7 @@ def launch(
         return
     device = driver.active.get_current_device()
     values = tuple(constants.values())
-    key = _key(kernel, device, counts, (*tensors, *strides), values, num_warps)
+    key = _key(kernel, device, tensors, counts, strides, values, num_warps)
     compiled = None if key is None else _compiled.get(key)
     if compiled is None:
         compiled = kernel[grid](*args, **constants, num_warps=num_warps)

@@ -77,7 +77,7 @@ def gated_residual(
     config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)
     launch(
         gated_residual_kernel,
-        (triton.cdiv(rows, config.rows),),
+        (-(-rows // config.rows),),
         (x, delta, gate, x_out),
         (rows, tokens),
         (),

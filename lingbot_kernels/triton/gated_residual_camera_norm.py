@@ -113,7 +113,7 @@ def gated_residual_camera_norm(
     config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)
     launch(
         gated_residual_camera_norm_kernel,
-        (triton.cdiv(rows, config.rows),),
+        (-(-rows // config.rows),),
         (x, delta, gate, cam_scale, cam_shift, weight, bias, x_out, y),
         (rows, tokens),
         (eps,),

@@ -87,7 +87,7 @@ def layer_norm_modulate(
     config = config or launch_config(dim, (x.element_size(), y.element_size()), rows)
     launch(
         layer_norm_modulate_kernel,
-        (triton.cdiv(rows, config.rows),),
+        (-(-rows // config.rows),),
         (x, shift, scale, y),
         (rows, tokens),
         (eps,),

@@ -149,7 +149,7 @@ def qk_norm_rope_kv_write(
     operands = (q, k, v, k_cache, v_cache)
     launch(
         qk_norm_rope_kv_write_kernel,
-        (parts, triton.cdiv(tokens, config.rows), batch),
+        (parts, -(-tokens // config.rows), batch),
         (q, k, v, q_weight, k_weight, cos_sin, q_out, k_cache, v_cache),
         (reduced_position(chunk_start, cursor, sink, capacity), sink, capacity, tokens),
         (

@@ -111,7 +111,7 @@ def qk_norm_rope_pack(
     operands = (q, k, v)
     launch(
         qk_norm_rope_pack_kernel,
-        (out.shape[3] if config.split else 1, triton.cdiv(tokens, config.rows), batch),
+        (out.shape[3] if config.split else 1, -(-tokens // config.rows), batch),
         (q, k, v, q_weight, k_weight, cos_sin, out),
         (tokens, batch),
         (

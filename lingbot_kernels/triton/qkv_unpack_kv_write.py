@@ -85,7 +85,7 @@ def qkv_unpack_kv_write(
     config = config or launch_config(dim, packed.element_size(), tokens * batch)
     launch(
         qkv_unpack_kv_write_kernel,
-        (triton.cdiv(tokens, config.rows), batch),
+        (-(-tokens // config.rows), batch),
         (packed, k_cache, v_cache),
         (reduced_position(chunk_start, cursor, sink, capacity), sink, capacity, tokens),
         (k_cache.stride(0) if batch > 1 else 0, v_cache.stride(0) if batch > 1 else 0),

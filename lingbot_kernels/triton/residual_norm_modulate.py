@@ -105,7 +105,7 @@ def residual_norm_modulate(
     config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)
     launch(
         residual_norm_modulate_kernel,
-        (triton.cdiv(rows, config.rows),),
+        (-(-rows // config.rows),),
         (x, delta, gate, shift, scale, x_out, y),
         (rows, tokens),
         (eps,),

@@ -76,7 +76,7 @@ def rms_norm(
     config = config or launch_config(dim, x.element_size(), batch * tokens)
     launch(
         rms_norm_kernel,
-        (triton.cdiv(tokens, config.rows), batch),
+        (-(-tokens // config.rows), batch),
         (x, weight, y),
         (tokens,),
         (eps, x.stride(0) if batch > 1 else 0),

@@ -123,7 +123,7 @@ def rope_cos_sin(
     spatial = head_dim // 6
     launch(
         rope_cos_sin_kernel,
-        (triton.cdiv(num_tokens, config.tokens),),
+        (-(-num_tokens // config.tokens),),
         (out, frequencies(head_dim, theta, out.device)),
         (num_tokens, token_start // frame_stride, token_start % frame_stride, frame_stride, width),
         (),
