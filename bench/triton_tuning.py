@@ -55,10 +55,12 @@ class Case:
     bytes: int  # that must be read and written, per-channel vectors left out
 
 
-def row_variants(length: int, make: Callable[[int | None], _rows.RowConfig], split: bool = False) -> dict[str, Any]:
-    """Warps a row, rows a program, cache hints, and for q, k, v also programs of their own."""
+def row_variants(
+    length: int, shipped: _rows.RowConfig, make: Callable[[int | None], _rows.RowConfig], split: bool = False
+) -> dict[str, Any]:
+    """What is launched unasked; then warps a row, rows a program, cache hints; for q, k, v programs of their own."""
     default = make(None)
-    variants = {"default": default}
+    variants = {"shipped": shipped, "default": default}
     for warps in (1, 2, 4, 8):
         if length > 12 * make(warps).chunk:  # more vectors a thread than its registers can hold
             continue
@@ -89,7 +91,8 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
     def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
         return torch.full(shape, float("nan"), device=device, dtype=dtype)
 
-    words = row_variants(dim // 2, lambda warps: _rows.word_config(dim, 2, warps))
+    shipped_rms = rms.launch_config(dim, 2, tokens)
+    words = row_variants(dim // 2, shipped_rms, lambda warps: _rows.word_config(dim, 2, warps))
     if op == "rope_cos_sin":
         configs = {
             f"w{warps} t{rows}": table.RopeCosSinConfig(warps, rows, HEAD_DIM // 2)
@@ -102,7 +105,7 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             lambda i, o: (
                 reference.rope_cos_sin(tokens, 1000 * FRAME, FRAME, WIDTH, HEAD_DIM, THETA, device, dtype=o[0].dtype),
             ),
-            {"default": table.launch_config(HEAD_DIM), **configs},
+            {"shipped": table.launch_config(HEAD_DIM), **configs},
             tokens * HEAD_DIM * 4,
         )
     if op in ("qk_norm_rope_kv_write", "k_norm_rope_kv_write", "qk_norm_rope_pack"):
@@ -112,7 +115,10 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
         def inputs() -> Tensors:
             return (random(1, tokens, 3, dim), random(2, dim))
 
-        configs = row_variants(dim // 2, lambda warps: _rows.word_config(dim, 2, warps), split=True)
+        shipped = prologue.launch_config(dim, 2, tokens, full)
+        if op == "qk_norm_rope_pack":
+            shipped = packing.launch_config(dim, 2, tokens)
+        configs = row_variants(dim // 2, shipped, lambda warps: _rows.word_config(dim, 2, warps), split=True)
         if op == "qk_norm_rope_pack":
             return Case(
                 inputs,
@@ -160,7 +166,11 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             lambda: (empty(1, 2 * tokens, own, HEAD_DIM), empty(1, 2 * tokens, own, HEAD_DIM)),
             lambda i, o, c: unpacking.qkv_unpack_kv_write(i[0], o[0], o[1], 5 * tokens, None, SINK, config=c),
             unpacked,
-            row_variants(dim // RANKS, lambda warps: _rows.value_config(dim // RANKS, (2,), warps)),
+            row_variants(
+                dim // RANKS,
+                unpacking.launch_config(dim // RANKS, 2, tokens),
+                lambda warps: _rows.value_config(dim // RANKS, (2,), warps),
+            ),
             4 * row_bytes // RANKS,
         )
     if op == "rms_norm":
@@ -173,7 +183,17 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             2 * row_bytes,
         )
     sizes = (r_dtype.itemsize, 2)
-    values = row_variants(dim, lambda warps: _rows.value_config(dim, sizes, warps))
+    passes_of = {
+        "layer_norm_modulate": modulate,
+        "residual_norm_modulate": residual,
+        "gated_residual_camera_norm": camera,
+        "gated_residual": gated,
+    }
+    name = op.removesuffix(" float32")
+    if name not in passes_of:
+        raise ValueError(f"op is {op!r}, must be one of {', '.join(OPS)}")
+    shipped = passes_of[name].launch_config(dim, sizes, tokens)
+    values = row_variants(dim, shipped, lambda warps: _rows.value_config(dim, sizes, warps))
 
     def passes() -> Tensors:
         x, delta = random(1, tokens, dim, dtype=r_dtype), random(1, tokens, dim)
@@ -185,7 +205,6 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
     def as_t(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return out if x.dtype == torch.float64 else out.to(BF16)
 
-    name = op.removesuffix(" float32")
     if name == "layer_norm_modulate":
         return Case(
             lambda: (random(1, tokens, dim, dtype=r_dtype), *random(2, dim, dtype=torch.float32)),
@@ -213,16 +232,14 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             values,
             4 * row_bytes + 2 * wide,
         )
-    if name == "gated_residual":
-        return Case(
-            lambda: passes()[:3],
-            lambda: (empty(1, tokens, dim, dtype=r_dtype),),
-            lambda i, o, c: gated.gated_residual(*i, o[0], config=c),
-            lambda i, o: (reference.gated_residual(*i),),
-            values,
-            row_bytes + 2 * wide,
-        )
-    raise ValueError(f"op is {op!r}, must be one of {', '.join(OPS)}")
+    return Case(
+        lambda: passes()[:3],
+        lambda: (empty(1, tokens, dim, dtype=r_dtype),),
+        lambda i, o, c: gated.gated_residual(*i, o[0], config=c),
+        lambda i, o: (reference.gated_residual(*i),),
+        values,
+        row_bytes + 2 * wide,
+    )
 
 
 OPS = [
@@ -247,16 +264,14 @@ def shapes_of(op: str) -> list[tuple[int, int]]:
     return [shape for shape in SHAPES if op != "rope_cos_sin" or shape[1] == 5120]
 
 
-def precompile(job: tuple[str, int, str, int]) -> str:
+def precompile(job: tuple[str, int, Any, int]) -> str:
     """Compile one configuration into Triton's cache, on the CPU; the registers it takes."""
-    op, dim, variant, arch = job
+    op, dim, config, arch = job
     torch.set_num_threads(1)
     case = make_case(op, 8, dim, "cpu")
-    if variant not in case.configs:
-        return ""
     outputs = tuple(x[:, :128] if x.dim() == 4 else x for x in case.outputs())
     with recorded_launches() as launches:
-        case.launch(case.inputs(), outputs, case.configs[variant])
+        case.launch(case.inputs(), outputs, config)
     compiled = launches[0].compile(arch)
     return f"{compiled.registers}r" + (f" {compiled.spilled_bytes}B spilled" if compiled.spilled_bytes else "")
 
@@ -295,7 +310,7 @@ def copy_microseconds(num_bytes: int, sets: int, repeats: int) -> float:
     return microseconds([lambda i=i: target[i].copy_(source[i]) for i in range(sets)] * repeats)
 
 
-def tune(op: str, tokens: int, dim: int, registers: dict[tuple[str, int, str], str]) -> list[dict[str, Any]]:
+def tune(op: str, tokens: int, dim: int, registers: dict[tuple[str, int, Any], str]) -> list[dict[str, Any]]:
     """Check and time every configuration of one case; prints its table."""
     case = make_case(op, tokens, dim, "cuda")
     torch.manual_seed(0)
@@ -319,7 +334,7 @@ def tune(op: str, tokens: int, dim: int, registers: dict[tuple[str, int, str], s
         wrong = failure(outputs[0], plain, exact)
         row = {"op": op, "tokens": tokens, "dim": dim, "variant": variant, "config": dataclasses.asdict(config)}
         row |= {
-            "registers": registers.get((op, dim, variant), ""),
+            "registers": registers[op, dim, config],
             "copy_us": copy,
             "bytes": case.bytes,
             "gate": wrong or "ok",
@@ -349,12 +364,14 @@ def main() -> int:
         return 2
     began = time.monotonic()
     major, minor = torch.cuda.get_device_capability()
-    jobs = [
-        (op, dim, variant, 10 * major + minor)
-        for op in arguments.ops
-        for dim in dict.fromkeys(dim for _, dim in shapes_of(op))
-        for variant in make_case(op, 8, dim, "cpu").configs
-    ]
+    jobs = list(
+        dict.fromkeys(
+            (op, dim, config, 10 * major + minor)
+            for op in arguments.ops
+            for tokens, dim in shapes_of(op)
+            for config in make_case(op, tokens, dim, "cpu").configs.values()
+        )
+    )
     workers = min(16, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         registers = {job[:3]: text for job, text in zip(jobs, pool.map(precompile, jobs, chunksize=2), strict=True)}

@@ -1,7 +1,7 @@
 // Norm + rope problems (ring write, write-only, pack): operands, reference, and the kernel variants that compete.
 #pragma once
 
-#include "../../csrc/cuda/norm_rope_bulk.cuh"
+#include "../../csrc/cuda/norm_rope.cuh"
 #include "harness.cuh"
 #include "reference.cuh"
 

@@ -11,6 +11,7 @@ struct RowCase {
   RowOp op;
   int64_t batch = 1, tokens, dim;
   bool optional = true;  // the gate and the camera are there
+  bool camera = true;    // the camera is, where the gate is
   int64_t offset = 0;    // elements that operands are moved off their alignment
 };
 
@@ -36,7 +37,7 @@ struct RowProblem {
       case RowOp::kRmsNorm: return n * 2 * t;
       case RowOp::kLayerNorm: return n * (r + t);
       case RowOp::kResidualNorm: return n * (2 * r + 2 * t);
-      case RowOp::kCameraNorm: return n * (2 * r + (c.optional ? 4 : 2) * t);
+      case RowOp::kCameraNorm: return n * (2 * r + (c.optional && c.camera ? 4 : 2) * t);
       case RowOp::kGatedResidual: return n * (2 * r + t);
     }
     return 0;
@@ -62,7 +63,7 @@ struct RowProblem {
     const T *weight = operand(t, dim, seed + 3, 1.f, 0.2f), *bias = operand(t, dim, seed + 4, 0.f, 0.3f);
     const Dtype td = dtype_of<T>(), rd = dtype_of<R>();
     const int32_t d = static_cast<int32_t>(dim);
-    const bool cam = c.optional && c.op == RowOp::kCameraNorm;
+    const bool cam = c.optional && c.camera && c.op == RowOp::kCameraNorm;
     R* first_x = nullptr;
     T *first_delta = nullptr, *first_scale = nullptr, *first_shift = nullptr;
     for (int s = 0; s < sets; ++s) {

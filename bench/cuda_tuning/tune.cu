@@ -21,8 +21,7 @@
 namespace tune {
 
 using B = __nv_bfloat16;
-constexpr LoadHint NA = LoadHint::kNoAllocate, EF = LoadHint::kEvictFirst, EF2 = LoadHint::kEvictFirstL2,
-                   P256 = LoadHint::kPrefetch256;
+constexpr LoadHint NA = LoadHint::kNoAllocate;
 constexpr StoreHint WB = StoreHint::kWriteBack, CS = StoreHint::kStream;
 
 struct Variant {
@@ -79,110 +78,36 @@ std::string shape_name(int64_t tokens, int64_t dim, const char* extra = "") {
   return "S=" + std::to_string(tokens) + " D=" + std::to_string(dim) + extra;
 }
 
-// Blocks that a kernel can have on the device at once.
-template <typename Kernel>
-int resident(Kernel kernel, int threads, size_t shared) {
-  int blocks = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "occupancy");
-  return std::max(1, blocks) * device.multiprocessors;
-}
-
 using NormRopeSets = std::vector<NormRopeParams>;
 
-template <int kVecs, int kThreads, int kRows, int kMinBlocks, LoadHint kLoad = NA, StoreHint kStore = WB>
-Run rows_variant(const NormRopeSets& sets, bool overlap = true) {
+template <int kVecs, int kThreads, int kMinBlocks, LoadHint kLoad = NA, StoreHint kStore = WB, bool kGroups = false>
+Run rows_variant(const NormRopeSets& sets) {
   return [=](int set, cudaStream_t s) {
     const NormRopeParams& p = sets[set];
-    const dim3 grid(static_cast<unsigned>(ceil_div(static_cast<int64_t>(p.tokens) * p.parts, kRows))),
-        block(kThreads, kRows);
-    return launch(norm_rope_rows<B, 8, kVecs, kThreads, kRows, kMinBlocks, false, kLoad, kStore>, grid, block, 0, s,
-                  overlap, p);
+    return launch(norm_rope_rows<B, 8, kVecs, kThreads, kMinBlocks, kGroups, kLoad, kStore>, dim3(p.tokens * p.parts),
+                  dim3(kThreads), 0, s, true, p);
   };
 }
 
-template <int kVecs, int kThreads, int kMinBlocks, LoadHint kLoad = NA, StoreHint kStore = WB>
-Run tokens_variant(const NormRopeSets& sets, bool q, bool overlap = true) {
-  return [=](int set, cudaStream_t s) {
-    const NormRopeParams& p = sets[set];
-    if (q)
-      return launch(norm_rope_tokens<B, 8, kVecs, kThreads, kMinBlocks, true, false, kLoad, kStore>, dim3(p.tokens),
-                    dim3(kThreads), 0, s, overlap, p);
-    return launch(norm_rope_tokens<B, 8, kVecs, kThreads, kMinBlocks, false, false, kLoad, kStore>, dim3(p.tokens),
-                  dim3(kThreads), 0, s, overlap, p);
-  };
-}
-
-// `persistent`: as many blocks as fit, stepping through the tokens; else one token a block.
-template <int kVecs, int kThreads, int kMinBlocks, int kStages, LoadHint kLoad = NA, StoreHint kStore = WB>
-Run bulk_variant(const NormRopeSets& sets, bool q, bool persistent, bool overlap = true) {
-  const auto with = [=](auto kernel) -> Run {
-    const size_t shared = norm_rope_bulk_bytes(kStages, sets[0].parts, sets[0].dim, 2);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-          "shared memory");
-    const unsigned most = static_cast<unsigned>(resident(kernel, kThreads, shared));
-    return [=](int set, cudaStream_t s) {
-      const unsigned grid = persistent ? std::min(most, sets[set].tokens) : sets[set].tokens;
-      return launch(kernel, dim3(grid), dim3(kThreads), shared, s, overlap, sets[set]);
-    };
-  };
-  if (q) return with(norm_rope_bulk<B, 8, kVecs, kThreads, kMinBlocks, kStages, true, kLoad, kStore>);
-  return with(norm_rope_bulk<B, 8, kVecs, kThreads, kMinBlocks, kStages, false, kLoad, kStore>);
-}
-
-std::vector<Variant> norm_rope_variants(const NormRopeSets& s, bool q) {
+template <bool kGroups = false>
+std::vector<Variant> norm_rope_variants(const NormRopeSets& s) {
   switch (s[0].dim) {
     case 5120:
-      return {{"rows_640x1", rows_variant<1, 640, 1, 3>(s)},
-              {"rows_320x2", rows_variant<2, 320, 1, 4>(s)},
-              {"rows_160x4", rows_variant<4, 160, 1, 8>(s)},
-              {"rows_160x4_lazy", rows_variant<4, 160, 1, 8>(s, false)},
-              {"rows_160x4_ef", rows_variant<4, 160, 1, 8, EF>(s)},
-              {"rows_160x4_ef2", rows_variant<4, 160, 1, 8, EF2>(s)},
-              {"rows_160x4_p256", rows_variant<4, 160, 1, 8, P256>(s)},
-              {"rows_160x4_cs", rows_variant<4, 160, 1, 8, NA, CS>(s)},
-              {"rows_160x4_ef_cs", rows_variant<4, 160, 1, 8, EF, CS>(s)},
-              {"rows_128x5", rows_variant<5, 128, 1, 8>(s)},
-              {"rows_64x10", rows_variant<10, 64, 1, 1>(s)},
-              {"rows_32x20_by4", rows_variant<20, 32, 4, 1>(s)},
-              {"rows_32x20_by4_min4", rows_variant<20, 32, 4, 4>(s)},
-              {"tokens_640x1", tokens_variant<1, 640, 2>(s, q)},
-              {"tokens_640x1_lazy", tokens_variant<1, 640, 2>(s, q, false)},
-              {"tokens_640x1_ef_cs", tokens_variant<1, 640, 2, EF, CS>(s, q)},
-              {"tokens_320x2", tokens_variant<2, 320, 1>(s, q)},
-              {"tokens_160x4", tokens_variant<4, 160, 1>(s, q)},
-              {"bulk_320x2_one", bulk_variant<2, 320, 2, 1>(s, q, false)},
-              {"bulk_640x1_one", bulk_variant<1, 640, 2, 1>(s, q, false)},
-              {"bulk_320x2_s2", bulk_variant<2, 320, 2, 2>(s, q, true)},
-              {"bulk_320x2_s3", bulk_variant<2, 320, 2, 3>(s, q, true)},
-              {"bulk_320x2_s3_ef", bulk_variant<2, 320, 2, 3, EF>(s, q, true)},
-              {"bulk_320x2_s3_cs", bulk_variant<2, 320, 2, 3, NA, CS>(s, q, true)},
-              {"bulk_320x2_s3_lazy", bulk_variant<2, 320, 2, 3>(s, q, true, false)},
-              {"bulk_640x1_s3", bulk_variant<1, 640, 1, 3>(s, q, true)},
-              {"bulk_640x1_s6", bulk_variant<1, 640, 1, 6>(s, q, true)}};
+      return {{"rows_160x4", rows_variant<4, 160, 8, NA, WB, kGroups>(s)},
+              {"rows_160x4_cs", rows_variant<4, 160, 8, NA, CS, kGroups>(s)},
+              {"rows_320x2", rows_variant<2, 320, 4, NA, WB, kGroups>(s)},
+              {"rows_320x2_cs", rows_variant<2, 320, 4, NA, CS, kGroups>(s)},
+              {"rows_128x5_cs", rows_variant<5, 128, 8, NA, CS, kGroups>(s)}};
     case 3072:
-      return {{"rows_384x1", rows_variant<1, 384, 1, 4>(s)},
-              {"rows_192x2", rows_variant<2, 192, 1, 6>(s)},
-              {"rows_128x3", rows_variant<3, 128, 1, 8>(s)},
-              {"rows_96x4", rows_variant<4, 96, 1, 1>(s)},
-              {"rows_96x4_ef", rows_variant<4, 96, 1, 1, EF>(s)},
-              {"rows_32x12_by4", rows_variant<12, 32, 4, 1>(s)},
-              {"tokens_384x1", tokens_variant<1, 384, 3>(s, q)},
-              {"tokens_192x2", tokens_variant<2, 192, 1>(s, q)},
-              {"bulk_192x2_s2", bulk_variant<2, 192, 3, 2>(s, q, true)},
-              {"bulk_192x2_s3", bulk_variant<2, 192, 3, 3>(s, q, true)},
-              {"bulk_384x1_one", bulk_variant<1, 384, 3, 1>(s, q, false)}};
+      return {{"rows_192x2", rows_variant<2, 192, 6, NA, WB, kGroups>(s)},
+              {"rows_192x2_cs", rows_variant<2, 192, 6, NA, CS, kGroups>(s)},
+              {"rows_128x3_cs", rows_variant<3, 128, 8, NA, CS, kGroups>(s)},
+              {"rows_96x4", rows_variant<4, 96, 1, NA, WB, kGroups>(s)},
+              {"rows_96x4_cs", rows_variant<4, 96, 1, NA, CS, kGroups>(s)}};
     case 1536:
-      return {{"rows_192x1", rows_variant<1, 192, 1, 8>(s)},
-              {"rows_96x2", rows_variant<2, 96, 1, 1>(s)},
-              {"rows_96x2_ef", rows_variant<2, 96, 1, 1, EF>(s)},
-              {"rows_64x3", rows_variant<3, 64, 1, 1>(s)},
-              {"rows_32x6_by4", rows_variant<6, 32, 4, 1>(s)},
-              {"rows_32x6_by8", rows_variant<6, 32, 8, 1>(s)},
-              {"tokens_192x1", tokens_variant<1, 192, 6>(s, q)},
-              {"tokens_96x2", tokens_variant<2, 96, 1>(s, q)},
-              {"bulk_96x2_s3", bulk_variant<2, 96, 6, 3>(s, q, true)},
-              {"bulk_192x1_s3", bulk_variant<1, 192, 4, 3>(s, q, true)},
-              {"bulk_96x2_one", bulk_variant<2, 96, 6, 1>(s, q, false)}};
+      return {{"rows_96x2", rows_variant<2, 96, 1, NA, WB, kGroups>(s)},
+              {"rows_96x2_cs", rows_variant<2, 96, 1, NA, CS, kGroups>(s)},
+              {"rows_64x3_cs", rows_variant<3, 64, 1, NA, CS, kGroups>(s)}};
   }
   return {};
 }
@@ -201,7 +126,7 @@ void time_norm_rope(int64_t tokens, int64_t dim, bool q) {
   std::vector<Variant> variants = {{"shipped", [&](int set, cudaStream_t s) {
                                       return lingbot::cuda::qk_norm_rope_kv_write(problem.write[set], s);
                                     }}};
-  for (const Variant& v : norm_rope_variants(params, q)) variants.push_back(v);
+  for (const Variant& v : norm_rope_variants(params)) variants.push_back(v);
   time_variants(q ? "qk_norm_rope_kv_write" : "k_norm_rope_kv_write", shape_name(tokens, dim), problem, sets, copy,
                 variants);
 }
@@ -214,9 +139,13 @@ void time_pack(int64_t tokens, int64_t dim) {
   const CopyTimes copy = copy_times(*arena, bytes, stream);
   const int sets = sets_for(bytes);
   NormRopeProblem<B> problem(*arena, c, sets, 2000);
-  time_variants(
-      "qk_norm_rope_pack", shape_name(tokens, dim), problem, sets, copy,
-      {{"shipped", [&](int set, cudaStream_t s) { return lingbot::cuda::qk_norm_rope_pack(problem.pack[set], s); }}});
+  NormRopeSets params;
+  for (const auto& a : problem.pack) params.push_back(kernel_params(a));
+  std::vector<Variant> variants = {{"shipped", [&](int set, cudaStream_t s) {
+                                      return lingbot::cuda::qk_norm_rope_pack(problem.pack[set], s);
+                                    }}};
+  for (const Variant& v : norm_rope_variants<true>(params)) variants.push_back(v);
+  time_variants("qk_norm_rope_pack", shape_name(tokens, dim), problem, sets, copy, variants);
 }
 
 template <int kTokens, LoadHint kLoad = NA, StoreHint kStore = WB>
@@ -228,88 +157,124 @@ Run unpack_variant(const std::vector<QkvUnpackKvWriteParams>& sets, int threads,
   };
 }
 
-void time_unpack(int64_t tokens, int64_t dim) {
+// `ranks`: that share the heads.
+void time_unpack(int64_t tokens, int64_t dim, int ranks) {
   arena->reset();
-  const int64_t heads = dim / 128 / 4, bytes = 4 * tokens * heads * 128 * 2;
+  const int64_t heads = dim / 128 / ranks, bytes = 4 * tokens * heads * 128 * 2;
   const CopyTimes copy = copy_times(*arena, bytes, stream);
   const int sets = sets_for(bytes);
   UnpackProblem<B> problem(*arena, 1, tokens, heads, 128, 3, 0, 5000, 1560, 1560 + tokens + 1000, sets, 3000);
-  const int words = static_cast<int>(heads * 16), whole = round_up(words, 32);
+  const int words = static_cast<int>(heads * 16), whole = std::min(512, round_up(words, 32));
   const auto& p = problem.params;
-  time_variants("qkv_unpack_kv_write", shape_name(tokens, dim, " P=4"), problem, sets, copy,
-                {{"shipped", [&](int set, cudaStream_t s) { return lingbot::cuda::qkv_unpack_kv_write(p[set], s); }},
-                 {"1_token", unpack_variant<1>(p, whole, 1)},
-                 {"1_token_by2", unpack_variant<1>(p, whole, 2)},
-                 {"2_tokens", unpack_variant<2>(p, whole, 1)},
-                 {"2_tokens_by2", unpack_variant<2>(p, whole, 2)},
-                 {"2_tokens_by2_ef", unpack_variant<2, EF>(p, whole, 2)},
-                 {"4_tokens", unpack_variant<4>(p, whole, 1)},
-                 {"4_tokens_by2", unpack_variant<4>(p, whole, 2)}});
+  const std::string shape = shape_name(tokens, dim, (" P=" + std::to_string(ranks)).c_str());
+  std::vector<Variant> variants = {
+      {"shipped", [&](int set, cudaStream_t s) { return lingbot::cuda::qkv_unpack_kv_write(p[set], s); }},
+      {"1_token", unpack_variant<1>(p, whole, 1)},
+      {"2_tokens", unpack_variant<2>(p, whole, 1)},
+      {"1_token_cs", unpack_variant<1, NA, CS>(p, whole, 1)},
+      {"2_tokens_cs", unpack_variant<2, NA, CS>(p, whole, 1)}};
+  if (whole <= 256) variants.push_back({"1_token_by2", unpack_variant<1>(p, whole, 2)});
+  if (words % 160 == 0 && words > 160) {
+    variants.push_back({"1_token_160", unpack_variant<1>(p, 160, 1)});
+    variants.push_back({"1_token_320", unpack_variant<1>(p, 320, 1)});
+  }
+  time_variants("qkv_unpack_kv_write", shape, problem, sets, copy, variants);
 }
 
-// A kernel over rows, one row a block, or blocks that step through the rows.
+// A kernel over rows, `rows` rows a block.
 template <typename Kernel, typename Params>
-Run row_variant(Kernel kernel, const std::vector<Params>& sets, int threads, bool persistent, bool overlap = true) {
-  const unsigned most = static_cast<unsigned>(resident(kernel, threads, 0));
+Run row_variant(Kernel kernel, const std::vector<Params>& sets, int threads, int rows = 1) {
   return [=](int set, cudaStream_t s) {
     const auto p = kernel_params(sets[set]);
-    return launch(kernel, dim3(persistent ? std::min(most, p.tokens) : p.tokens), dim3(threads), 0, s, overlap, p);
+    const unsigned grid = static_cast<unsigned>(ceil_div(p.tokens, rows));
+    return launch(kernel, dim3(grid), dim3(threads), 0, s, true, p);
   };
 }
 
-// One variant of a row kernel with modulation: its name, and its launch.
-#define ROW_VARIANT(name, kernel, R, V, vecs, threads, persistent, load, store) \
-  {name, row_variant(kernel<B, R, V, vecs, threads, 1, persistent, load, store>, sets, threads, persistent)}
+constexpr ChannelLoad LATE = ChannelLoad::kLate, KEPT = ChannelLoad::kKept, AHEAD = ChannelLoad::kAhead;
+constexpr Statistics TWO = Statistics::kTwoPass, MERGED = Statistics::kMerged;
 
-// The three row kernels with modulation take the same arguments; widths of 5120 for 16-bit and float32 residuals.
-#define ROW_VARIANTS_16(kernel, R)                                                                  \
-  {                                                                                                 \
-    ROW_VARIANT("640x1", kernel, R, 8, 1, 640, false, NA, WB),                                      \
-        ROW_VARIANT("320x2", kernel, R, 8, 2, 320, false, NA, WB),                                  \
-        ROW_VARIANT("320x2_ef", kernel, R, 8, 2, 320, false, EF, WB),                               \
-        ROW_VARIANT("320x2_cs", kernel, R, 8, 2, 320, false, NA, CS),                               \
-        ROW_VARIANT("160x4", kernel, R, 8, 4, 160, false, NA, WB),                                  \
-        ROW_VARIANT("160x4_ef", kernel, R, 8, 4, 160, false, EF, WB),                               \
-        ROW_VARIANT("128x5", kernel, R, 8, 5, 128, false, NA, WB),                                  \
-        ROW_VARIANT("640x1_persistent", kernel, R, 8, 1, 640, true, NA, WB),                        \
-        ROW_VARIANT("320x2_persistent", kernel, R, 8, 2, 320, true, NA, WB), {                      \
-      "320x2_lazy", row_variant(kernel<B, R, 8, 2, 320, 1, false, NA, WB>, sets, 320, false, false) \
-    }                                                                                               \
+// `launched` gives the Run of a kernel with a shape and a plan; widths of 5120.
+template <typename R, typename Launched>
+std::vector<Variant> row_variants(const Launched& launched) {
+  if constexpr (sizeof(R) == 4) {
+    using W640 = RowShape<4, 2, 640>;
+    using W320 = RowShape<4, 4, 320>;
+    return {{"640x2", launched(W640{}, RowPlan<>{})},
+            {"320x4", launched(W320{}, RowPlan<>{})},
+            {"320x4_cs", launched(W320{}, RowPlan<1, 1, LATE, TWO, NA, CS>{})},
+            {"320x4_kept", launched(W320{}, RowPlan<1, 1, KEPT>{})},
+            {"320x4_merged", launched(W320{}, RowPlan<1, 1, LATE, MERGED>{})}};
+  } else {
+    using W640 = RowShape<8, 1, 640>;
+    using W320 = RowShape<8, 2, 320>;
+    using W160 = RowShape<8, 4, 160>;
+    using W128 = RowShape<8, 5, 128>;
+    return {{"640x1", launched(W640{}, RowPlan<>{})},
+            {"320x2", launched(W320{}, RowPlan<>{})},
+            {"320x2_cs", launched(W320{}, RowPlan<1, 1, LATE, TWO, NA, CS>{})},
+            {"320x2_kept", launched(W320{}, RowPlan<1, 1, KEPT>{})},
+            {"320x2_ahead", launched(W320{}, RowPlan<1, 1, AHEAD>{})},
+            {"320x2_merged", launched(W320{}, RowPlan<1, 1, LATE, MERGED>{})},
+            {"320x2_kept_merged", launched(W320{}, RowPlan<1, 1, KEPT, MERGED>{})},
+            {"320x2_kept_merged_cs", launched(W320{}, RowPlan<1, 1, KEPT, MERGED, NA, CS>{})},
+            {"320x2_rows2", launched(W320{}, RowPlan<1, 2>{})},
+            {"640x1_rows2", launched(W640{}, RowPlan<1, 2>{})},
+            {"640x1_rows2_merged", launched(W640{}, RowPlan<1, 2, LATE, MERGED>{})},
+            {"160x4", launched(W160{}, RowPlan<>{})},
+            {"160x4_min7", launched(W160{}, RowPlan<7>{})},
+            {"160x4_kept", launched(W160{}, RowPlan<1, 1, KEPT>{})},
+            {"160x4_merged", launched(W160{}, RowPlan<1, 1, LATE, MERGED>{})},
+            {"128x5", launched(W128{}, RowPlan<>{})}};
   }
-#define ROW_VARIANTS_32(kernel, R)                                      \
-  {ROW_VARIANT("640x2", kernel, R, 4, 2, 640, false, NA, WB),           \
-   ROW_VARIANT("320x4", kernel, R, 4, 4, 320, false, NA, WB),           \
-   ROW_VARIANT("320x4_ef", kernel, R, 4, 4, 320, false, EF, WB),        \
-   ROW_VARIANT("256x5", kernel, R, 4, 5, 256, false, NA, WB),           \
-   ROW_VARIANT("640x2_persistent", kernel, R, 4, 2, 640, true, NA, WB), \
-   ROW_VARIANT("320x4_persistent", kernel, R, 4, 4, 320, true, NA, WB)}
+}
 
 template <typename R>
 std::vector<Variant> variants_of(const std::vector<LayerNormModulateParams>& sets) {
-  if constexpr (sizeof(R) == 4) return ROW_VARIANTS_32(layer_norm_rows, R);
-  else return ROW_VARIANTS_16(layer_norm_rows, R);
+  std::vector<Variant> all = row_variants<R>([&](auto shape, auto plan) {
+    using Shape = decltype(shape);
+    using Plan = decltype(plan);
+    return row_variant(layer_norm_rows<B, R, Shape, Plan>, sets, Shape::kThreads, Plan::kRows);
+  });
+  if constexpr (sizeof(R) == 2) {
+    all.push_back({"320x2_steps", [=](int set, cudaStream_t s) {
+                     const auto p = kernel_params(sets[set]);
+                     const unsigned most = static_cast<unsigned>(kLayerNormSteps * device.multiprocessors);
+                     return launch(layer_norm_steps<B, R, RowShape<8, 2, 320>, kLayerNormSteps>,
+                                   dim3(std::min(p.tokens, most)), dim3(320), 0, s, true, p);
+                   }});
+  }
+  return all;
 }
 
 template <typename R>
 std::vector<Variant> variants_of(const std::vector<ResidualNormModulateParams>& sets) {
-  if constexpr (sizeof(R) == 4) return ROW_VARIANTS_32(residual_norm_rows, R);
-  else return ROW_VARIANTS_16(residual_norm_rows, R);
+  return row_variants<R>([&](auto shape, auto plan) {
+    using Shape = decltype(shape);
+    using Plan = decltype(plan);
+    return row_variant(residual_norm_rows<B, R, Shape, Plan>, sets, Shape::kThreads, Plan::kRows);
+  });
 }
 
 template <typename R>
 std::vector<Variant> variants_of(const std::vector<GatedResidualCameraNormParams>& sets) {
-  if constexpr (sizeof(R) == 4) return ROW_VARIANTS_32(camera_norm_rows, R);
-  else return ROW_VARIANTS_16(camera_norm_rows, R);
+  return row_variants<R>([&](auto shape, auto plan) {
+    using Shape = decltype(shape);
+    using Plan = decltype(plan);
+    if (sets[0].cam_scale)
+      return row_variant(camera_norm_rows<B, R, Shape, Plan, true>, sets, Shape::kThreads, Plan::kRows);
+    return row_variant(camera_norm_rows<B, R, Shape, Plan, false>, sets, Shape::kThreads, Plan::kRows);
+  });
 }
 
-#define RMS_VARIANT(name, vecs, threads, load, store) \
-  {name, row_variant(rms_norm_rows<B, 8, vecs, threads, 1, load, store>, sets, threads, false)}
+#define RMS_VARIANT(name, vecs, threads, min_blocks, load, store) \
+  {name, row_variant(rms_norm_rows<B, 8, vecs, threads, min_blocks, load, store>, sets, threads)}
 
 template <typename R>
 std::vector<Variant> variants_of(const std::vector<RmsNormParams>& sets) {
-  return {RMS_VARIANT("640x1", 1, 640, NA, WB),    RMS_VARIANT("320x2", 2, 320, NA, WB),
-          RMS_VARIANT("320x2_ef", 2, 320, EF, WB), RMS_VARIANT("160x4_cs", 4, 160, NA, CS),
-          RMS_VARIANT("160x4_ef", 4, 160, EF, WB), RMS_VARIANT("128x5", 5, 128, NA, WB)};
+  return {RMS_VARIANT("320x2", 2, 320, 1, NA, WB),    RMS_VARIANT("160x4", 4, 160, 1, NA, WB),
+          RMS_VARIANT("160x4_cs", 4, 160, 1, NA, CS),
+          RMS_VARIANT("128x5", 5, 128, 1, NA, WB),    RMS_VARIANT("128x5_cs", 5, 128, 1, NA, CS)};
 }
 
 template <typename R, int kRows, LoadHint kLoad = NA, StoreHint kStore = WB>
@@ -325,22 +290,21 @@ Run columns_variant(const std::vector<GatedResidualParams>& sets, int threads) {
 
 template <typename R>
 std::vector<Variant> variants_of(const std::vector<GatedResidualParams>& sets) {
-  return {{"2_rows_160", columns_variant<R, 2>(sets, 160)},
-          {"4_rows_128", columns_variant<R, 4>(sets, 128)},
-          {"4_rows_256", columns_variant<R, 4>(sets, 256)},
-          {"4_rows_160_ef", columns_variant<R, 4, EF>(sets, 160)},
-          {"4_rows_160_cs", columns_variant<R, 4, NA, CS>(sets, 160)},
-          {"8_rows_160", columns_variant<R, 8>(sets, 160)},
-          {"1_row_160", columns_variant<R, 1>(sets, 160)}};
+  return {{"1_row_128", columns_variant<R, 1>(sets, 128)},
+          {"1_row_160", columns_variant<R, 1>(sets, 160)},
+          {"1_row_256", columns_variant<R, 1>(sets, 256)},
+          {"1_row_160_cs", columns_variant<R, 1, NA, CS>(sets, 160)},
+          {"2_rows_160", columns_variant<R, 2>(sets, 160)},
+          {"4_rows_160", columns_variant<R, 4>(sets, 160)}};
 }
 
 template <typename R, typename Params>
 void time_row_op(RowOp op, const char* name, std::vector<Params> RowProblem<B, R>::* sets_of,
-                 Status (*shipped)(const Params&, void*), int64_t tokens, int64_t dim) {
+                 Status (*shipped)(const Params&, void*), int64_t tokens, int64_t dim, bool camera = true) {
   if (std::string(name).find(options.op) == std::string::npos) return;
   arena->reset();
   RowCase c;
-  c.op = op, c.tokens = tokens, c.dim = dim;
+  c.op = op, c.tokens = tokens, c.dim = dim, c.camera = camera;
   const int64_t bytes = RowProblem<B, R>::bytes_of(c);
   const CopyTimes copy = copy_times(*arena, bytes, stream);
   const int sets = sets_for(bytes);
@@ -350,7 +314,8 @@ void time_row_op(RowOp op, const char* name, std::vector<Params> RowProblem<B, R
   if (dim == 5120) {
     for (const Variant& v : variants_of<R>(params)) variants.push_back(v);
   }
-  time_variants(name, shape_name(tokens, dim, sizeof(R) == 4 ? " R=f32" : ""), problem, sets, copy, variants);
+  const std::string extra = std::string(sizeof(R) == 4 ? " R=f32" : "") + (camera ? "" : " no camera");
+  time_variants(name, shape_name(tokens, dim, extra.c_str()), problem, sets, copy, variants);
 }
 
 template <typename R>
@@ -364,16 +329,18 @@ void time_row_ops(int64_t tokens, int64_t dim) {
                  lingbot::cuda::residual_norm_modulate, tokens, dim);
   time_row_op<R>(RowOp::kCameraNorm, "gated_residual_camera_norm", &Problem::camera,
                  lingbot::cuda::gated_residual_camera_norm, tokens, dim);
+  time_row_op<R>(RowOp::kCameraNorm, "gated_residual_camera_norm", &Problem::camera,
+                 lingbot::cuda::gated_residual_camera_norm, tokens, dim, false);
   time_row_op<R>(RowOp::kGatedResidual, "gated_residual", &Problem::gated, lingbot::cuda::gated_residual, tokens, dim);
 }
 
 template <int kThreads, int kRows, int kColumns>
-Run table_variant(const std::vector<RopeCosSinParams>& sets, bool overlap = true) {
+Run table_variant(const std::vector<RopeCosSinParams>& sets) {
   return [=](int set, cudaStream_t s) {
     RopeTableParams p;
     unsigned blocks;
     if (Status e = rope_table_params(sets[set], kRows, kColumns, &p, &blocks)) return e;
-    return launch(rope_table<kThreads, kRows, kColumns, 4>, dim3(blocks), dim3(kThreads), 0, s, overlap, p);
+    return launch(rope_table<kThreads, kRows, kColumns, 4>, dim3(blocks), dim3(kThreads), 0, s, true, p);
   };
 }
 
@@ -398,13 +365,12 @@ void time_table(int64_t tokens) {
   const auto& p = problem.sets;
   time_variants("rope_cos_sin", shape_name(tokens, 128), problem, 12, copy,
                 {{"shipped", [&](int set, cudaStream_t s) { return lingbot::cuda::rope_cos_sin(p[set], s); }},
-                 {"288_4x8_lazy", table_variant<288, 4, 8>(p, false)},
-                 {"128_4x8", table_variant<128, 4, 8>(p)},
+                 {"288_4x8", table_variant<288, 4, 8>(p)},
                  {"512_4x8", table_variant<512, 4, 8>(p)},
-                 {"256_8x8", table_variant<256, 8, 8>(p)},
-                 {"192_2x8", table_variant<192, 2, 8>(p)},
+                 {"384_4x8", table_variant<384, 4, 8>(p)},
                  {"192_4x4", table_variant<192, 4, 4>(p)},
-                 {"256_4x13", table_variant<256, 4, 13>(p)}});
+                 {"256_4x4", table_variant<256, 4, 4>(p)},
+                 {"768_4x13", table_variant<768, 4, 13>(p)}});
 }
 
 std::vector<int> numbers(const char* text) {
@@ -446,7 +412,7 @@ int run(int argc, char** argv) {
         if (asked("qk_norm_rope_kv_write")) time_norm_rope(tokens, dim, true);
         if (asked("k_norm_rope_kv_write")) time_norm_rope(tokens, dim, false);
         if (asked("qk_norm_rope_pack")) time_pack(tokens, dim);
-        if (asked("qkv_unpack_kv_write")) time_unpack(tokens, dim);
+        if (asked("qkv_unpack_kv_write")) time_unpack(tokens, dim, 4), time_unpack(tokens, dim, 1);
         time_row_ops<B>(tokens, dim);
         if (dim == 5120) time_row_ops<float>(tokens, dim);
       }

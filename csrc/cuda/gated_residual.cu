@@ -83,7 +83,7 @@ Status gated_residual(const GatedResidualParams& a, void* stream) {
     constexpr StoreHint kStore = StoreHint::kWriteBack;
     if (config.width == 1)
       return launch(gated_residual_columns<T, R, 1, 1, kLoad, kStore>, grid, block, 0, stream, overlap, p);
-    return launch(gated_residual_columns<T, R, kVectorElements<T, R>, 4, kLoad, kStore>, grid, block, 0, stream,
+    return launch(gated_residual_columns<T, R, kVectorElements<T, R>, 1, kLoad, kStore>, grid, block, 0, stream,
                   overlap, p);
   });
 }

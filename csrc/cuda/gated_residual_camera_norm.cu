@@ -18,97 +18,103 @@ struct CameraNormKernelParams {
   float inv_dim, eps;
 };
 
-// kPersistent: blocks step through the rows of their batch gridDim.x apart, with the next row's loads in flight and the
-// affine weights in registers; else a block is one row.
-template <typename T, typename R, int V, int kVecs, int kThreads, int kMinBlocks, bool kPersistent, LoadHint kLoad,
-          StoreHint kStore>
-__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks)
-    camera_norm_rows(const __grid_constant__ CameraNormKernelParams p) {
-  __shared__ float shared[2][1][kMaxWarps];
+// A block is Plan::kRows rows; gate and affine weights are read through L1. kCamera: cam_scale and cam_shift are there.
+template <typename T, typename R, typename Shape, typename Plan, bool kCamera>
+__global__ void __launch_bounds__(Shape::kThreads == 0 ? max_row_threads(Shape::kVecs) : Shape::kThreads,
+                                  Plan::kMinBlocks) camera_norm_rows(const __grid_constant__ CameraNormKernelParams p) {
+  constexpr int V = Shape::V, kVecs = Shape::kVecs, kThreads = Shape::kThreads, kRows = Plan::kRows;
+  constexpr bool kAhead = Plan::kChannelLoad == ChannelLoad::kAhead;
+  __shared__ float shared[2][kRows][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
-  const uint32_t batch = blockIdx.y;
-  const int64_t start = static_cast<int64_t>(batch) * p.tokens * p.dim;
+  const uint32_t batch = blockIdx.y, token = blockIdx.x * kRows;
+  const int64_t start = (static_cast<int64_t>(batch) * p.tokens + token) * p.dim;
   const float* gate = batch_channels(p.gate, batch);
-  const bool camera = p.cam_scale != nullptr;
-
-  const auto load_row = [&](uint32_t token, Vec<R, V>(&x)[kVecs], Vec<T, V>(&delta)[kVecs],
-                            Vec<T, V>(&cam_scale)[kVecs], Vec<T, V>(&cam_shift)[kVecs]) {
-    const int64_t row = start + static_cast<int64_t>(token) * p.dim;
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      const bool inside = in_row<kThreads>(e, p.dim);
-      x[i] = inside ? load_stream<kLoad, V>(static_cast<const R*>(p.x) + row + e) : zero_vec<R, V>();
-      delta[i] = inside ? load_stream<kLoad, V>(static_cast<const T*>(p.delta) + row + e) : zero_vec<T, V>();
-      if (camera && inside) {
-        cam_scale[i] = load_stream<kLoad, V>(static_cast<const T*>(p.cam_scale) + row + e);
-        cam_shift[i] = load_stream<kLoad, V>(static_cast<const T*>(p.cam_shift) + row + e);
-      } else {
-        cam_scale[i] = zero_vec<T, V>();
-        cam_shift[i] = zero_vec<T, V>();
-      }
-    }
+  const auto inside = [&](int n, int e) {
+    return (kRows == 1 || token + n < p.tokens) && in_row<kThreads>(e, p.dim);
   };
 
-  Vec<R, V> x[kVecs];
-  Vec<T, V> delta[kVecs], cam_scale[kVecs], cam_shift[kVecs];
-  load_row(blockIdx.x, x, delta, cam_scale, cam_shift);
-  constexpr int kHeld = kPersistent ? kVecs : 1;
-  Vec<T, V> weight[kHeld], bias[kHeld];
-  if constexpr (kPersistent) {
+  Vec<R, V> x[kRows][kVecs];
+  Vec<T, V> delta[kRows][kVecs], cam_scale[kCamera ? kRows : 1][kCamera ? kVecs : 1],
+      cam_shift[kCamera ? kRows : 1][kCamera ? kVecs : 1];
+#pragma unroll
+  for (int n = 0; n < kRows; ++n) {
+    const int64_t row = start + static_cast<int64_t>(n) * p.dim;
+    const auto load = [&](const void* from, int e) {
+      return inside(n, e) ? load_stream<Plan::kLoad, V>(static_cast<const T*>(from) + row + e) : zero_vec<T, V>();
+    };
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int e = row_element<V, kThreads>(i);
-      if (!in_row<kThreads>(e, p.dim)) continue;
-      weight[i] = load_cached<V>(static_cast<const T*>(p.weight) + e);
-      bias[i] = load_cached<V>(static_cast<const T*>(p.bias) + e);
+      x[n][i] = inside(n, e) ? load_stream<Plan::kLoad, V>(static_cast<const R*>(p.x) + row + e) : zero_vec<R, V>();
+      delta[n][i] = load(p.delta, e);
+      if constexpr (kCamera) cam_scale[n][i] = load(p.cam_scale, e), cam_shift[n][i] = load(p.cam_shift, e);
     }
   }
-  for (uint64_t token = blockIdx.x;;) {
-    const int64_t row = start + static_cast<int64_t>(token) * p.dim;
+  float weight_of_delta[kAhead ? kVecs : 1][V];
+  Vec<T, V> weight[kAhead ? kVecs : 1], bias[kAhead ? kVecs : 1];
+  const auto load_affine = [&](int i, int e) {
+    weight[kAhead ? i : 0] = load_channels<Plan::kChannelLoad, V>(static_cast<const T*>(p.weight) + e);
+    bias[kAhead ? i : 0] = load_channels<Plan::kChannelLoad, V>(static_cast<const T*>(p.bias) + e);
+  };
+  if constexpr (kAhead) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int e = row_element<V, kThreads>(i);
-      if (!in_row<kThreads>(e, p.dim)) continue;
-      float f[V], d[V], g[V], s[V], b[V];
-      load_modulation<V>(gate, e, 1.f, g);
-      unpack(x[i], f);
-      unpack(delta[i], d);
-      unpack(cam_scale[i], s);
-      unpack(cam_shift[i], b);
-#pragma unroll
-      for (int j = 0; j < V; ++j)
-        f[j] = fmaf(1.f + s[j], fmaf(d[j], g[j], f[j]), b[j]);  // without a camera: times 1, plus 0
-      x[i] = pack<R, V>(f);
-      store_vec<kStore>(static_cast<R*>(p.x_out) + row + e, x[i]);
+      if (in_row<kThreads>(e, p.dim)) load_modulation<V, Plan::kChannelLoad>(gate, e, 1.f, weight_of_delta[i]);
     }
-    const uint64_t next = token + gridDim.x;
-    Vec<R, V> ahead[kVecs];
-    if constexpr (kPersistent) {
-      if (next < p.tokens) load_row(static_cast<uint32_t>(next), ahead, delta, cam_scale, cam_shift);
-    }
-    const RowMoments m = row_moments<kThreads>(x, p.dim, p.inv_dim, p.eps, shared);
+  }
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      if (!in_row<kThreads>(e, p.dim)) continue;
-      if constexpr (!kPersistent) {
-        weight[0] = load_cached<V>(static_cast<const T*>(p.weight) + e);
-        bias[0] = load_cached<V>(static_cast<const T*>(p.bias) + e);
+  for (int i = 0; i < kVecs; ++i) {
+    const int e = row_element<V, kThreads>(i);
+    if (!in_row<kThreads>(e, p.dim)) continue;
+    if constexpr (!kAhead) load_modulation<V, Plan::kChannelLoad>(gate, e, 1.f, weight_of_delta[0]);
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      if (!inside(n, e)) break;
+      float f[V], d[V];
+      unpack(x[n][i], f);
+      unpack(delta[n][i], d);
+#pragma unroll
+      for (int j = 0; j < V; ++j) f[j] = fmaf(d[j], weight_of_delta[kAhead ? i : 0][j], f[j]);
+      if constexpr (kCamera) {
+        float s[V], b[V];
+        unpack(cam_scale[n][i], s);
+        unpack(cam_shift[n][i], b);
+#pragma unroll
+        for (int j = 0; j < V; ++j) f[j] = fmaf(1.f + s[j], f[j], b[j]);
       }
-      float f[V], w[V], b[V];
-      unpack(x[i], f);
-      unpack(weight[kPersistent ? i : 0], w);
-      unpack(bias[kPersistent ? i : 0], b);
-#pragma unroll
-      for (int j = 0; j < V; ++j) f[j] = fmaf((f[j] - m.mean) * m.inv_std, w[j], b[j]);
-      store_vec<kStore>(static_cast<T*>(p.y) + row + e, pack<T, V>(f));
+      x[n][i] = pack<R, V>(f);
+      store_vec<Plan::kStore>(static_cast<R*>(p.x_out) + start + static_cast<int64_t>(n) * p.dim + e, x[n][i]);
     }
-    if (!kPersistent || next >= p.tokens) return;
-    token = next;
+  }
+  if constexpr (kAhead) {
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) x[i] = ahead[i];
+    for (int i = 0; i < kVecs; ++i) {
+      const int e = row_element<V, kThreads>(i);
+      if (in_row<kThreads>(e, p.dim)) load_affine(i, e);
+    }
+  }
+  RowMoments m[kRows];
+  row_moments<Plan::kStatistics, kThreads>(x, p.dim, p.inv_dim, p.eps, shared, m);
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const int e = row_element<V, kThreads>(i);
+    if (!in_row<kThreads>(e, p.dim)) continue;
+    if constexpr (!kAhead) load_affine(i, e);
+    float w[V], b[V];
+    unpack(weight[kAhead ? i : 0], w);
+    unpack(bias[kAhead ? i : 0], b);
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      if (!inside(n, e)) break;
+      float f[V];
+      keep_packed(x[n][i]);
+      unpack(x[n][i], f);
+#pragma unroll
+      for (int j = 0; j < V; ++j) f[j] = fmaf((f[j] - m[n].mean) * m[n].inv_std, w[j], b[j]);
+      store_vec<Plan::kStore>(static_cast<T*>(p.y) + start + static_cast<int64_t>(n) * p.dim + e, pack<T, V>(f));
+    }
   }
 }
 
@@ -164,21 +170,21 @@ Status gated_residual_camera_norm(const GatedResidualCameraNormParams& a, void* 
   const bool vectors = aligned(a.x, 16) && aligned(a.delta, 16) && aligned(a.cam_scale, 16) &&
                        aligned(a.cam_shift, 16) && aligned(a.weight, 16) && aligned(a.bias, 16) &&
                        aligned(a.x_out, 16) && aligned(a.y, 16) && modulation_aligned(a.gate);
-  const RowConfig config = row_config(a.dim, row_width(vectors, a.dim, a.dtype, a.residual_dtype), 1);
+  const RowConfig config = residual_row_config(a.dim, row_width(vectors, a.dim, a.dtype, a.residual_dtype));
   const CameraNormKernelParams p = kernel_params(a);
   const dim3 grid(p.tokens, static_cast<uint32_t>(a.batch)), block(config.threads);
   return with_types(a.dtype, a.residual_dtype, [&](auto t, auto r) -> Status {
     using T = typename decltype(t)::type;
     using R = typename decltype(r)::type;
     return with_row_shape<T, R>(config, [&](auto shape) -> Status {
-      using S = decltype(shape);
+      using Shape = decltype(shape);
       const bool overlap = device.capability >= 90;
-      if constexpr (S::V == 1) {
+      if constexpr (Shape::V == 1) {
         return launch(camera_norm_any<T, R>, grid, block, 0, stream, overlap, p);
       } else {
-        return launch(
-            camera_norm_rows<T, R, S::V, S::kVecs, S::kThreads, 1, false, LoadHint::kNoAllocate, StoreHint::kWriteBack>,
-            grid, block, 0, stream, overlap, p);
+        using Plan = RowPlan<1, 1, ChannelLoad::kLate, Statistics::kTwoPass, LoadHint::kNoAllocate, StoreHint::kStream>;
+        if (p.cam_scale) return launch(camera_norm_rows<T, R, Shape, Plan, true>, grid, block, 0, stream, overlap, p);
+        return launch(camera_norm_rows<T, R, Shape, Plan, false>, grid, block, 0, stream, overlap, p);
       }
     });
   });

@@ -117,6 +117,8 @@ Status with_row_shape(const RowConfig& config, F&& f) {
     if (config.exact(160 * 8 / V, 4)) return f(RowShape<V, 4, 160 * 8 / V>{});
     if (config.exact(96 * 8 / V, 4)) return f(RowShape<V, 4, 96 * 8 / V>{});
     if constexpr (V == 8) {
+      if (config.exact(320, 2)) return f(RowShape<V, 2, 320>{});
+      if (config.exact(192, 2)) return f(RowShape<V, 2, 192>{});
       if (config.exact(96, 2)) return f(RowShape<V, 2, 96>{});
     } else {
       if (config.exact(96, 4)) return f(RowShape<V, 4, 96>{});

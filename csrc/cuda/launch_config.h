@@ -36,20 +36,53 @@ constexpr int max_row_threads(int vectors) { return vectors == 1 ? 1024 : 512; }
 
 // `width`: elements of a vector that every operand's alignment allows; 1 where there is none.
 // `period`: vectors after which what a thread reads besides the row repeats (head_dim / width for angles, else 1).
-constexpr RowConfig row_config(int dim, int width, int period) {
+// `most`: vectors a thread is to hold of a long row, 4 or 2.
+constexpr RowConfig row_config(int dim, int width, int period, int most = 4) {
   const RowConfig any = {"any", 256, 1, 1, dim};
   if (width <= 1 || dim % width != 0) return any;
   const int row_vectors = dim / width;
   // Four vectors a thread keep enough loads in flight with few threads at each barrier; short rows need the threads.
-  if (row_vectors >= 320 && row_threads(row_vectors, 4, period) <= max_row_threads(4)) {
+  if (most >= 4 && row_vectors >= 320 && row_threads(row_vectors, 4, period) <= max_row_threads(4)) {
     return {"rows_x4", row_threads(row_vectors, 4, period), 4, width, dim};
   }
   if (row_vectors >= 64 && row_threads(row_vectors, 2, period) <= max_row_threads(2)) {
     return {"rows_x2", row_threads(row_vectors, 2, period), 2, width, dim};
   }
+  if (most < 4 && row_threads(row_vectors, 4, period) <= max_row_threads(4)) {
+    return {"rows_x4", row_threads(row_vectors, 4, period), 4, width, dim};
+  }
   if (row_threads(row_vectors, 1, 1) <= max_row_threads(1))
     return {"rows_x1", row_threads(row_vectors, 1, 1), 1, width, dim};
   return any;
+}
+
+// Passes that hold two rows or more at once (x and delta, camera) want few vectors of each in a thread: their registers
+// else leave too few rows in flight. Vectors of a float32 row and its 16-bit neighbours are half as large.
+constexpr RowConfig residual_row_config(int dim, int width) { return row_config(dim, width, 1, width == 8 ? 2 : 4); }
+
+// `rows` on `multiprocessors`: where one wave of blocks holds all rows, 5 vectors a thread fit more of them at once.
+constexpr RowConfig rms_norm_config(int dim, int width, int64_t rows, int multiprocessors) {
+  const RowConfig config = row_config(dim, width, 1);
+  const int row_vectors = width > 1 ? dim / width : 0;
+  if (row_vectors == 5 * 128 && rows <= int64_t{10} * multiprocessors) return {"rows_x5", 128, 5, width, dim};
+  return config;
+}
+
+// Layer norm of few rows: `steps` blocks a multiprocessor step through them with the modulation in registers, for a
+// grid of single rows would end on a partial wave. 0: a block is one row.
+struct LayerNormConfig {
+  RowConfig row;
+  int steps;
+};
+
+constexpr int kLayerNormSteps = 2;  // blocks of layer_norm_steps that fit a multiprocessor
+
+constexpr LayerNormConfig layer_norm_config(int dim, int width, int64_t rows, int multiprocessors) {
+  if (width == 8 && rows <= int64_t{18} * multiprocessors) {
+    const RowConfig row = row_config(dim, width, 1, 2);
+    if (row.exact(320, 2)) return {row, kLayerNormSteps};  // the shape that is compiled to step
+  }
+  return {row_config(dim, width, 1), 0};
 }
 
 // Full-width norm and rotation of one row of q, k or v a block.
@@ -70,9 +103,9 @@ struct ColumnConfig {
 constexpr ColumnConfig column_config(int dim, int width) {
   const int columns = (dim + width - 1) / width;
   for (int threads = 256; threads >= 128; threads -= kWarpSize) {
-    if (columns % threads == 0) return {"columns", threads, width > 1 ? 4 : 1, width};
+    if (columns % threads == 0) return {"columns", threads, 1, width};
   }
-  return {"columns_padded", columns < 256 ? round_up(columns, kWarpSize) : 256, width > 1 ? 4 : 1, width};
+  return {"columns_padded", columns < 256 ? round_up(columns, kWarpSize) : 256, 1, width};
 }
 
 // K and V of `rows * tokens` tokens a block, `threads` along a token.
@@ -83,9 +116,13 @@ struct UnpackConfig {
   int tokens;  // in flight in one thread
 };
 
+// Threads that divide a token's words, where some do; short tokens two a block.
 constexpr UnpackConfig unpack_config(int words) {
-  const int threads = words >= 256 ? 256 : round_up(words, kWarpSize);
-  return {"copy_2_tokens", threads, 256 / threads, 2};
+  if (words <= 128) return {"copy_1_token", round_up(words, kWarpSize), 2, 1};
+  for (int threads = 256; threads >= 128; threads -= kWarpSize) {
+    if (words % threads == 0) return {"copy_2_tokens", threads, 1, 2};
+  }
+  return {"copy_2_tokens_padded", words < 256 ? round_up(words, kWarpSize) : 256, 1, 2};
 }
 
 // A block of the rotary table: rows x columns of one frame.
@@ -99,7 +136,7 @@ struct RopeTableConfig {
 // The angles of a tile are made once each: (rows + columns) * head_dim / 6 + head_dim / 6 sines, then rows * columns
 // tokens.
 constexpr RopeTableConfig rope_table_config(int head_dim, bool aligned) {
-  return {"tile_4x8", 288, 4, 8, head_dim % 4 == 0 && aligned ? 4 : 1};
+  return {"tile_4x8", 512, 4, 8, head_dim % 4 == 0 && aligned ? 4 : 1};
 }
 
 }  // namespace lingbot::cuda

@@ -1,4 +1,6 @@
 // y = layer_norm(x) * (1 + scale) + shift: no affine parameters, statistics in float32, one rounding.
+#include <algorithm>
+
 #include "row_norm.cuh"
 
 namespace lingbot::cuda {
@@ -11,12 +13,74 @@ struct LayerNormKernelParams {
   float inv_dim, eps;
 };
 
-// kPersistent: blocks step through the rows of their batch gridDim.x apart, with the modulation in registers and the
-// next row's loads in flight; else a block is one row, and modulation is read through L1.
-template <typename T, typename R, int V, int kVecs, int kThreads, int kMinBlocks, bool kPersistent, LoadHint kLoad,
-          StoreHint kStore>
-__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks)
-    layer_norm_rows(const __grid_constant__ LayerNormKernelParams p) {
+// A block is Plan::kRows rows; the modulation is read through L1.
+template <typename T, typename R, typename Shape, typename Plan>
+__global__ void __launch_bounds__(Shape::kThreads == 0 ? max_row_threads(Shape::kVecs) : Shape::kThreads,
+                                  Plan::kMinBlocks) layer_norm_rows(const __grid_constant__ LayerNormKernelParams p) {
+  constexpr int V = Shape::V, kVecs = Shape::kVecs, kThreads = Shape::kThreads, kRows = Plan::kRows;
+  constexpr bool kAhead = Plan::kChannelLoad == ChannelLoad::kAhead;
+  __shared__ float shared[2][kRows][kMaxWarps];
+  wait_for_previous_grid();
+  allow_next_grid();
+  const uint32_t batch = blockIdx.y, token = blockIdx.x * kRows;
+  const int64_t start = (static_cast<int64_t>(batch) * p.tokens + token) * p.dim;
+  const R* in = static_cast<const R*>(p.x) + start;
+  T* out = static_cast<T*>(p.y) + start;
+  const float* scale = batch_channels(p.scale, batch);
+  const float* shift = batch_channels(p.shift, batch);
+
+  Vec<R, V> x[kRows][kVecs];
+#pragma unroll
+  for (int n = 0; n < kRows; ++n) {
+    const bool row_inside = kRows == 1 || token + n < p.tokens;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const int e = row_element<V, kThreads>(i);
+      x[n][i] = row_inside && in_row<kThreads>(e, p.dim)
+                    ? load_stream<Plan::kLoad, V>(in + static_cast<int64_t>(n) * p.dim + e)
+                    : zero_vec<R, V>();
+    }
+  }
+  float gain[kAhead ? kVecs : 1][V], bias[kAhead ? kVecs : 1][V];
+  const auto load_gain = [&](int i, int e) {
+    load_modulation<V, Plan::kChannelLoad>(scale, e, 0.f, gain[kAhead ? i : 0]);
+    load_modulation<V, Plan::kChannelLoad>(shift, e, 0.f, bias[kAhead ? i : 0]);
+  };
+  if constexpr (kAhead) {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const int e = row_element<V, kThreads>(i);
+      if (in_row<kThreads>(e, p.dim)) load_gain(i, e);
+    }
+  }
+  RowMoments m[kRows];
+  row_moments<Plan::kStatistics, kThreads>(x, p.dim, p.inv_dim, p.eps, shared, m);
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const int e = row_element<V, kThreads>(i);
+    if (!in_row<kThreads>(e, p.dim)) continue;
+    if constexpr (!kAhead) load_gain(i, e);
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      if (kRows > 1 && token + n >= p.tokens) break;
+      float f[V];
+      keep_packed(x[n][i]);
+      unpack(x[n][i], f);
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        f[j] = fmaf((f[j] - m[n].mean) * m[n].inv_std, 1.f + gain[kAhead ? i : 0][j], bias[kAhead ? i : 0][j]);
+      store_vec<Plan::kStore>(out + static_cast<int64_t>(n) * p.dim + e, pack<T, V>(f));
+    }
+  }
+}
+
+// Blocks step through the rows of their batch gridDim.x apart, the modulation in registers and the next row in flight:
+// for so few rows that a grid of single rows would end on a partial wave.
+template <typename T, typename R, typename Shape, int kMinBlocks>
+__global__ void __launch_bounds__(Shape::kThreads, kMinBlocks)
+    layer_norm_steps(const __grid_constant__ LayerNormKernelParams p) {
+  constexpr int V = Shape::V, kVecs = Shape::kVecs, kThreads = Shape::kThreads;
+  static_assert(kThreads != 0, "for exact shapes");
   __shared__ float shared[2][1][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
@@ -27,54 +91,37 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   const float* scale = batch_channels(p.scale, batch);
   const float* shift = batch_channels(p.shift, batch);
 
-  const auto load_row = [&](uint32_t token, Vec<R, V>(&x)[kVecs]) {
+  const auto load_row = [&](uint64_t token, Vec<R, V>(&x)[kVecs]) {
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      x[i] = in_row<kThreads>(e, p.dim) ? load_stream<kLoad, V>(in + static_cast<int64_t>(token) * p.dim + e)
-                                        : zero_vec<R, V>();
-    }
+    for (int i = 0; i < kVecs; ++i)
+      x[i] = load_stream<LoadHint::kNoAllocate, V>(in + token * p.dim + row_element<V, kThreads>(i));
   };
-
-  Vec<R, V> x[kVecs];
-  load_row(blockIdx.x, x);
-  float gain[kPersistent ? kVecs : 1][V], bias[kPersistent ? kVecs : 1][V];
-  if constexpr (kPersistent) {
+  Vec<R, V> x[1][kVecs];
+  load_row(blockIdx.x, x[0]);
+  float gain[kVecs][V], bias[kVecs][V];
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      if (!in_row<kThreads>(e, p.dim)) continue;
-      load_modulation<V>(scale, e, 0.f, gain[i]);
-      load_modulation<V>(shift, e, 0.f, bias[i]);
-    }
+  for (int i = 0; i < kVecs; ++i) {
+    load_modulation<V>(scale, row_element<V, kThreads>(i), 0.f, gain[i]);
+    load_modulation<V>(shift, row_element<V, kThreads>(i), 0.f, bias[i]);
   }
   for (uint64_t token = blockIdx.x;;) {
     const uint64_t next = token + gridDim.x;
     Vec<R, V> ahead[kVecs];
-    if constexpr (kPersistent) {
-      if (next < p.tokens) load_row(static_cast<uint32_t>(next), ahead);
-    }
-    const RowMoments m = row_moments<kThreads>(x, p.dim, p.inv_dim, p.eps, shared);
+    if (next < p.tokens) load_row(next, ahead);
+    RowMoments m[1];
+    row_moments<Statistics::kTwoPass, kThreads>(x, p.dim, p.inv_dim, p.eps, shared, m);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      if (!in_row<kThreads>(e, p.dim)) continue;
-      constexpr bool kHeld = kPersistent;
-      if constexpr (!kHeld) {
-        load_modulation<V>(scale, e, 0.f, gain[0]);
-        load_modulation<V>(shift, e, 0.f, bias[0]);
-      }
       float f[V];
-      unpack(x[i], f);
+      unpack(x[0][i], f);
 #pragma unroll
-      for (int j = 0; j < V; ++j)
-        f[j] = fmaf((f[j] - m.mean) * m.inv_std, 1.f + gain[kHeld ? i : 0][j], bias[kHeld ? i : 0][j]);
-      store_vec<kStore>(out + static_cast<int64_t>(token) * p.dim + e, pack<T, V>(f));
+      for (int j = 0; j < V; ++j) f[j] = fmaf((f[j] - m[0].mean) * m[0].inv_std, 1.f + gain[i][j], bias[i][j]);
+      store_vec<StoreHint::kWriteBack>(out + token * p.dim + row_element<V, kThreads>(i), pack<T, V>(f));
     }
-    if (!kPersistent || next >= p.tokens) return;
+    if (next >= p.tokens) return;
     token = next;
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) x[i] = ahead[i];
+    for (int i = 0; i < kVecs; ++i) x[0][i] = ahead[i];
   }
 }
 
@@ -114,21 +161,26 @@ Status layer_norm_modulate(const LayerNormModulateParams& a, void* stream) {
   if (Status s = device_info(&device)) return s;
   const bool vectors =
       aligned(a.x, 16) && aligned(a.y, 16) && modulation_aligned(a.shift) && modulation_aligned(a.scale);
-  const RowConfig config = row_config(a.dim, row_width(vectors, a.dim, a.dtype, a.residual_dtype), 1);
+  const LayerNormConfig config = layer_norm_config(a.dim, row_width(vectors, a.dim, a.dtype, a.residual_dtype),
+                                                   a.batch * a.tokens, device.multiprocessors);
   const LayerNormKernelParams p = kernel_params(a);
-  const dim3 grid(p.tokens, static_cast<uint32_t>(a.batch)), block(config.threads);
+  const dim3 grid(p.tokens, static_cast<uint32_t>(a.batch)), block(config.row.threads);
   return with_types(a.dtype, a.residual_dtype, [&](auto t, auto r) -> Status {
     using T = typename decltype(t)::type;
     using R = typename decltype(r)::type;
-    return with_row_shape<T, R>(config, [&](auto shape) -> Status {
-      using S = decltype(shape);
+    return with_row_shape<T, R>(config.row, [&](auto shape) -> Status {
+      using Shape = decltype(shape);
       const bool overlap = device.capability >= 90;
-      if constexpr (S::V == 1) {
+      if constexpr (Shape::V == 1) {
         return launch(layer_norm_any<T, R>, grid, block, 0, stream, overlap, p);
       } else {
-        return launch(
-            layer_norm_rows<T, R, S::V, S::kVecs, S::kThreads, 1, false, LoadHint::kNoAllocate, StoreHint::kWriteBack>,
-            grid, block, 0, stream, overlap, p);
+        if constexpr (Shape::kThreads == 320 && Shape::kVecs == 2) {
+          if (config.steps) {
+            const dim3 steps(std::min(p.tokens, static_cast<uint32_t>(config.steps * device.multiprocessors)), grid.y);
+            return launch(layer_norm_steps<T, R, Shape, kLayerNormSteps>, steps, block, 0, stream, overlap, p);
+          }
+        }
+        return launch(layer_norm_rows<T, R, Shape, RowPlan<>>, grid, block, 0, stream, overlap, p);
       }
     });
   });

@@ -43,7 +43,8 @@ __device__ __forceinline__ int64_t group_offset(const NormRopeParams& p, int e) 
   return e;
 }
 
-// a * b - c * d, within 1.5 ulp even where the products cancel: the rounding of c * d is added back.
+// a * b - c * d, within 1.5 ulp even where the products cancel: the rounding of c * d is added back. Where c * d is
+// infinite the result is NaN; finite rows reach that in float16 only, where T(x * weight) is beyond 65504.
 __device__ __forceinline__ float difference_of_products(float a, float b, float c, float d) {
   const float cd = __fmul_rn(c, d);
   return __fadd_rn(fmaf(a, b, -cd), fmaf(-c, d, cd));
@@ -94,19 +95,16 @@ __device__ __forceinline__ void load_cos_sin(const NormRopeParams& p, uint32_t t
   unpack(load_cached<N>(at + half), sin);
 }
 
-// One row of one part: blockDim.x threads hold it in registers, kVecs vectors each. A block is one row, or kRows rows
-// of one warp each. threads * V must be a multiple of head_dim where kVecs > 1: a thread then meets one set of angles.
-template <typename T, int V, int kVecs, int kThreads, int kRows, int kMinBlocks, bool kGroups, LoadHint kLoad,
-          StoreHint kStore>
-__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads * kRows, kMinBlocks)
+// A block is one row of one part, in registers, kVecs vectors a thread. threads * V must be a multiple of head_dim
+// where kVecs > 1: a thread then meets one set of angles.
+template <typename T, int V, int kVecs, int kThreads, int kMinBlocks, bool kGroups, LoadHint kLoad, StoreHint kStore>
+__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks)
     norm_rope_rows(const __grid_constant__ NormRopeParams p) {
   __shared__ float shared[1][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
-  const uint32_t row = kRows == 1 ? blockIdx.x : blockIdx.x * kRows + threadIdx.y;
-  const uint32_t token = p.parts == 3 ? row / 3 : p.parts == 2 ? row / 2 : row;
-  if (token >= p.tokens) return;
-  const NormRopePart& part = p.part[row - token * p.parts];
+  const uint32_t token = p.parts == 3 ? blockIdx.x / 3 : p.parts == 2 ? blockIdx.x / 2 : blockIdx.x;
+  const NormRopePart& part = p.part[blockIdx.x - token * p.parts];
   const uint32_t batch = blockIdx.y;
 
   const T* in = static_cast<const T*>(part.in) + batch * part.in_batch + token * part.in_token;
@@ -151,73 +149,6 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     keep_packed(x[i]);
     const Vec<T, V> scale = kHoldWeights ? w[kHoldWeights ? i : 0] : load_cached<V>(weight + e);
     store_vec<kStore>(out + group_offset<kGroups>(p, e), norm_rotate(x[i], scale, inv_rms, cos, sin));
-  }
-}
-
-// One block a token: q, k and v all in flight before one reduction for both sums. Parts are k, v or q, k, v (kQ), v
-// last and possibly absent.
-template <typename T, int V, int kVecs, int kThreads, int kMinBlocks, bool kQ, bool kGroups, LoadHint kLoad,
-          StoreHint kStore>
-__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks)
-    norm_rope_tokens(const __grid_constant__ NormRopeParams p) {
-  constexpr int kNormed = kQ ? 2 : 1;
-  __shared__ float shared[kNormed][kMaxWarps];
-  wait_for_previous_grid();
-  allow_next_grid();
-  const uint32_t token = blockIdx.x, batch = blockIdx.y;
-  const bool has_v = p.parts > kNormed;
-
-  Vec<T, V> x[kNormed][kVecs], v[kVecs];
-#pragma unroll
-  for (int n = 0; n < kNormed; ++n) {
-    const T* in = static_cast<const T*>(p.part[n].in) + batch * p.part[n].in_batch + token * p.part[n].in_token;
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      x[n][i] = in_row<kThreads>(e, p.dim) ? load_stream<kLoad, V>(in + e) : zero_vec<T, V>();
-    }
-  }
-  if (has_v) {
-    const NormRopePart& part = p.part[kNormed];
-    const T* in = static_cast<const T*>(part.in) + batch * part.in_batch + token * part.in_token;
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      if (in_row<kThreads>(e, p.dim)) v[i] = load_stream<kLoad, V>(in + e);
-    }
-  }
-  float cos[V / 2], sin[V / 2];
-  load_cos_sin(p, token, threadIdx.x * V, cos, sin);
-
-  float sum[kNormed];
-#pragma unroll
-  for (int n = 0; n < kNormed; ++n) {
-    sum[n] = sum_of_squares(x[n][0]);
-#pragma unroll
-    for (int i = 1; i < kVecs; ++i) sum[n] += sum_of_squares(x[n][i]);
-  }
-  row_sum(sum, shared);
-#pragma unroll
-  for (int n = 0; n < kNormed; ++n) {
-    const float inv_rms = rsqrtf(sum[n] * p.inv_dim + p.eps);
-    const T* weight = static_cast<const T*>(p.part[n].weight);
-    T* out = static_cast<T*>(p.part[n].out) + out_offset(p, p.part[n], batch, token);
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      if (!in_row<kThreads>(e, p.dim)) continue;
-      keep_packed(x[n][i]);
-      store_vec<kStore>(out + group_offset<kGroups>(p, e),
-                        norm_rotate(x[n][i], load_cached<V>(weight + e), inv_rms, cos, sin));
-    }
-  }
-  if (has_v) {
-    T* out = static_cast<T*>(p.part[kNormed].out) + out_offset(p, p.part[kNormed], batch, token);
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      if (in_row<kThreads>(e, p.dim)) store_vec<kStore>(out + group_offset<kGroups>(p, e), v[i]);
-    }
   }
 }
 
@@ -294,8 +225,9 @@ Status launch_norm_rope(const NormRopeParams& p, int64_t batch, Dtype dtype, voi
         return launch(norm_rope_any<T>, grid, block, 0, stream, overlap, p);
       } else {
         constexpr int kMinBlocks = Shape::kThreads == 160 ? 8 : 1;
-        return launch(norm_rope_rows<T, Shape::V, Shape::kVecs, Shape::kThreads, 1, kMinBlocks, kGroups,
-                                     LoadHint::kNoAllocate, StoreHint::kWriteBack>,
+        // Streamed: attention reads the outputs once, together with far more than the L2 holds.
+        return launch(norm_rope_rows<T, Shape::V, Shape::kVecs, Shape::kThreads, kMinBlocks, kGroups,
+                                     LoadHint::kNoAllocate, StoreHint::kStream>,
                       grid, block, 0, stream, overlap, p);
       }
     });

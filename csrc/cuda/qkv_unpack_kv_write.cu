@@ -108,9 +108,13 @@ Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams& a, void* stream) {
   const bool overlap = device.capability >= 90;
   constexpr LoadHint kLoad = LoadHint::kNoAllocate;
   constexpr StoreHint kStore = StoreHint::kWriteBack;
-  if (vectors) return launch(unpack_to_ring<uint4, 2, kLoad, kStore>, grid, block, 0, stream, overlap, p);
-  if (size == 4) return launch(unpack_to_ring<uint32_t, 2, kLoad, kStore>, grid, block, 0, stream, overlap, p);
-  return launch(unpack_to_ring<uint16_t, 2, kLoad, kStore>, grid, block, 0, stream, overlap, p);
+  const auto launch_words = [&](auto word) -> Status {
+    using Word = decltype(word);
+    if (config.tokens == 1) return launch(unpack_to_ring<Word, 1, kLoad, kStore>, grid, block, 0, stream, overlap, p);
+    return launch(unpack_to_ring<Word, 2, kLoad, kStore>, grid, block, 0, stream, overlap, p);
+  };
+  if (vectors) return launch_words(uint4{});
+  return size == 4 ? launch_words(uint32_t{}) : launch_words(uint16_t{});
 }
 
 }  // namespace lingbot::cuda

@@ -14,88 +14,92 @@ struct ResidualNormKernelParams {
   float inv_dim, eps;
 };
 
-// kPersistent: blocks step through the rows of their batch gridDim.x apart, with the modulation in registers and the
-// next row's loads in flight; else a block is one row, and modulation is read through L1.
-template <typename T, typename R, int V, int kVecs, int kThreads, int kMinBlocks, bool kPersistent, LoadHint kLoad,
-          StoreHint kStore>
-__global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks)
+// A block is Plan::kRows rows; the modulation is read through L1.
+template <typename T, typename R, typename Shape, typename Plan>
+__global__ void __launch_bounds__(Shape::kThreads == 0 ? max_row_threads(Shape::kVecs) : Shape::kThreads,
+                                  Plan::kMinBlocks)
     residual_norm_rows(const __grid_constant__ ResidualNormKernelParams p) {
-  __shared__ float shared[2][1][kMaxWarps];
+  constexpr int V = Shape::V, kVecs = Shape::kVecs, kThreads = Shape::kThreads, kRows = Plan::kRows;
+  constexpr bool kAhead = Plan::kChannelLoad == ChannelLoad::kAhead;
+  __shared__ float shared[2][kRows][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
-  const uint32_t batch = blockIdx.y;
-  const int64_t start = static_cast<int64_t>(batch) * p.tokens * p.dim;
+  const uint32_t batch = blockIdx.y, token = blockIdx.x * kRows;
+  const int64_t start = (static_cast<int64_t>(batch) * p.tokens + token) * p.dim;
   const float* gate = batch_channels(p.gate, batch);
   const float* scale = batch_channels(p.scale, batch);
   const float* shift = batch_channels(p.shift, batch);
-
-  const auto load_row = [&](uint32_t token, Vec<R, V>(&x)[kVecs], Vec<T, V>(&delta)[kVecs]) {
-    const int64_t row = start + static_cast<int64_t>(token) * p.dim;
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      const bool inside = in_row<kThreads>(e, p.dim);
-      x[i] = inside ? load_stream<kLoad, V>(static_cast<const R*>(p.x) + row + e) : zero_vec<R, V>();
-      delta[i] = inside ? load_stream<kLoad, V>(static_cast<const T*>(p.delta) + row + e) : zero_vec<T, V>();
-    }
+  const auto inside = [&](int n, int e) {
+    return (kRows == 1 || token + n < p.tokens) && in_row<kThreads>(e, p.dim);
   };
 
-  Vec<R, V> x[kVecs];
-  Vec<T, V> delta[kVecs];
-  load_row(blockIdx.x, x, delta);
-  constexpr int kHeld = kPersistent ? kVecs : 1;
-  float weight[kHeld][V], gain[kHeld][V], bias[kHeld][V];
-  if constexpr (kPersistent) {
+  Vec<R, V> x[kRows][kVecs];
+  Vec<T, V> delta[kRows][kVecs];
+#pragma unroll
+  for (int n = 0; n < kRows; ++n) {
+    const int64_t row = start + static_cast<int64_t>(n) * p.dim;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int e = row_element<V, kThreads>(i);
-      if (!in_row<kThreads>(e, p.dim)) continue;
-      load_modulation<V>(gate, e, 1.f, weight[i]);
-      load_modulation<V>(scale, e, 0.f, gain[i]);
-      load_modulation<V>(shift, e, 0.f, bias[i]);
+      x[n][i] = inside(n, e) ? load_stream<Plan::kLoad, V>(static_cast<const R*>(p.x) + row + e) : zero_vec<R, V>();
+      delta[n][i] =
+          inside(n, e) ? load_stream<Plan::kLoad, V>(static_cast<const T*>(p.delta) + row + e) : zero_vec<T, V>();
     }
   }
-  for (uint64_t token = blockIdx.x;;) {
-    const int64_t row = start + static_cast<int64_t>(token) * p.dim;
+  float weight[kAhead ? kVecs : 1][V], gain[kAhead ? kVecs : 1][V], bias[kAhead ? kVecs : 1][V];
+  const auto load_gain = [&](int i, int e) {
+    load_modulation<V, Plan::kChannelLoad>(scale, e, 0.f, gain[kAhead ? i : 0]);
+    load_modulation<V, Plan::kChannelLoad>(shift, e, 0.f, bias[kAhead ? i : 0]);
+  };
+  if constexpr (kAhead) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int e = row_element<V, kThreads>(i);
-      if (!in_row<kThreads>(e, p.dim)) continue;
-      if constexpr (!kPersistent) load_modulation<V>(gate, e, 1.f, weight[0]);
+      if (in_row<kThreads>(e, p.dim)) load_modulation<V, Plan::kChannelLoad>(gate, e, 1.f, weight[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const int e = row_element<V, kThreads>(i);
+    if (!in_row<kThreads>(e, p.dim)) continue;
+    if constexpr (!kAhead) load_modulation<V, Plan::kChannelLoad>(gate, e, 1.f, weight[0]);
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      if (!inside(n, e)) break;
       float f[V], d[V];
-      unpack(x[i], f);
-      unpack(delta[i], d);
+      unpack(x[n][i], f);
+      unpack(delta[n][i], d);
 #pragma unroll
-      for (int j = 0; j < V; ++j) f[j] = fmaf(d[j], weight[kPersistent ? i : 0][j], f[j]);
-      x[i] = pack<R, V>(f);
-      store_vec<kStore>(static_cast<R*>(p.x_out) + row + e, x[i]);
+      for (int j = 0; j < V; ++j) f[j] = fmaf(d[j], weight[kAhead ? i : 0][j], f[j]);
+      x[n][i] = pack<R, V>(f);
+      store_vec<Plan::kStore>(static_cast<R*>(p.x_out) + start + static_cast<int64_t>(n) * p.dim + e, x[n][i]);
     }
-    const uint64_t next = token + gridDim.x;
-    Vec<R, V> ahead[kVecs];
-    if constexpr (kPersistent) {
-      if (next < p.tokens) load_row(static_cast<uint32_t>(next), ahead, delta);
-    }
-    const RowMoments m = row_moments<kThreads>(x, p.dim, p.inv_dim, p.eps, shared);
+  }
+  if constexpr (kAhead) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int e = row_element<V, kThreads>(i);
-      if (!in_row<kThreads>(e, p.dim)) continue;
-      if constexpr (!kPersistent) {
-        load_modulation<V>(scale, e, 0.f, gain[0]);
-        load_modulation<V>(shift, e, 0.f, bias[0]);
-      }
-      float f[V];
-      unpack(x[i], f);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        f[j] = fmaf((f[j] - m.mean) * m.inv_std, 1.f + gain[kPersistent ? i : 0][j], bias[kPersistent ? i : 0][j]);
-      }
-      store_vec<kStore>(static_cast<T*>(p.y) + row + e, pack<T, V>(f));
+      if (in_row<kThreads>(e, p.dim)) load_gain(i, e);
     }
-    if (!kPersistent || next >= p.tokens) return;
-    token = next;
+  }
+  RowMoments m[kRows];
+  row_moments<Plan::kStatistics, kThreads>(x, p.dim, p.inv_dim, p.eps, shared, m);
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) x[i] = ahead[i];
+  for (int i = 0; i < kVecs; ++i) {
+    const int e = row_element<V, kThreads>(i);
+    if (!in_row<kThreads>(e, p.dim)) continue;
+    if constexpr (!kAhead) load_gain(i, e);
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      if (!inside(n, e)) break;
+      float f[V];
+      keep_packed(x[n][i]);
+      unpack(x[n][i], f);
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        f[j] = fmaf((f[j] - m[n].mean) * m[n].inv_std, 1.f + gain[kAhead ? i : 0][j], bias[kAhead ? i : 0][j]);
+      store_vec<Plan::kStore>(static_cast<T*>(p.y) + start + static_cast<int64_t>(n) * p.dim + e, pack<T, V>(f));
+    }
   }
 }
 
@@ -144,21 +148,19 @@ Status residual_norm_modulate(const ResidualNormModulateParams& a, void* stream)
   if (Status s = device_info(&device)) return s;
   const bool vectors = aligned(a.x, 16) && aligned(a.delta, 16) && aligned(a.x_out, 16) && aligned(a.y, 16) &&
                        modulation_aligned(a.gate) && modulation_aligned(a.shift) && modulation_aligned(a.scale);
-  const RowConfig config = row_config(a.dim, row_width(vectors, a.dim, a.dtype, a.residual_dtype), 1);
+  const RowConfig config = residual_row_config(a.dim, row_width(vectors, a.dim, a.dtype, a.residual_dtype));
   const ResidualNormKernelParams p = kernel_params(a);
   const dim3 grid(p.tokens, static_cast<uint32_t>(a.batch)), block(config.threads);
   return with_types(a.dtype, a.residual_dtype, [&](auto t, auto r) -> Status {
     using T = typename decltype(t)::type;
     using R = typename decltype(r)::type;
     return with_row_shape<T, R>(config, [&](auto shape) -> Status {
-      using S = decltype(shape);
+      using Shape = decltype(shape);
       const bool overlap = device.capability >= 90;
-      if constexpr (S::V == 1) {
+      if constexpr (Shape::V == 1) {
         return launch(residual_norm_any<T, R>, grid, block, 0, stream, overlap, p);
       } else {
-        return launch(residual_norm_rows<T, R, S::V, S::kVecs, S::kThreads, 1, false, LoadHint::kNoAllocate,
-                                         StoreHint::kWriteBack>,
-                      grid, block, 0, stream, overlap, p);
+        return launch(residual_norm_rows<T, R, Shape, RowPlan<>>, grid, block, 0, stream, overlap, p);
       }
     });
   });

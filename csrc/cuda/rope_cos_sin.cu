@@ -134,8 +134,8 @@ Status rope_cos_sin(const RopeCosSinParams& a, void* stream) {
   if (Status s = device_info(&device)) return s;
   const dim3 grid(blocks), block(config.threads);
   const bool overlap = device.capability >= 90;
-  if (config.width == 4) return launch(rope_table<288, 4, 8, 4>, grid, block, 0, stream, overlap, p);
-  return launch(rope_table<288, 4, 8, 1>, grid, block, 0, stream, overlap, p);
+  if (config.width == 4) return launch(rope_table<512, 4, 8, 4>, grid, block, 0, stream, overlap, p);
+  return launch(rope_table<512, 4, 8, 1>, grid, block, 0, stream, overlap, p);
 }
 
 }  // namespace lingbot::cuda

@@ -100,6 +100,23 @@ __device__ __forceinline__ Vec<T, V> load_cached(const T* p) {
   return v;
 }
 
+// As load_cached, and last to leave L1.
+template <int V, typename T>
+__device__ __forceinline__ Vec<T, V> load_kept(const T* p) {
+  Vec<T, V> v;
+  if constexpr (Vec<T, V>::kBytes == 8) {
+    asm volatile("ld.global.L1::evict_last.v2.u32 {%0,%1}, [%2];" : "=r"(v.word[0]), "=r"(v.word[1]) : "l"(p));
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vec<T, V>::kBytes / 16; ++i) {
+      asm volatile("ld.global.L1::evict_last.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(v.word[4 * i]), "=r"(v.word[4 * i + 1]), "=r"(v.word[4 * i + 2]), "=r"(v.word[4 * i + 3])
+                   : "l"(p + i * (16 / sizeof(T))));
+    }
+  }
+  return v;
+}
+
 template <StoreHint kHint, int V, typename T>
 __device__ __forceinline__ void store_vec(T* p, const Vec<T, V>& v) {
   if constexpr (Vec<T, V>::kBytes == 8) {

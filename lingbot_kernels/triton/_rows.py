@@ -7,16 +7,19 @@ so that rows like 5120 = 5 x 1024 leave no lane idle. Kernels that rotate pairs 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
-
 import triton
 import triton.language as tl
 from triton import knobs
 
 VECTOR_BYTES = 16
 MAX_DIM = 16384
+LONG_ROW = 4096  # values: from here on a row fills several warps
+FEW_ROWS = 2376  # 18 rows a multiprocessor of an H100: about one wave, whose length the latency of one row decides
+FEW_ROWS_WARPS = 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # The interpreter truncates float32 -> bfloat16 and has no inline assembly: it rounds in integers instead.
@@ -333,7 +336,8 @@ class RowConfig:
         return ".cs" if self.streaming else ""
 
 
-def row_config(length: int, vector: int, num_warps: int | None = None) -> RowConfig:
+@lru_cache(maxsize=256)
+def row_config(length: int, vector: int, num_warps: int | None = None, streaming: bool = True) -> RowConfig:
     """Configuration for a row of `length` elements of which `vector` make one access of a thread.
 
     Takes the most warps of (8, 4, 2, 1) that still have three to eight whole chunks each, so that no lane is masked and
@@ -344,7 +348,7 @@ def row_config(length: int, vector: int, num_warps: int | None = None) -> RowCon
         whole = [warps for warps, count in chunks.items() if count in range(3, 9)]
         few = [warps for warps, count in reversed(chunks.items()) if count <= 6]
         num_warps = (whole or few or [8])[0]
-    return RowConfig(num_warps, 32 * num_warps * vector)
+    return RowConfig(num_warps, 32 * num_warps * vector, streaming=streaming)
 
 
 def word_config(dim: int, element_size: int, num_warps: int | None = None) -> RowConfig:
@@ -352,12 +356,29 @@ def word_config(dim: int, element_size: int, num_warps: int | None = None) -> Ro
     return row_config(dim // 2, VECTOR_BYTES // (2 * element_size), num_warps)
 
 
-def value_config(dim: int, element_sizes: tuple[int, ...], num_warps: int | None = None) -> RowConfig:
+def value_config(
+    dim: int, element_sizes: tuple[int, ...], num_warps: int | None = None, streaming: bool = True
+) -> RowConfig:
     """`row_config` for a row of `dim` values read as they are, from tensors of these element sizes.
 
     The widest element decides, so that a thread's share of a chunk is at most 16 bytes of any tensor.
     """
-    return row_config(dim, VECTOR_BYTES // max(element_sizes), num_warps)
+    return row_config(dim, VECTOR_BYTES // max(element_sizes), num_warps, streaming)
+
+
+@lru_cache(maxsize=256)
+def split_config(dim: int, element_size: int) -> RowConfig:
+    """Configuration of a pass over q, k and v: long rows have programs of their own, not one that holds all three."""
+    config = word_config(dim, element_size)
+    return replace(config, split=True, streaming=False) if dim * element_size >= 2 * LONG_ROW else config
+
+
+@lru_cache(maxsize=256)
+def short_row_config(config: RowConfig, length: int) -> RowConfig:
+    """`config`, but four warps at least where a row is short: some lanes idle, and its loads are spread wider."""
+    if length * 4 > 3 * LONG_ROW or config.num_warps >= 4:
+        return config
+    return replace(config, num_warps=4, chunk=config.chunk // config.num_warps * 4)
 
 
 def reduced_position(chunk_start: int, cursor: torch.Tensor | None, sink: int, capacity: int) -> int | torch.Tensor:

@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from lingbot_kernels.triton import _launch
+
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
 
@@ -91,13 +93,15 @@ def recorded_launches() -> Iterator[list[Launch]]:
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set, must be unset to compile kernels")
     launches: list[Launch] = []
-    run = JITFunction.run
+    run, use_compiled = JITFunction.run, _launch.use_compiled
 
     def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
         launches.append(Launch(self, grid, args, kwargs))
 
     JITFunction.run = record
+    _launch.use_compiled = False
     try:
         yield launches
     finally:
         JITFunction.run = run
+        _launch.use_compiled = use_compiled

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-
 import triton
 import triton.language as tl
+
+from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._rows import (
     RowConfig,
     gated_sum,
@@ -54,7 +55,7 @@ def gated_residual_kernel(
 
 def launch_config(dim: int, element_sizes: tuple[int, ...], rows: int) -> RowConfig:
     """Configuration for `rows` rows of `dim` values in tensors of these element sizes."""
-    return value_config(dim, element_sizes)
+    return value_config(dim, element_sizes, streaming=False)
 
 
 def why_not(x: torch.Tensor, delta: torch.Tensor) -> str | None:
@@ -74,18 +75,19 @@ def gated_residual(
     batch, tokens, dim = x.shape
     rows = batch * tokens
     config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)
-    gated_residual_kernel[(triton.cdiv(rows, config.rows),)](
-        x,
-        delta,
-        gate,
-        x_out,
-        rows,
-        tokens,
-        GATE_STRIDE=modulation_stride(gate),
-        DIM=dim,
-        CHUNK=config.chunk,
-        ROWS=config.rows,
-        EVICT=config.evict,
-        MODIFIER=config.modifier,
-        num_warps=config.num_warps,
+    launch(
+        gated_residual_kernel,
+        (-(-rows // config.rows),),
+        (x, delta, gate, x_out),
+        (rows, tokens),
+        (),
+        {
+            "GATE_STRIDE": modulation_stride(gate),
+            "DIM": dim,
+            "CHUNK": config.chunk,
+            "ROWS": config.rows,
+            "EVICT": config.evict,
+            "MODIFIER": config.modifier,
+        },
+        config.num_warps,
     )

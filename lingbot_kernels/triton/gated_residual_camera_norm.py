@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-
 import triton
 import triton.language as tl
+
+from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._rows import (
+    LONG_ROW,
     RowConfig,
     gated_sum,
     layer_norm_stats,
@@ -78,7 +80,9 @@ def gated_residual_camera_norm_kernel(
 
 def launch_config(dim: int, element_sizes: tuple[int, ...], rows: int) -> RowConfig:
     """Configuration for `rows` rows of `dim` values in tensors of these element sizes."""
-    return value_config(dim, element_sizes)
+    if dim < LONG_ROW:
+        return value_config(dim, element_sizes, streaming=False)
+    return value_config(dim, element_sizes, 8)
 
 
 def why_not(x: torch.Tensor, delta: torch.Tensor) -> str | None:
@@ -107,24 +111,19 @@ def gated_residual_camera_norm(
     batch, tokens, dim = x.shape
     rows = batch * tokens
     config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)
-    gated_residual_camera_norm_kernel[(triton.cdiv(rows, config.rows),)](
-        x,
-        delta,
-        gate,
-        cam_scale,
-        cam_shift,
-        weight,
-        bias,
-        x_out,
-        y,
-        rows,
-        tokens,
-        eps,
-        GATE_STRIDE=modulation_stride(gate),
-        DIM=dim,
-        CHUNK=config.chunk,
-        ROWS=config.rows,
-        EVICT=config.evict,
-        MODIFIER=config.modifier,
-        num_warps=config.num_warps,
+    launch(
+        gated_residual_camera_norm_kernel,
+        (-(-rows // config.rows),),
+        (x, delta, gate, cam_scale, cam_shift, weight, bias, x_out, y),
+        (rows, tokens),
+        (eps,),
+        {
+            "GATE_STRIDE": modulation_stride(gate),
+            "DIM": dim,
+            "CHUNK": config.chunk,
+            "ROWS": config.rows,
+            "EVICT": config.evict,
+            "MODIFIER": config.modifier,
+        },
+        config.num_warps,
     )

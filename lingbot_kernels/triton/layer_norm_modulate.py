@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import torch
-
 import triton
 import triton.language as tl
+
+from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._rows import (
+    FEW_ROWS,
+    FEW_ROWS_WARPS,
+    LONG_ROW,
     RowConfig,
     layer_norm_stats,
     load_row,
     modulate_store,
     modulation_stride,
+    short_row_config,
     value_config,
     why_not_rows,
 )
@@ -56,7 +61,10 @@ def layer_norm_modulate_kernel(
 
 def launch_config(dim: int, element_sizes: tuple[int, ...], rows: int) -> RowConfig:
     """Configuration for `rows` rows of `dim` values in tensors of these element sizes."""
-    return value_config(dim, element_sizes)
+    if max(element_sizes) == 4:
+        return value_config(dim, element_sizes, streaming=False)
+    config = value_config(dim, element_sizes, FEW_ROWS_WARPS if rows <= FEW_ROWS and dim >= LONG_ROW else None)
+    return short_row_config(config, dim)
 
 
 def why_not(x: torch.Tensor, y: torch.Tensor) -> str | None:
@@ -77,20 +85,20 @@ def layer_norm_modulate(
     batch, tokens, dim = x.shape
     rows = batch * tokens
     config = config or launch_config(dim, (x.element_size(), y.element_size()), rows)
-    layer_norm_modulate_kernel[(triton.cdiv(rows, config.rows),)](
-        x,
-        shift,
-        scale,
-        y,
-        rows,
-        tokens,
-        eps,
-        SHIFT_STRIDE=modulation_stride(shift),
-        SCALE_STRIDE=modulation_stride(scale),
-        DIM=dim,
-        CHUNK=config.chunk,
-        ROWS=config.rows,
-        EVICT=config.evict,
-        MODIFIER=config.modifier,
-        num_warps=config.num_warps,
+    launch(
+        layer_norm_modulate_kernel,
+        (-(-rows // config.rows),),
+        (x, shift, scale, y),
+        (rows, tokens),
+        (eps,),
+        {
+            "SHIFT_STRIDE": modulation_stride(shift),
+            "SCALE_STRIDE": modulation_stride(scale),
+            "DIM": dim,
+            "CHUNK": config.chunk,
+            "ROWS": config.rows,
+            "EVICT": config.evict,
+            "MODIFIER": config.modifier,
+        },
+        config.num_warps,
     )

@@ -6,15 +6,17 @@ Without q it is the write-only kernel of the context update; without v only Q an
 from __future__ import annotations
 
 import torch
-
 import triton
 import triton.language as tl
+
+from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._rows import (
     RowConfig,
     as_words,
     reduced_position,
     ring_slot,
     ring_start,
+    split_config,
     why_not_words,
     word_config,
     write_qkv,
@@ -102,9 +104,9 @@ def qk_norm_rope_kv_write_kernel(
             )
 
 
-def launch_config(dim: int, element_size: int, tokens: int) -> RowConfig:
-    """Configuration for `tokens` rows (of the whole batch) of `dim` values of `element_size` bytes."""
-    return word_config(dim, element_size)
+def launch_config(dim: int, element_size: int, tokens: int, full: bool = True) -> RowConfig:
+    """Configuration for `tokens` rows (of the whole batch) of `dim` values of `element_size` bytes; full: with q."""
+    return split_config(dim, element_size) if full else word_config(dim, element_size)
 
 
 def why_not(
@@ -142,32 +144,27 @@ def qk_norm_rope_kv_write(
     """
     batch, tokens, dim = k.shape
     capacity = k_cache.shape[1]
-    config = config or launch_config(dim, k.element_size(), batch * tokens)
+    config = config or launch_config(dim, k.element_size(), batch * tokens, q is not None)
     parts = 1 + (q is not None) + (v is not None) if config.split else 1
     operands = (q, k, v, k_cache, v_cache)
-    qk_norm_rope_kv_write_kernel[(parts, triton.cdiv(tokens, config.rows), batch)](
-        q,
-        k,
-        v,
-        q_weight,
-        k_weight,
-        cos_sin,
-        q_out,
-        k_cache,
-        v_cache,
-        reduced_position(chunk_start, cursor, sink, capacity),
-        sink,
-        capacity,
-        tokens,
-        eps,
-        *(0 if x is None or batch == 1 else x.stride(0) for x in operands),
-        *(0 if x is None else x.stride(1) for x in operands),
-        WORDS=dim // 2,
-        CHUNK=config.chunk,
-        PAIRS=cos_sin.shape[1] // 2,
-        ROWS=config.rows,
-        SPLIT=config.split,
-        EVICT=config.evict,
-        MODIFIER=config.modifier,
-        num_warps=config.num_warps,
+    launch(
+        qk_norm_rope_kv_write_kernel,
+        (parts, -(-tokens // config.rows), batch),
+        (q, k, v, q_weight, k_weight, cos_sin, q_out, k_cache, v_cache),
+        (reduced_position(chunk_start, cursor, sink, capacity), sink, capacity, tokens),
+        (
+            eps,
+            *(0 if x is None or batch == 1 else x.stride(0) for x in operands),
+            *(0 if x is None else x.stride(1) for x in operands),
+        ),
+        {
+            "WORDS": dim // 2,
+            "CHUNK": config.chunk,
+            "PAIRS": cos_sin.shape[1] // 2,
+            "ROWS": config.rows,
+            "SPLIT": config.split,
+            "EVICT": config.evict,
+            "MODIFIER": config.modifier,
+        },
+        config.num_warps,
     )

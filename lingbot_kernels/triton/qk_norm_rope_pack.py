@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-
 import triton
 import triton.language as tl
-from lingbot_kernels.triton._rows import RowConfig, as_words, why_not_words, word_config, write_qkv
+
+from lingbot_kernels.triton._launch import launch
+from lingbot_kernels.triton._rows import RowConfig, as_words, split_config, why_not_words, write_qkv
 
 
 @triton.jit(do_not_specialize=["tokens", "batches"])
@@ -81,7 +82,7 @@ def qk_norm_rope_pack_kernel(
 
 def launch_config(dim: int, element_size: int, tokens: int) -> RowConfig:
     """Configuration for `tokens` rows (of the whole batch) of `dim` values of `element_size` bytes."""
-    return word_config(dim, element_size)
+    return split_config(dim, element_size)
 
 
 def why_not(q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor) -> str | None:
@@ -108,26 +109,25 @@ def qk_norm_rope_pack(
     batch, tokens, dim = k.shape
     config = config or launch_config(dim, k.element_size(), batch * tokens)
     operands = (q, k, v)
-    qk_norm_rope_pack_kernel[(out.shape[3] if config.split else 1, triton.cdiv(tokens, config.rows), batch)](
-        q,
-        k,
-        v,
-        q_weight,
-        k_weight,
-        cos_sin,
-        out,
-        tokens,
-        batch,
-        eps,
-        *(0 if x is None or batch == 1 else x.stride(0) for x in operands),
-        *(0 if x is None else x.stride(1) for x in operands),
-        WORDS=dim // 2,
-        GROUP=dim // 2 // out.shape[0],
-        CHUNK=config.chunk,
-        PAIRS=cos_sin.shape[1] // 2,
-        ROWS=config.rows,
-        SPLIT=config.split,
-        EVICT=config.evict,
-        MODIFIER=config.modifier,
-        num_warps=config.num_warps,
+    launch(
+        qk_norm_rope_pack_kernel,
+        (out.shape[3] if config.split else 1, -(-tokens // config.rows), batch),
+        (q, k, v, q_weight, k_weight, cos_sin, out),
+        (tokens, batch),
+        (
+            eps,
+            *(0 if x is None or batch == 1 else x.stride(0) for x in operands),
+            *(0 if x is None else x.stride(1) for x in operands),
+        ),
+        {
+            "WORDS": dim // 2,
+            "GROUP": dim // 2 // out.shape[0],
+            "CHUNK": config.chunk,
+            "PAIRS": cos_sin.shape[1] // 2,
+            "ROWS": config.rows,
+            "SPLIT": config.split,
+            "EVICT": config.evict,
+            "MODIFIER": config.modifier,
+        },
+        config.num_warps,
     )

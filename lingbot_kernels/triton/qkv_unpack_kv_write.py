@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-
 import triton
 import triton.language as tl
+
+from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._rows import (
     RowConfig,
     load_row,
@@ -82,23 +83,21 @@ def qkv_unpack_kv_write(
     capacity = k_cache.shape[1]
     dim = heads * head_dim
     config = config or launch_config(dim, packed.element_size(), tokens * batch)
-    qkv_unpack_kv_write_kernel[(triton.cdiv(tokens, config.rows), batch)](
-        packed,
-        k_cache,
-        v_cache,
-        reduced_position(chunk_start, cursor, sink, capacity),
-        sink,
-        capacity,
-        tokens,
-        k_cache.stride(0) if batch > 1 else 0,
-        v_cache.stride(0) if batch > 1 else 0,
-        K_CACHE_STRIDE=k_cache.stride(1),
-        V_CACHE_STRIDE=v_cache.stride(1),
-        PARTS=parts,
-        DIM=dim,
-        CHUNK=config.chunk,
-        ROWS=config.rows,
-        EVICT=config.evict,
-        MODIFIER=config.modifier,
-        num_warps=config.num_warps,
+    launch(
+        qkv_unpack_kv_write_kernel,
+        (-(-tokens // config.rows), batch),
+        (packed, k_cache, v_cache),
+        (reduced_position(chunk_start, cursor, sink, capacity), sink, capacity, tokens),
+        (k_cache.stride(0) if batch > 1 else 0, v_cache.stride(0) if batch > 1 else 0),
+        {
+            "K_CACHE_STRIDE": k_cache.stride(1),
+            "V_CACHE_STRIDE": v_cache.stride(1),
+            "PARTS": parts,
+            "DIM": dim,
+            "CHUNK": config.chunk,
+            "ROWS": config.rows,
+            "EVICT": config.evict,
+            "MODIFIER": config.modifier,
+        },
+        config.num_warps,
     )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import torch
-
 import triton
 import triton.language as tl
+
+from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._rows import (
+    FEW_ROWS,
+    FEW_ROWS_WARPS,
+    LONG_ROW,
     RowConfig,
     gated_sum,
     layer_norm_stats,
@@ -14,6 +18,7 @@ from lingbot_kernels.triton._rows import (
     modulate_store,
     modulation_stride,
     round_to,
+    short_row_config,
     store_chunk,
     value_config,
     why_not_rows,
@@ -69,7 +74,9 @@ def residual_norm_modulate_kernel(
 
 def launch_config(dim: int, element_sizes: tuple[int, ...], rows: int) -> RowConfig:
     """Configuration for `rows` rows of `dim` values in tensors of these element sizes."""
-    return value_config(dim, element_sizes)
+    if max(element_sizes) == 4 or (rows > FEW_ROWS and dim >= LONG_ROW):
+        return value_config(dim, element_sizes, streaming=False)
+    return short_row_config(value_config(dim, element_sizes, FEW_ROWS_WARPS if dim >= LONG_ROW else None), dim)
 
 
 def why_not(x: torch.Tensor, delta: torch.Tensor) -> str | None:
@@ -96,24 +103,21 @@ def residual_norm_modulate(
     batch, tokens, dim = x.shape
     rows = batch * tokens
     config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)
-    residual_norm_modulate_kernel[(triton.cdiv(rows, config.rows),)](
-        x,
-        delta,
-        gate,
-        shift,
-        scale,
-        x_out,
-        y,
-        rows,
-        tokens,
-        eps,
-        GATE_STRIDE=modulation_stride(gate),
-        SHIFT_STRIDE=modulation_stride(shift),
-        SCALE_STRIDE=modulation_stride(scale),
-        DIM=dim,
-        CHUNK=config.chunk,
-        ROWS=config.rows,
-        EVICT=config.evict,
-        MODIFIER=config.modifier,
-        num_warps=config.num_warps,
+    launch(
+        residual_norm_modulate_kernel,
+        (-(-rows // config.rows),),
+        (x, delta, gate, shift, scale, x_out, y),
+        (rows, tokens),
+        (eps,),
+        {
+            "GATE_STRIDE": modulation_stride(gate),
+            "SHIFT_STRIDE": modulation_stride(shift),
+            "SCALE_STRIDE": modulation_stride(scale),
+            "DIM": dim,
+            "CHUNK": config.chunk,
+            "ROWS": config.rows,
+            "EVICT": config.evict,
+            "MODIFIER": config.modifier,
+        },
+        config.num_warps,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-
 import triton
 import triton.language as tl
+
+from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._rows import (
     RowConfig,
     as_words,
@@ -13,6 +14,7 @@ from lingbot_kernels.triton._rows import (
     load_row,
     pack,
     rms_scale,
+    short_row_config,
     store_chunk,
     unpack,
     why_not_words,
@@ -58,7 +60,7 @@ def rms_norm_kernel(
 
 def launch_config(dim: int, element_size: int, tokens: int) -> RowConfig:
     """Configuration for `tokens` rows (of the whole batch) of `dim` values of `element_size` bytes."""
-    return word_config(dim, element_size)
+    return short_row_config(word_config(dim, element_size), dim // 2)
 
 
 def why_not(x: torch.Tensor) -> str | None:
@@ -72,18 +74,19 @@ def rms_norm(
     """Fill y [B, S, D], contiguous; x [B, S, D] with any even strides, weight [D], one dtype."""
     batch, tokens, dim = x.shape
     config = config or launch_config(dim, x.element_size(), batch * tokens)
-    rms_norm_kernel[(triton.cdiv(tokens, config.rows), batch)](
-        x,
-        weight,
-        y,
-        tokens,
-        eps,
-        x.stride(0) if batch > 1 else 0,
-        X_STRIDE=x.stride(1),
-        WORDS=dim // 2,
-        CHUNK=config.chunk,
-        ROWS=config.rows,
-        EVICT=config.evict,
-        MODIFIER=config.modifier,
-        num_warps=config.num_warps,
+    launch(
+        rms_norm_kernel,
+        (-(-tokens // config.rows), batch),
+        (x, weight, y),
+        (tokens,),
+        (eps, x.stride(0) if batch > 1 else 0),
+        {
+            "X_STRIDE": x.stride(1),
+            "WORDS": dim // 2,
+            "CHUNK": config.chunk,
+            "ROWS": config.rows,
+            "EVICT": config.evict,
+            "MODIFIER": config.modifier,
+        },
+        config.num_warps,
     )

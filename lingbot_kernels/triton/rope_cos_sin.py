@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-
 import triton
 import triton.language as tl
+
 from lingbot_kernels.reference.rope_cos_sin import rope_frequencies
+from lingbot_kernels.triton._launch import launch
 
 
 @triton.jit
@@ -90,9 +91,9 @@ class RopeCosSinConfig:
 
 
 def launch_config(head_dim: int) -> RopeCosSinConfig:
-    """Small tiles, four angles a thread: float64 series in larger ones spill."""
+    """Tiles of one angle a thread: many small programs hide the latency of float64 series."""
     pairs = triton.next_power_of_2(head_dim // 2)
-    return RopeCosSinConfig(num_warps=4, tokens=max(1, 4 * 128 // pairs), pairs=pairs)
+    return RopeCosSinConfig(num_warps=4, tokens=max(1, 128 // pairs), pairs=pairs)
 
 
 @lru_cache(maxsize=32)
@@ -120,18 +121,18 @@ def rope_cos_sin(
     num_tokens, head_dim = out.shape
     config = config or launch_config(head_dim)
     spatial = head_dim // 6
-    rope_cos_sin_kernel[(triton.cdiv(num_tokens, config.tokens),)](
-        out,
-        frequencies(head_dim, theta, out.device),
-        num_tokens,
-        token_start // frame_stride,
-        token_start % frame_stride,
-        frame_stride,
-        width,
-        TEMPORAL=head_dim // 2 - 2 * spatial,
-        SPATIAL=spatial,
-        PAIRS=head_dim // 2,
-        BLOCK_PAIRS=config.pairs,
-        BLOCK_TOKENS=config.tokens,
-        num_warps=config.num_warps,
+    launch(
+        rope_cos_sin_kernel,
+        (-(-num_tokens // config.tokens),),
+        (out, frequencies(head_dim, theta, out.device)),
+        (num_tokens, token_start // frame_stride, token_start % frame_stride, frame_stride, width),
+        (),
+        {
+            "TEMPORAL": head_dim // 2 - 2 * spatial,
+            "SPATIAL": spatial,
+            "PAIRS": head_dim // 2,
+            "BLOCK_PAIRS": config.pairs,
+            "BLOCK_TOKENS": config.tokens,
+        },
+        config.num_warps,
     )

@@ -54,6 +54,7 @@ def test_rows_move_16_bytes_at_a_time(compiled: dict[str, dict[str, Any]]) -> No
             assert found.pop("LDG.E") == 1  # the cursor itself
         if case == "rope_cos_sin":
             assert found.pop("LDG.E.64") == 1  # frequencies
+            assert found.pop("STG.E") == 2  # an angle a thread: a warp's cosines, and its sines, are 128 bytes together
         if found:
             narrow[case] = found
         assert any(opcode.startswith("STG") for opcode in row["accesses"])

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from lingbot_kernels.triton import _rows, rope_cos_sin
+from lingbot_kernels.triton import (
+    _rows,
+    gated_residual,
+    gated_residual_camera_norm,
+    layer_norm_modulate,
+    qk_norm_rope_kv_write,
+    qk_norm_rope_pack,
+    residual_norm_modulate,
+    rms_norm,
+    rope_cos_sin,
+)
+
+BF16, WIDE = (2, 2), (4, 2)  # element sizes of a pass: 16-bit, or with a float32 residual stream
 
 
 @pytest.mark.parametrize("dim", [5120, 3072, 1536, 8192, 4096, 2560, 1280])
@@ -23,6 +37,36 @@ def test_tuned_configurations() -> None:
     assert _rows.word_config(1536, 2) == _rows.RowConfig(num_warps=2, chunk=256)
     assert _rows.word_config(5120, 4) == _rows.RowConfig(num_warps=8, chunk=512)
     assert _rows.value_config(5120, (4, 2)) == _rows.RowConfig(num_warps=8, chunk=1024)
+
+
+def test_long_rows_of_q_k_v_have_programs_of_their_own() -> None:
+    split = _rows.RowConfig(num_warps=4, chunk=512, split=True, streaming=False)
+    assert qk_norm_rope_kv_write.launch_config(5120, 2, 4524) == split
+    assert qk_norm_rope_pack.launch_config(5120, 2, 1131) == split
+    assert qk_norm_rope_kv_write.launch_config(5120, 2, 4524, full=False) == _rows.word_config(5120, 2)
+    assert qk_norm_rope_kv_write.launch_config(1536, 2, 4524) == _rows.word_config(1536, 2)
+
+
+def test_passes_take_more_warps_where_rows_are_few_or_short() -> None:
+    few, many = _rows.FEW_ROWS, _rows.FEW_ROWS + 1
+    wide_row = _rows.RowConfig(num_warps=8, chunk=2048)
+    assert layer_norm_modulate.launch_config(5120, BF16, few) == wide_row
+    assert layer_norm_modulate.launch_config(5120, BF16, many) == _rows.value_config(5120, BF16)
+    assert residual_norm_modulate.launch_config(5120, BF16, few) == wide_row
+    assert residual_norm_modulate.launch_config(5120, BF16, many) == _rows.RowConfig(4, 1024, streaming=False)
+    assert gated_residual_camera_norm.launch_config(5120, BF16, many) == wide_row
+    short_row = _rows.RowConfig(num_warps=4, chunk=1024)
+    for rows in (few, many):
+        assert layer_norm_modulate.launch_config(1536, BF16, rows) == short_row
+        assert residual_norm_modulate.launch_config(1536, BF16, rows) == short_row
+        assert rms_norm.launch_config(1536, 2, rows) == _rows.RowConfig(num_warps=4, chunk=512)
+        assert rms_norm.launch_config(5120, 2, rows) == _rows.word_config(5120, 2)
+
+
+@pytest.mark.parametrize("op", [layer_norm_modulate, residual_norm_modulate, gated_residual])
+@pytest.mark.parametrize("rows", [1, 1131, 4524])
+def test_float32_streams_are_cached_as_usual(op: Any, rows: int) -> None:
+    assert op.launch_config(5120, WIDE, rows) == _rows.value_config(5120, WIDE, streaming=False)
 
 
 def test_every_width_is_covered_by_powers_of_two_within_the_register_budget() -> None:
@@ -60,4 +104,4 @@ def test_reduced_position_keeps_every_slot(chunk_start: int, sink: int, capacity
 def test_rope_tiles_stay_small(head_dim: int) -> None:
     config = rope_cos_sin.launch_config(head_dim)
     assert head_dim // 2 <= config.pairs < head_dim
-    assert config.tokens * config.pairs <= 4 * 32 * config.num_warps
+    assert config.tokens * config.pairs <= max(32 * config.num_warps, config.pairs)

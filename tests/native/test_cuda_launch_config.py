@@ -1,0 +1,127 @@
+"""Launch configurations of the CUDA kernels and the ring's arithmetic: host code, compiled and run without a GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+WARP = 32
+PROGRAM = r"""
+#include <cstdio>
+#include <initializer_list>
+#include "launch_config.h"
+#include "ring.h"
+using namespace lingbot::cuda;
+
+void row(const char* of, const RowConfig& c, long long rows, int period, int steps = 0) {
+  std::printf("{\"of\": \"%s\", \"dim\": %d, \"width\": %d, \"threads\": %d, \"vectors\": %d, \"rows\": %lld, "
+              "\"period\": %d, \"steps\": %d}\n", of, c.dim, c.width, c.threads, c.vectors, rows, period, steps);
+}
+
+int main() {
+  for (int dim = 8; dim <= 16384; dim += 8) {
+    for (int width : {1, 4, 8}) {
+      for (int rows : {1, 1131, 2262, 4524}) {
+        row("residual", residual_row_config(dim, width), rows, 1);
+        row("rms_norm", rms_norm_config(dim, width, rows, 132), rows, 1);
+        const LayerNormConfig c = layer_norm_config(dim, width, rows, 132);
+        row("layer_norm", c.row, rows, 1, c.steps);
+      }
+      for (int head_dim : {64, 128, 256}) {
+        if (dim % head_dim != 0 || width == 1) continue;
+        row("norm_rope", norm_rope_config(dim, head_dim, width), 0, head_dim / width);
+      }
+      const ColumnConfig c = column_config(dim, width);
+      std::printf("{\"of\": \"columns\", \"dim\": %d, \"width\": %d, \"threads\": %d, \"rows\": %d}\n", dim, c.width,
+                  c.threads, c.rows);
+    }
+    const UnpackConfig u = unpack_config(dim / 8);
+    std::printf("{\"of\": \"unpack\", \"words\": %d, \"threads\": %d, \"rows\": %d, \"tokens\": %d}\n", dim / 8,
+                u.threads, u.rows, u.tokens);
+  }
+  for (int sink : {0, 3}) {
+    for (long long start = 0; start < 40; ++start) {
+      const lingbot::Ring ring = {start, nullptr, sink, 11};
+      const DeviceRing d = device_ring(ring);
+      for (long long t = 0; t < 8; ++t) {
+        const long long p = start + t, slot = p < sink ? p : sink + (p - sink) % (11 - sink);
+        if (ring_slot(d.start + static_cast<uint32_t>(t), d.sink, d.period) != slot) return 1;
+      }
+    }
+  }
+  return 0;
+}
+"""
+
+
+@pytest.fixture
+def isa() -> None:
+    """These configurations have no instruction set."""
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What every configuration function gives for widths up to 16384; the ring's slots are checked on the way."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("launch_config")
+    (folder / "main.cpp").write_text(PROGRAM)
+    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "main.cpp", "-o", "main"]
+    subprocess.run(command, cwd=folder, check=True)
+    output = subprocess.run([folder / "main"], capture_output=True, text=True)
+    assert output.returncode == 0, "a ring slot is wrong"
+    return [json.loads(line) for line in output.stdout.splitlines()]
+
+
+def of(configs: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    found = [c for c in configs if c["of"] in names]
+    assert found
+    return found
+
+
+def test_rows_are_covered_by_whole_warps(configs: list[dict[str, Any]]) -> None:
+    for c in of(configs, "residual", "rms_norm", "layer_norm", "norm_rope"):
+        assert c["threads"] % WARP == 0 and WARP <= c["threads"] <= 1024
+        if c["width"] == 1:
+            continue  # element by element, any width
+        assert c["threads"] * c["vectors"] * c["width"] >= c["dim"]
+        assert c["vectors"] in (1, 2, 4) or (c["of"], c["threads"], c["vectors"]) == ("rms_norm", 128, 5)
+        if c["vectors"] > 1:
+            assert c["threads"] % c["period"] == 0  # a thread meets one set of angles
+
+
+def test_tuned_widths(configs: list[dict[str, Any]]) -> None:
+    shapes = {(c["of"], c["dim"], c["width"], c["rows"]): c for c in of(configs, "residual", "rms_norm", "layer_norm")}
+
+    def shape(name: str, dim: int, width: int, rows: int) -> tuple[int, int, int]:
+        c = shapes[name, dim, width, rows]
+        return c["threads"], c["vectors"], c["steps"]
+
+    for rows in (1131, 2262, 4524):
+        assert shape("residual", 5120, 8, rows) == (320, 2, 0)
+        assert shape("residual", 5120, 4, rows) == (320, 4, 0)
+        assert shape("residual", 1536, 8, rows) == (96, 2, 0)
+    assert shape("rms_norm", 5120, 8, 1131) == (128, 5, 0)
+    assert shape("rms_norm", 5120, 8, 2262) == shape("rms_norm", 5120, 8, 4524) == (160, 4, 0)
+    assert shape("layer_norm", 5120, 8, 1131)[:2] == shape("layer_norm", 5120, 8, 2262)[:2] == (320, 2)
+    assert shape("layer_norm", 5120, 8, 1131)[2] > 0
+    assert shape("layer_norm", 5120, 8, 4524) == (160, 4, 0)
+    assert shape("layer_norm", 5120, 4, 1131) == (320, 4, 0)
+
+
+def test_columns_and_copies_are_covered(configs: list[dict[str, Any]]) -> None:
+    for c in of(configs, "columns"):
+        assert c["threads"] % WARP == 0 and c["threads"] <= 256 and c["rows"] >= 1
+    for c in of(configs, "unpack"):
+        assert c["threads"] % WARP == 0 and c["threads"] * c["rows"] <= 512
+        assert c["tokens"] in (1, 2)
+    whole = {c["words"]: c["threads"] for c in of(configs, "unpack")}
+    assert whole[640] % 160 == 0 and 640 % whole[640] == 0
+    assert 384 % whole[384] == 0 and 192 % whole[192] == 0
