@@ -89,20 +89,16 @@ class ModelBench:
         session = Session(self, model)
         first, steady = session.fill(), []
         self._remember("full window")
-        replay_floor = self.floor(session, library_attention(session.library))
-        replay_own = self.floor(session, lambda q, k, v: _attend(q, k, v, session.library, False))
+        replay_floor = self.floor(session)
         floor: list[float] = []
-        own_floor: list[float] = []
         for _ in range(self.plan.chunks):  # in turns, so that clocks and temperature are the same for both
             steady.append(session.chunk())
-            floor += [timed(replay_floor) for _ in range(3)]
-            own_floor += [timed(replay_own) for _ in range(3)]
+            floor += [timed(replay_floor) for _ in range(5)]
         self._remember("peak")
         ceiling = statistics.median(floor)
         note = self._note(session)
         steps = [ms for times in steady for ms in times.denoise]
         self.report_times("bare_floor", "library", floor, ceiling, gate=GREEN, note=session.library)
-        self.report_times("bare_floor", "library, our tiles", own_floor, ceiling, gate=GREEN, note=session.library)
         self.report_times("denoise_step", "lingbot_kernels", steps, ceiling, **gated, note=note)
         self.report_times("context_update", "lingbot_kernels", [t.context for t in steady], ceiling, **gated, note=note)
         self.report_times("chunk", "lingbot_kernels", [t.total for t in steady], ceiling, **gated, note=note)
@@ -132,35 +128,34 @@ class ModelBench:
         error, plain_error = (float((a.double() - truth).norm() / truth.norm()) for a in (got, plain))
         return (GREEN if error <= 1.25 * plain_error else RED), error, plain_error
 
-    def floor(self, session: Session, attend: Callable[[Tensor, Tensor, Tensor], Any]) -> Callable[[], None]:
+    def floor(self, session: Session) -> Callable[[], None]:
         """A graph of every layer's products and attention on its own weights and K/V, with random activations."""
         assert session.state.kv_cache is not None and session.state.crossattn_cache is not None
         rings, texts = session.state.kv_cache.layers, session.state.crossattn_cache.layers
-        return self.floor_graph(session.model, rings, texts, attend, self.tokens, self.config.num_heads)
+        return self.floor_graph(session, rings, texts, self.tokens, self.config.num_heads)
 
     def floor_graph(
         self,
-        model: CausalLingBotTransformer,
+        session: Session,
         rings: Sequence[tuple[Tensor, Tensor]],
         texts: Sequence[tuple[Tensor, Tensor]],
-        attend: Callable[[Tensor, Tensor, Tensor], Any],
         own_tokens: int,
         own_heads: int,
     ) -> Callable[[], None]:
         """The floor's graph for a rank with `own_tokens` of the chunk outside self-attention, `own_heads` inside."""
-        cfg = self.config
+        cfg, library = self.config, session.library
         factory: dict[str, Any] = {"device": self.device, "dtype": torch.bfloat16}
         x, hidden = torch.randn(own_tokens, cfg.dim, **factory), torch.randn(own_tokens, cfg.ffn_dim, **factory)
         q = torch.randn(1, self.tokens, own_heads, cfg.head_dim, **factory)
         q_text = torch.randn(1, own_tokens, cfg.num_heads, cfg.head_dim, **factory)
 
         def run() -> None:
-            for block, ring, text in zip(model.blocks, rings, texts, strict=True):
+            for block, ring, text in zip(session.model.blocks, rings, texts, strict=True):
                 torch.mm(x, block.self_attn.qkv.weight.t())
-                attend(q, *ring)
+                _attend(q, *ring, library, False)
                 torch.mm(x, block.self_attn.o.weight.t())
                 torch.mm(x, block.cross_attn.q.weight.t())
-                attend(q_text, *text)
+                _attend(q_text, *text, library, False)
                 torch.mm(x, block.cross_attn.o.weight.t())
                 torch.mm(x, block.ffn[0].weight.t())  # type: ignore[operator]
                 torch.mm(hidden, block.ffn[2].weight.t())  # type: ignore[operator]
@@ -336,15 +331,6 @@ def _small_rollout(model: CausalLingBotTransformer) -> Tensor:
     stage = CausalDenoisingStage(model, STEPS)
     chunks = stage.rollout(RealtimeCausalDiTState(), 7, text=text, camera=camera, generator=generator)
     return torch.cat([chunk.double() for chunk in chunks], dim=2)
-
-
-def library_attention(library: str) -> Callable[[Tensor, Tensor, Tensor], Any]:
-    """The library's attention as its own users call it."""
-    if library != "fa4":
-        return lambda q, k, v: _attend(q, k, v, library, False)
-    from flash_attn.cute import flash_attn_func
-
-    return flash_attn_func
 
 
 def timed(call: Callable[[], Any]) -> float:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lingbot_kernels.benchmarks.model import ModelBench, Session, free, library_attention, timed
+from lingbot_kernels.benchmarks.model import ModelBench, Session, free, timed
 from lingbot_kernels.benchmarks.rows import GREEN, RED
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 
@@ -70,10 +70,9 @@ class ShardedModelBench(ModelBench):
         state = session.state
         assert state.kv_cache is not None and state.crossattn_cache is not None
         shard = session.model.shard_group.shard(self.tokens)
-        attend = library_attention(session.library)
         own_heads = state.kv_cache.layout.heads
         return self.floor_graph(
-            session.model, state.kv_cache.layers, state.crossattn_cache.layers, attend, shard.num_tokens, own_heads
+            session, state.kv_cache.layers, state.crossattn_cache.layers, shard.num_tokens, own_heads
         )
 
     def _exchange_ms(self, session: Session) -> float:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,26 +19,13 @@ LIBRARIES = ("fa4", "cudnn", "sdpa", "reference")
 
 
 @functools.cache
-def _flash_attention_4() -> Callable[..., Any] | str:
-    """flash-attn-4's forward (q, k, v, tile_mn=, return_lse=) -> (out, lse, ...), or the reason why it isn't there.
-
-    Its public function takes no tile, so the forward beneath it is used where that has the parameter.
-    """
+def _flash_attention_4() -> Callable[..., tuple[Tensor, Tensor]] | str:
+    """flash-attn-4's forward, or the reason why it isn't there."""
     try:
-        from flash_attn.cute import flash_attn_func, interface
+        from flash_attn.cute import flash_attn_func
     except ImportError as error:
         return f"flash-attn-4 is not importable ({error}); install lingbot-kernels[fa4]"
-    forward = getattr(interface, "_flash_attn_fwd", None)
-    if forward is not None and "tile_mn" in inspect.signature(forward).parameters:
-        return forward
-    return lambda q, k, v, tile_mn, return_lse: flash_attn_func(q, k, v, return_lse=return_lse)
-
-
-def flash_attention_4_tile(head_dim: int, num_keys: int, capability: tuple[int, int]) -> tuple[int, int] | None:
-    """(query, key) tile of flash-attn-4 for these shapes, measured on an H100 (CONTRIBUTING.md); None for its own."""
-    if capability[0] != 9 or head_dim != 128:
-        return None
-    return (128, 144) if num_keys <= 1024 else (128, 160)
+    return flash_attn_func
 
 
 def why_not(library: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -109,8 +94,7 @@ def visible_segments(
 def _attend(q: Tensor, k: Tensor, v: Tensor, library: str, with_lse: bool) -> tuple[Tensor, Tensor | None]:
     """(out [B, S, heads, head_dim], log-sum-exp [B, heads, S] or None) of q, k, v [B, tokens, heads, head_dim]."""
     if library == "fa4":
-        tile = flash_attention_4_tile(q.shape[3], k.shape[1], torch.cuda.get_device_capability(q.device))
-        out, lse = _flash_attention_4()(q, k, v, tile_mn=tile, return_lse=with_lse)[:2]  # type: ignore[operator]
+        out, lse = _flash_attention_4()(q, k, v, return_lse=with_lse)[:2]  # type: ignore[operator]
         return out, lse
     queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
     if library == "cudnn":
