@@ -153,17 +153,15 @@ def norm_rope_write(
     """
     keys, values = token_major(k_cache, layout), token_major(v_cache, layout)
     heads, head_dim = keys.shape[2:]
-    queries, k, v = (None if x is None else _flat(x, heads, head_dim) for x in (q, k, v))
-    assert k is not None and v is not None
+    queries = None if q is None else _flat(q, heads, head_dim)
+    k, v = _flat(k, heads, head_dim), _flat(v, heads, head_dim)
     if (q is None) != (q_weight is None):
         raise ValueError("q, q_weight: got one of them, must be both or neither")
     if _fusable(keys) and _fusable(values):
         out = _write(queries, k, v, q_weight, k_weight, table, keys, values, position.ring, eps, backend)
     else:
         batch, num_tokens = k.shape[:2]
-        _check.ring(
-            batch, num_tokens, keys, position.ring.chunk_start, position.ring.cursor, position.ring.sink
-        )
+        _check.ring(batch, num_tokens, keys, position.ring.chunk_start, position.ring.cursor, position.ring.sink)
         if keys.shape != values.shape or values.dtype != v.dtype or keys.dtype != k.dtype:
             raise ValueError(
                 f"k_cache, v_cache: got {_check.describe(k_cache)} and {_check.describe(v_cache)}, "

@@ -1,0 +1,444 @@
+"""`accelerate(transformer)`: diffusers' Wan transformer on this library's ops, in place; `restore` undoes it.
+
+Weights, state dict, configuration and call stay diffusers' own. With a `kv_cache` window the same module also denoises
+a video chunk by chunk, as a causal rollout over a ring of keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lingbot_kernels import ops
+from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, KVCache
+from lingbot_kernels.realtime.runtime_cache import Store, TensorIdentity
+
+try:
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+    from diffusers.models.transformers import transformer_wan as wan
+except ImportError as error:
+    raise ImportError(
+        f"diffusers with its Wan transformer is not importable ({error}); install lingbot-kernels[diffusers]"
+    ) from error
+
+from lingbot_kernels.integrations._wan_support import THETA, check_supported
+
+_TEXT_TOKENS = 512  # of image-to-video's joint context, whose image tokens come first
+
+
+@dataclass(frozen=True)
+class KVWindow:
+    """The window of a causal rollout, in latent frames: `window_frames` seen in all, the first `sink_frames` of the
+    video always among them.
+    """
+
+    window_frames: int = 18
+    sink_frames: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sink_frames < self.window_frames:
+            raise ValueError(
+                f"sink_frames: got {self.sink_frames}, must be from 0 to window_frames - 1 = {self.window_frames - 1}"
+            )
+
+
+class _Chunk(NamedTuple):
+    """What self-attention of one layer is given in a causal forward, in the place of diffusers' `rotary_emb`."""
+
+    cos_sin: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    cursor: Tensor
+    sink: int
+    num_visible: int
+    write_only: bool
+
+    @property
+    def ring(self) -> ops.RingPosition:
+        return ops.RingPosition(0, self.sink, self.cursor)
+
+
+def accelerate(transformer: nn.Module, kv_cache: KVWindow | None = None) -> None:
+    """Make a `WanTransformer3DModel` run on this library's ops, in place. For inference: the ops have no gradients.
+
+    Self-attention: full-width RMSNorm and RoPE of Q and K in one pass, the attention library that
+    `ops.windowed_attention` takes (or the backend that diffusers' `set_attention_backend` names). Blocks: layer norm,
+    modulation, gates and residuals fused into one pass each; GELU in the epilogue of its product. The RoPE table is
+    made once for a video size, exact for any frame index. Timesteps per token (Wan 2.2 TI2V 5B) keep diffusers' own
+    passes between the products, since their modulation is a tensor of the activations' size; attention is fused all
+    the same.
+
+    Args:
+        transformer: of class `WanTransformer3DModel`, with diffusers' own attention processors.
+        kv_cache: a window makes causal forwards possible:
+            `transformer(latents, timestep, text, state=state, start_frame=n)` sees latents [B, C, F, H, W] as frames
+            n .. n + F - 1 of the video whose keys and values `state`, a `RealtimeCausalDiTState`, holds;
+            `update_cache_only=True` writes the chunk's clean K and V and returns None. A call without `state` is an
+            ordinary one.
+
+    Raises:
+        TypeError: another model class, or processors that are not diffusers' `WanAttnProcessor`; named.
+        ValueError: accelerated already; hooks or patches on modules whose weights the ops read themselves; another
+            RoPE, norm or layout than Wan's. Nothing is changed then.
+    """
+    if is_accelerated(transformer):
+        raise ValueError("transformer: is accelerated already; restore(transformer) first")
+    check_supported(transformer)
+    transformer.__class__ = AcceleratedWanTransformer3DModel
+    accelerated: Any = transformer
+    accelerated.lingbot_kv_window = kv_cache
+    accelerated.lingbot_owner = object()
+    accelerated.rope.__class__ = AcceleratedWanRotaryPosEmbed
+    accelerated.rope.lingbot_tables = Store(4)
+    for block in accelerated.blocks:
+        block.__class__ = AcceleratedWanTransformerBlock
+        block.lingbot_processors = (block.attn1.processor, block.attn2.processor)
+        for attention in (block.attn1, block.attn2):
+            processor = FusedWanAttnProcessor()
+            processor._attention_backend = attention.processor._attention_backend
+            attention.set_processor(processor)
+
+
+def restore(transformer: nn.Module) -> None:
+    """Undo `accelerate`: the module computes what it did before, bit for bit.
+
+    Raises:
+        ValueError: the transformer is not accelerated.
+    """
+    if not isinstance(transformer, AcceleratedWanTransformer3DModel):
+        raise ValueError(f"transformer: got {type(transformer).__name__}, which is not accelerated")
+    accelerated: Any = transformer
+    for block in accelerated.blocks:
+        for attention, processor in zip((block.attn1, block.attn2), block.lingbot_processors, strict=True):
+            processor._attention_backend = getattr(attention.processor, "_attention_backend", None)
+            attention.set_processor(processor)
+        del block.lingbot_processors
+        block.__class__ = wan.WanTransformerBlock
+    del accelerated.rope.lingbot_tables, accelerated.lingbot_kv_window, accelerated.lingbot_owner
+    accelerated.rope.__class__ = wan.WanRotaryPosEmbed
+    transformer.__class__ = wan.WanTransformer3DModel
+
+
+def is_accelerated(transformer: nn.Module) -> bool:
+    """Whether `accelerate` has changed this module, and `restore` has not."""
+    return isinstance(transformer, AcceleratedWanTransformer3DModel)
+
+
+class FusedWanAttnProcessor:
+    """Wan's self- and cross-attention on the fused ops: what `accelerate` sets in place of `WanAttnProcessor`."""
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __call__(
+        self,
+        attn: wan.WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | tuple[Tensor, ...] | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Tensor | _Chunk | None = None,
+    ) -> Tensor | None:
+        """hidden_states [B, S, D] -> [B, S, D].
+
+        Args:
+            encoder_hidden_states: None for self-attention; context [B, L, D], or K and V made of it by `project`.
+            rotary_emb: for self-attention the table, float32 [S, head_dim], or a chunk's place in its K/V ring.
+        """
+        if attention_mask is not None:
+            raise ValueError(f"attention_mask: got {list(attention_mask.shape)}, must be None")
+        if self._parallel_config is not None:
+            raise ValueError("context parallelism: not served by accelerate; restore(transformer) first")
+        if encoder_hidden_states is None:
+            attended = self._self_attention(attn, hidden_states, rotary_emb)
+            if attended is None:
+                return None
+        else:
+            context = encoder_hidden_states
+            pairs = self.project(attn, context) if isinstance(context, Tensor) else context
+            q = ops.rms_norm(attn.to_q(hidden_states), attn.norm_q.weight, attn.norm_q.eps)
+            attended = self._attend(q, pairs[0], pairs[1])
+            if len(pairs) > 2:
+                attended = attended + self._attend(q, pairs[2], pairs[3])
+        return attn.to_out[1](attn.to_out[0](attended))
+
+    def project(self, attn: wan.WanAttention, context: Tensor) -> tuple[Tensor, ...]:
+        """K and V of the text, then of the image where the model has image projections: [B, L, heads, head_dim]."""
+        image = None
+        if attn.add_k_proj is not None:
+            split = context.shape[1] - _TEXT_TOKENS
+            image, context = context[:, :split], context[:, split:]
+        if attn.fused_projections:
+            k, v = attn.to_kv(context).chunk(2, dim=-1)
+        else:
+            k, v = attn.to_k(context), attn.to_v(context)
+        pairs = [ops.rms_norm(k, attn.norm_k.weight, attn.norm_k.eps), v]
+        if image is not None:
+            if attn.fused_projections:
+                k, v = attn.to_added_kv(image).chunk(2, dim=-1)
+            else:
+                k, v = attn.add_k_proj(image), attn.add_v_proj(image)
+            pairs += [ops.rms_norm(k, attn.norm_added_k.weight, attn.norm_added_k.eps), v]
+        return tuple(x.unflatten(-1, (attn.heads, -1)) for x in pairs)
+
+    def _self_attention(self, attn: wan.WanAttention, x: Tensor, place: Tensor | _Chunk | None) -> Tensor | None:
+        weights, eps = (attn.norm_q.weight, attn.norm_k.weight), attn.norm_k.eps
+        if isinstance(place, _Chunk):
+            caches = (place.k_cache, place.v_cache)
+            if place.write_only:
+                k, v = attn.to_qkv(x).chunk(3, dim=-1)[1:] if attn.fused_projections else (attn.to_k(x), attn.to_v(x))
+                ops.k_norm_rope_kv_write(k, v, weights[1], place.cos_sin, *caches, place.ring, eps)
+                return None
+            q, k, v = _project_qkv(attn, x)
+            q = ops.qk_norm_rope_kv_write(q, k, v, *weights, place.cos_sin, *caches, place.ring, eps)
+            return self._attend(q, *caches, place.num_visible)
+        if place is None:
+            raise ValueError("rotary_emb: got None, must be the table of the accelerated rope module")
+        q, k, v = _project_qkv(attn, x)
+        keys = k.new_empty(*k.shape[:2], attn.heads, k.shape[2] // attn.heads)
+        if attn.fused_projections:  # V lies between Q and K in memory, which the op must not write
+            values = torch.empty_like(keys)
+            q = ops.qk_norm_rope_kv_write(q, k, v, *weights, place, keys, values, ops.RingPosition(), eps)
+        else:
+            values = v.unflatten(-1, (attn.heads, -1))
+            q = ops.qk_norm_rope_kv_write(q, k, None, *weights, place, keys, values, ops.RingPosition(), eps)
+        return self._attend(q, keys, values)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, num_visible: int | None = None) -> Tensor:
+        """Attention of q [B, S, D] to the first `num_visible` (all, where None) of k, v [B, L, heads, head_dim]."""
+        num_visible = k.shape[1] if num_visible is None else num_visible
+        if self._attention_backend is None:
+            return ops.windowed_attention(q, k, v, num_visible)
+        queries, keys, values = q.unflatten(-1, k.shape[2:]), k[:, :num_visible], v[:, :num_visible]
+        out = dispatch_attention_fn(queries, keys, values, backend=self._attention_backend)
+        return out.flatten(2, 3).type_as(q)
+
+
+class AcceleratedWanRotaryPosEmbed(wan.WanRotaryPosEmbed):
+    """RoPE as one float32 table cos‖sin [S, head_dim], kept for the latest video sizes."""
+
+    lingbot_tables: Store
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states: latents [B, C, F, H, W]."""
+        frames, height, width = (
+            size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True)
+        )
+        return self.table(frames * height * width, 0, (height, width), hidden_states.device)
+
+    def table(self, num_tokens: int, token_start: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """The rows of `num_tokens` tokens from `token_start` of a video with `grid` (rows, columns) tokens a frame."""
+        key = (num_tokens, token_start, grid[0] * grid[1], grid[1], self.attention_head_dim, THETA, device)
+        if torch.compiler.is_compiling():
+            return ops.rope_cos_sin(*key)
+        return self.lingbot_tables.get_or_compute(key, lambda: ops.rope_cos_sin(*key))
+
+
+class AcceleratedWanTransformerBlock(wan.WanTransformerBlock):
+    """Wan's block with one fused pass between two matrix products."""
+
+    lingbot_processors: tuple[Any, Any]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | tuple[Tensor, ...],
+        temb: Tensor,
+        rotary_emb: Tensor | _Chunk,
+    ) -> Tensor | None:
+        """hidden_states [B, S, D] -> [B, S, D]; None after a chunk's write-only pass.
+
+        Args:
+            encoder_hidden_states: context [B, L, D], or its K and V for this block.
+            temb: [B, 6, D]; [B, S, 6, D] with timesteps per token.
+            rotary_emb: see `FusedWanAttnProcessor`.
+        """
+        x = hidden_states
+        for attention in (self.attn1, self.attn2):
+            if type(attention.processor) is not FusedWanAttnProcessor:
+                raise TypeError(
+                    f"processor: got {type(attention.processor).__name__}, which was set after accelerate; must be "
+                    "FusedWanAttnProcessor (restore the transformer to use another)"
+                )
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                "accelerate: the ops have no gradients; call the transformer under torch.no_grad() or "
+                "torch.inference_mode(), or restore(transformer) to train it"
+            )
+        if temb.ndim == 4:
+            return super().forward(x, encoder_hidden_states, temb, rotary_emb)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        modulation = (self.scale_shift_table + temb.float()).to(wide)
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation.unbind(1)
+
+        y = ops.layer_norm_modulate(x, shift_sa, scale_sa, self.norm1.eps)
+        attended = self.attn1(y, None, None, rotary_emb)
+        if attended is None:
+            return None
+        if isinstance(self.norm2, nn.Identity):
+            x = y = ops.gated_residual(x, attended, gate_sa)
+        else:
+            # The affine norm as a modulated one: its parameters may be float32 where activations are not.
+            shift, scale = self.norm2.bias.to(wide), self.norm2.weight.to(wide) - 1
+            x, y = ops.residual_norm_modulate(x, attended, shift, scale, self.norm2.eps, gate_sa)
+        attended = self.attn2(y, encoder_hidden_states, None, None)
+        x, y = ops.residual_norm_modulate(x, attended, shift_ff, scale_ff, self.norm3.eps)
+        return ops.gated_residual(x, self._feed_forward(y), gate_ff)
+
+    def _feed_forward(self, y: Tensor) -> Tensor:
+        first, *rest = self.ffn.net
+        up = first.proj
+        # A LoRA layer, a quantised one or one with hooks is called as it is.
+        plain = type(up) is nn.Linear and "forward" not in up.__dict__ and "forward" not in first.__dict__
+        y = ops.linear_gelu(y, up.weight, up.bias) if plain else first(y)
+        for layer in rest:
+            y = layer(y)
+        return y
+
+
+class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
+    """Wan's transformer, which also takes a session's `state` where it was given a K/V window."""
+
+    lingbot_kv_window: KVWindow | None
+    lingbot_owner: object
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        state: RealtimeCausalDiTState | None = None,
+        start_frame: int | None = None,
+        update_cache_only: bool = False,
+    ) -> Any:
+        """diffusers' own call; with `state`, a causal forward of one chunk.
+
+        Args:
+            state: the session; see `accelerate`.
+            start_frame: absolute latent frame of the chunk's first one: the session's next frame, or the current
+                chunk's again, whose K and V are then replaced.
+            update_cache_only: write K and V and return None; the last block ends with its write.
+
+        Raises:
+            ValueError, TypeError: naming the argument; the session is then as it was.
+        """
+        if state is None:
+            if start_frame is not None or update_cache_only:
+                raise ValueError(
+                    "state: got None, must be a RealtimeCausalDiTState with start_frame, update_cache_only"
+                )
+            return super().forward(
+                hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, return_dict,
+                attention_kwargs=attention_kwargs,
+            )  # fmt: skip
+        if attention_kwargs:
+            raise ValueError(f"attention_kwargs: got {sorted(attention_kwargs)}, must be None in a causal forward")
+        out = self._causal_forward(
+            hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, state, start_frame,
+            update_cache_only,
+        )  # fmt: skip
+        if out is None:
+            return None
+        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+    def _causal_forward(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None, state: RealtimeCausalDiTState,
+        start_frame: int | None, update_cache_only: bool,
+    ) -> Tensor | None:  # fmt: skip
+        self._check_chunk(latents, timestep, start_frame)
+        assert start_frame is not None
+        batch, _, frames, height, width = latents.shape
+        patch = self.config.patch_size
+        grid = (height // patch[1], width // patch[2])
+        x = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+        tokens = grid[0] * grid[1]
+        # The table of a session's chunk is shared by its forwards: the rope module keeps the latest few.
+        cos_sin = self.rope.table(frames * tokens, start_frame * tokens, grid, latents.device)
+        temb, modulation, context, image_context = self.condition_embedder(timestep, text, image)
+        modulation = modulation.unflatten(1, (6, -1))
+        if image_context is not None:
+            context = torch.cat([image_context, context], dim=1)
+        text_kv = self._text_kv(state, text, image, context)
+        kv, (cursor, sink, num_visible) = self._enter_chunk(state, latents, grid, start_frame, frames)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            k_cache, v_cache = kv.layers[i]
+            place = _Chunk(cos_sin, k_cache, v_cache, cursor, sink, num_visible, update_cache_only and i == last)
+            x = block(x, text_kv[i], modulation, place)
+        if x is None:
+            return None
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).to(wide).unbind(1)
+        y = self.proj_out(ops.layer_norm_modulate(x, shift, scale, self.norm_out.eps))
+        y = y.view(batch, frames, *grid, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return y.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def _check_chunk(self, latents: Tensor, timestep: Tensor, start_frame: int | None) -> None:
+        if self.lingbot_kv_window is None:
+            raise ValueError("state: got one, but accelerate was not given a kv_cache window")
+        if not isinstance(start_frame, int) or isinstance(start_frame, bool) or start_frame < 0:
+            raise ValueError(f"start_frame: got {start_frame!r}, must be an int of 0 or more")
+        if timestep.ndim != 1:
+            raise ValueError(f"timestep: got shape {list(timestep.shape)}, must be [B] in a causal forward")
+        patch, channels = self.config.patch_size, self.config.in_channels
+        if patch[0] != 1:
+            raise ValueError(f"patch_size: got {patch}, must be 1 in its first place: the window counts latent frames")
+        if latents.ndim != 5 or latents.shape[1] != channels or any(
+            size < 1 or size % p for size, p in zip(latents.shape[2:], patch, strict=True)
+        ):  # fmt: skip
+            raise ValueError(
+                f"hidden_states: got {list(latents.shape)}, must be [B, {channels}, F, H, W] with H, W multiples of "
+                f"{patch[1]}, {patch[2]}"
+            )
+
+    @torch.compiler.disable
+    def _enter_chunk(
+        self, state: RealtimeCausalDiTState, latents: Tensor, grid: tuple[int, int], start_frame: int, frames: int
+    ) -> tuple[KVCache, tuple[Tensor, int, int]]:
+        """The session's cache and the chunk's (cursor, sink, visible slots) in it, once its place is taken."""
+        window, cfg = self.lingbot_kv_window, self.config
+        assert window is not None
+        layout = CacheLayout(
+            cfg.num_layers, latents.shape[0], cfg.num_attention_heads, cfg.attention_head_dim, grid,
+            window.window_frames, window.sink_frames, latents.dtype, latents.device,
+        )  # fmt: skip
+        with torch.inference_mode(False):
+            plan = state.plan_chunk(self.lingbot_owner, layout, start_frame, frames)
+            kv = state.kv_cache
+            assert kv is not None
+            kv.ring.commit(plan)
+            place = kv.device_position(plan)
+        assert place.ring.cursor is not None
+        return kv, (place.ring.cursor, place.ring.sink, place.num_visible)
+
+    @torch.compiler.disable
+    def _text_kv(
+        self, state: RealtimeCausalDiTState, text: Tensor, image: Tensor | None, context: Tensor
+    ) -> list[tuple[Tensor, ...]]:
+        """Every block's K and V of the context; made once a prompt."""
+
+        def compute() -> CrossAttentionCache:
+            return CrossAttentionCache([b.attn2.processor.project(b.attn2, context) for b in self.blocks])
+
+        key = (TensorIdentity(text), None if image is None else TensorIdentity(image))
+        return state.runtime_cache["text"].get_or_compute(key, compute).layers
+
+
+# diffusers tells modules apart by the names of their classes (compile_repeated_blocks, _no_split_modules, config.json).
+for _accelerated in (AcceleratedWanTransformer3DModel, AcceleratedWanTransformerBlock, AcceleratedWanRotaryPosEmbed):
+    _accelerated.__name__ = _accelerated.__base__.__name__
+
+
+def _project_qkv(attn: wan.WanAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if attn.fused_projections:
+        q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
+        return q, k, v
+    return attn.to_q(x), attn.to_k(x), attn.to_v(x)
