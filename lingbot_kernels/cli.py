@@ -12,6 +12,7 @@ from lingbot_kernels.commands._click import LazyGroup
 COMMANDS = {
     "rollout": ("lingbot_kernels.commands.rollout", "Denoise chunk after chunk along a camera path, with timings."),
     "doctor": ("lingbot_kernels.commands.doctor", "What this machine has, which backend serves each op, and why."),
+    "profile": ("lingbot_kernels.commands.profile", "Where the time of a steady chunk, or of one op, goes."),
     "cases": ("lingbot_kernels.commands.cases", "List the CI cases of a diffusion test suite."),
 }
 BENCHES = {
