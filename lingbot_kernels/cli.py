@@ -18,6 +18,7 @@ COMMANDS = {
 BENCHES = {
     "kernels": ("lingbot_kernels.commands.bench_kernels", "Every op and backend against a copy of the same bytes."),
     "model": ("lingbot_kernels.commands.bench_model", "A full-window rollout against its bare products and attention."),
+    "diffusers": ("lingbot_kernels.commands.bench_diffusers", "diffusers' Wan transformer, plain and accelerated."),
     "caching": ("lingbot_kernels.commands.bench_caching", "What each cache of a session is worth."),
 }
 

@@ -1,0 +1,195 @@
+"""Runs the diffusers bench: `WanTransformer3DModel` as it is, eager and compiled, against the same module accelerated.
+
+Random weights of Wan-14B's shape, in bfloat16. The gate comes first: two blocks of this width on a small grid, both
+formulations against float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lingbot_kernels.benchmarks.gate import ERROR_FACTOR
+from lingbot_kernels.benchmarks.rows import GREEN, RED, Row
+from lingbot_kernels.commands.measure import percentiles
+from lingbot_kernels.config import LingBotConfig
+from lingbot_kernels.integrations.diffusers import KVWindow, accelerate, restore, wan
+from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+
+_SAMPLES_PER_VARIANT = 3
+
+
+@dataclass(frozen=True)
+class WanPlan:
+    """What to measure.
+
+    Attributes:
+        preset: shape of the network.
+        layers: blocks to really run.
+        frames, latent_size: of the latents: one chunk of a rollout, or a whole video.
+        rounds: how often each variant is timed, in turns.
+        compiled: also through torch.compile.
+        window_frames, sink_frames: of the causal rollout, measured where a chunk of `frames` fits; 0 leaves it out.
+    """
+
+    preset: str = "lingbot-world-14b"
+    layers: int = 8
+    frames: int = 3
+    latent_size: tuple[int, int] = (58, 104)
+    rounds: int = 7
+    compiled: bool = True
+    window_frames: int = 18
+    sink_frames: int = 3
+
+
+class WanBench:
+    """One run of a plan on a device; `report` is given each row as soon as it is there."""
+
+    def __init__(self, plan: WanPlan, device: torch.device, report: Callable[[Row], None]) -> None:
+        self.plan, self.device, self.report = plan, device, report
+        self.config = LingBotConfig.preset(plan.preset)
+        _, ph, pw = self.config.patch_size
+        self.tokens = plan.frames * (plan.latent_size[0] // ph) * (plan.latent_size[1] // pw)
+        self.case = f"wan-{plan.preset.removeprefix('lingbot-world-')}-{plan.layers}layers-s{self.tokens}"
+
+    def make(self, layers: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+        cfg = self.config
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            model = wan.WanTransformer3DModel(
+                patch_size=cfg.patch_size, num_attention_heads=cfg.num_heads, attention_head_dim=cfg.head_dim,
+                in_channels=cfg.in_channels, out_channels=cfg.out_channels, text_dim=cfg.text_dim,
+                freq_dim=cfg.freq_dim, ffn_dim=cfg.ffn_dim, num_layers=layers,
+            )  # fmt: skip
+        kept = set(model._keep_in_fp32_modules)  # as from_pretrained leaves them in a model of another dtype
+        for name, weight in model.named_parameters():
+            if kept.isdisjoint(name.split(".")):
+                weight.data = weight.data.to(dtype)
+        return model.eval()
+
+    def inputs(self, frames: int, size: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+        cfg = self.config
+        where: dict[str, Any] = {"device": self.device, "dtype": dtype}
+        return {
+            "hidden_states": torch.randn(1, cfg.in_channels, frames, *size, **where),
+            "timestep": torch.tensor([937], device=self.device),
+            "encoder_hidden_states": torch.randn(1, cfg.text_len, cfg.text_dim, **where),
+        }
+
+    @torch.no_grad()
+    def run(self) -> bool:
+        """Measure; whether the gate was green."""
+        gate, error, plain_error = self.gate()
+        gated: dict[str, Any] = {"gate": gate, "error": error, "plain_error": plain_error}
+        if gate != GREEN:
+            self.report(self._row("lingbot_kernels", [], note="the gate failed: no times", **gated))
+            return False
+        plain = self.make(self.plan.layers)
+        fast = copy.copy(plain)  # one set of weights: only the modules that accelerate changes are copied
+        fast.__dict__ = {**plain.__dict__, "_modules": dict(plain._modules)}
+        fast.rope = copy.deepcopy(plain.rope)
+        fast.blocks = torch.nn.ModuleList(_shallow_block(block) for block in plain.blocks)
+        accelerate(fast, KVWindow(self.plan.window_frames, self.plan.sink_frames) if self.plan.window_frames else None)
+        values = self.inputs(self.plan.frames, self.plan.latent_size)
+        calls: dict[str, Callable[[], Any]] = {
+            "diffusers": lambda: plain(**values, return_dict=False),
+            "lingbot_kernels": lambda: fast(**values, return_dict=False),
+        }
+        if self.plan.compiled:
+            compiled = {"diffusers": torch.compile(plain), "lingbot_kernels": torch.compile(fast)}
+            calls["diffusers compiled"] = lambda: compiled["diffusers"](**values, return_dict=False)
+            calls["lingbot_kernels compiled"] = lambda: compiled["lingbot_kernels"](**values, return_dict=False)
+        if self.plan.window_frames:
+            calls["lingbot_kernels causal"] = self._causal(fast, values)
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for call in calls.values():
+            for _ in range(3):
+                call()
+        for _ in range(self.plan.rounds):  # in turns, so that clocks and temperature are the same for all
+            for name, call in calls.items():
+                times[name] += [self._timed(call) for _ in range(_SAMPLES_PER_VARIANT)]
+        ceiling = statistics.median(times["diffusers"])
+        for name, taken in times.items():
+            note = f"causal: sees {self.plan.window_frames} frames" if name.endswith("causal") else ""
+            self.report(self._row(name, taken, ceiling, note=note, **gated))
+        return True
+
+    def gate(self) -> tuple[str, float, float]:
+        """Errors of two blocks in bfloat16, accelerated and plain, against float64 on the same weights."""
+        half = self.make(2)
+        values = self.inputs(2, (16, 16))
+        exact = copy.deepcopy(half).double()
+        truth = exact(**{k: v.double() if v.is_floating_point() else v for k, v in values.items()}, return_dict=False)[
+            0
+        ]
+        plain = half(**values, return_dict=False)[0]
+        accelerate(half)
+        got = half(**values, return_dict=False)[0]
+        restore(half)
+        error, plain_error = (float((x.double() - truth).norm() / truth.norm()) for x in (got, plain))
+        del exact, half
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return (GREEN if error <= ERROR_FACTOR * plain_error else RED), error, plain_error
+
+    def _causal(self, fast: Any, values: dict[str, Tensor]) -> Callable[[], Any]:
+        """A denoise step of a session whose window is full."""
+        state, frames = RealtimeCausalDiTState(), self.plan.frames
+        chunks = -(-self.plan.window_frames // frames) + 1
+        for chunk in range(chunks):
+            fast(**values, return_dict=False, state=state, start_frame=chunk * frames)
+        start = (chunks - 1) * frames
+        return lambda: fast(**values, return_dict=False, state=state, start_frame=start)
+
+    def _timed(self, call: Callable[[], Any]) -> float:
+        """Milliseconds of one call."""
+        if self.device.type != "cuda":
+            import time
+
+            begin = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - begin)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        first.record()
+        call()
+        last.record()
+        torch.cuda.synchronize(self.device)
+        return first.elapsed_time(last)
+
+    def _row(self, backend: str, times_ms: list[float], ceiling_ms: float = 0.0, *, note: str, **gated: Any) -> Row:
+        spread: dict[str, Any] = {}
+        if times_ms:
+            p = {name: 1e3 * value for name, value in percentiles(times_ms).items()}
+            spread = {f"{name}_us": value for name, value in p.items()}
+            spread |= {"ceiling_us": 1e3 * ceiling_ms, "ratio": p["p50"] / (1e3 * ceiling_ms)}
+        return Row(
+            bench="diffusers", case=self.case, op="wan_forward", backend=backend, peer=backend.startswith("diffusers"),
+            shape=(1, self.tokens, self.config.dim), dtype="bfloat16", tokens=self.tokens, dim=self.config.dim, bytes=0,
+            ceiling="plain diffusers, eager", method="events" if self.device.type == "cuda" else "clock", calls=1,
+            samples=len(times_ms), note=note, **gated, **spread,
+        )  # fmt: skip
+
+
+def _shallow_block(block: Any) -> Any:
+    """A block with attention modules of its own (they hold the processors) over the same parameters."""
+
+    def shallow(module: Any) -> Any:
+        twin = copy.copy(module)
+        twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
+        return twin
+
+    twin = shallow(block)
+    for name in ("attn1", "attn2"):
+        attention = shallow(getattr(block, name))
+        attention.processor = copy.copy(attention.processor)
+        twin._modules[name] = attention
+    return twin
