@@ -17,7 +17,7 @@ TORCH_SPEC ?= torch==2.13.0
 TRITON_SPEC ?= triton>=3.4,<3.7
 endif
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint docs install clean
 
 demo: $(STAMP)
 	$(BIN)/python -m lingbot_kernels.demo
@@ -30,6 +30,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Warnings are errors; the pages land in build/docs.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 install: $(STAMP)
 
@@ -46,6 +50,6 @@ $(STAMP): $(VENV)/.torch $(BUILD_INPUTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info lingbot_kernels/_C.*.so rollout.json rollout.png
+	rm -rf $(VENV) build dist *.egg-info docs/_generated lingbot_kernels/_C.*.so rollout.json rollout.png
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

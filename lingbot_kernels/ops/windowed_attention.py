@@ -170,7 +170,7 @@ def windowed_attention(
         num_visible: slots in use, from the front; capacity once the ring is full.
         ring, recent: where `recent` is given, only the sink and the `recent` latest tokens are seen, the chunk's own
             included: up to three slot ranges, attended apart and merged by log-sum-exp. `ring` then says where the
-                chunk is.
+            chunk is.
         backend: "fa4" (flash-attn-4), "cudnn", "sdpa", "reference" or "auto", which takes the first that can serve.
 
     Raises:

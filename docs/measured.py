@@ -1,0 +1,62 @@
+"""Tables of the rows in bench/results, as a page: what was measured is shown, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+_HEADER = "# Measured\n\nThe latest row of each measurement in `bench/results`, and the pictures drawn from them."
+_COLUMNS = ("case", "op", "backend", "p20", "p50", "p80", "ceiling", "p50 / ceiling", "TB/s", "gate", "commit")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The latest row of each bench, GPU, case, op and backend, in the order of the files."""
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            latest[tuple(row.get(key) for key in ("bench", "gpu", "case", "op", "backend", "peer"))] = row
+    return list(latest.values())
+
+
+def _time(microseconds: float | None) -> str:
+    if microseconds is None:
+        return "-"
+    return f"{microseconds / 1e3:.2f} ms" if microseconds >= 10_000 else f"{microseconds:.1f} us"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    ratio, rate = row.get("ratio"), row.get("tbps")
+    return [
+        row["case"], row["op"], row["backend"], *(_time(row.get(f"{p}_us")) for p in ("p20", "p50", "p80")),
+        _time(row.get("ceiling_us")), "-" if ratio is None else f"{ratio:.3f}", "-" if rate is None else f"{rate:.2f}",
+        row["gate"], str(row.get("commit", "-")),
+    ]  # fmt: skip
+
+
+def page(folder: Path, target: Path) -> str:
+    """The page's Markdown; pictures are named relative to `target`'s folder."""
+    parts, groups = [_HEADER], defaultdict(list)
+    for row in read(folder):
+        groups[row["bench"], row["gpu"], row.get("torch"), row.get("driver")].append(row)
+    for (bench, gpu, torch, driver), rows in groups.items():
+        parts.append(f"## {bench}: {gpu}\n\ntorch {torch}" + (f", driver {driver}" if driver else ""))
+        lines = [_COLUMNS, ("---",) * len(_COLUMNS), *(_cells(row) for row in rows)]
+        parts.append("\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines))
+    for picture in sorted(folder.glob("*.png")):
+        parts.append(f"![{picture.stem}]({Path(os.path.relpath(picture, target.parent)).as_posix()})")
+    if len(parts) == 1:
+        parts.append("There is no row yet.")
+    return "\n\n".join(parts) + "\n"
+
+
+def write(folder: Path, target: Path) -> None:
+    """Write measured.md into the folder `target`, where it differs."""
+    target.mkdir(exist_ok=True)
+    path = target / "measured.md"
+    text = page(folder, path)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
