@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.activations import GELU
 from diffusers.models.transformers import transformer_wan as wan
 from torch import nn
 
 THETA = 10000.0
+
+
+def register_block(block_class: type[nn.Module]) -> None:
+    """Tell diffusers' block caches (`enable_cache`) that this class has the arguments and results of Wan's block."""
+    if block_class not in TransformerBlockRegistry._registry:
+        TransformerBlockRegistry.register(block_class, copy.copy(TransformerBlockRegistry.get(wan.WanTransformerBlock)))
 
 
 def check_supported(transformer: nn.Module) -> None:

@@ -26,7 +26,7 @@ except ImportError as error:
         f"diffusers with its Wan transformer is not importable ({error}); install lingbot-kernels[diffusers]"
     ) from error
 
-from lingbot_kernels.integrations._wan_support import THETA, check_supported
+from lingbot_kernels.integrations._wan_support import THETA, check_supported, register_block
 
 _TEXT_TOKENS = 512  # of image-to-video's joint context, whose image tokens come first
 
@@ -89,6 +89,7 @@ def accelerate(transformer: nn.Module, kv_cache: KVWindow | None = None) -> None
     if is_accelerated(transformer):
         raise ValueError("transformer: is accelerated already; restore(transformer) first")
     check_supported(transformer)
+    register_block(AcceleratedWanTransformerBlock)
     transformer.__class__ = AcceleratedWanTransformer3DModel
     accelerated: Any = transformer
     accelerated.lingbot_kv_window = kv_cache

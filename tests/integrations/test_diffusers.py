@@ -185,6 +185,25 @@ def test_the_whole_model_compiles_without_a_graph_break():
     torch.compiler.reset()
 
 
+def test_block_caches_and_layerwise_casting_of_diffusers_work_as_before():
+    """Installed after accelerate, on whole blocks or on plain layers."""
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    outs = []
+    for accelerated in (False, True):
+        cached, cast = make(), make()
+        if accelerated:
+            accelerate(cached)
+            accelerate(cast)
+        cached.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+        with cached.cache_context("test"):
+            outs += [run(cached, inputs()), run(cached, inputs(seed=2))]
+        cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        assert cast.blocks[0].ffn.net[0].proj.weight.dtype == torch.float8_e4m3fn
+        outs.append(run(cast, inputs()))
+    assert all(error(ours, theirs) < 2e-6 for ours, theirs in zip(outs[3:], outs[:3], strict=True))
+
+
 def test_lora_and_hooks_on_the_mlp_are_called():
     """The product is fused with its GELU only where it is a plain layer."""
     model, values = make(num_layers=1), inputs()

@@ -243,15 +243,31 @@ def test_refusals_leave_the_session_as_it_was():
         other(**good)
 
 
-def test_compiled_blocks_roll_out_alike():
+def test_inference_mode_may_come_and_go_within_a_session():
+    model = make(num_layers=2)
+    accelerate(model, kv_cache=KVWindow(WINDOW, SINK))
+    plain, mixed = RealtimeCausalDiTState(), RealtimeCausalDiTState()
+    prompt = text()
+    for index, chunk in enumerate(chunks(5)):
+        want = causal(model, plain, chunk, prompt, index * FRAMES)
+        with torch.inference_mode(index % 2 == 0):
+            got = causal(model, mixed, chunk, prompt, index * FRAMES)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("part", ["blocks", "whole"])
+def test_a_compiled_transformer_rolls_out_alike(part):
+    """Blocks without a graph break; the whole with one, for the session's bookkeeping."""
     model = make(num_layers=2)
     accelerate(model, kv_cache=KVWindow(WINDOW, SINK))
     eager, compiled = [], []
     for out in (eager, compiled):
-        state = RealtimeCausalDiTState()
-        for index, chunk in enumerate(chunks(5)):
-            out += causal(model, state, chunk, text(), index * FRAMES)
-        if out is eager:
+        state, called = RealtimeCausalDiTState(), model
+        if out is compiled and part == "blocks":
             model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        elif out is compiled:
+            called = torch.compile(model, backend="aot_eager")
+        for index, chunk in enumerate(chunks(5)):
+            out += causal(called, state, chunk, text(), index * FRAMES)
     assert error(torch.cat(compiled), torch.cat(eager)) < 1e-6
     torch.compiler.reset()
