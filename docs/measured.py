@@ -53,10 +53,50 @@ def page(folder: Path, target: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+_PROLOGUE = ("qk_norm_rope_kv_write", "k_norm_rope_kv_write")
+_FORWARDS = ("bare_floor", "denoise_step", "context_update", "chunk")
+
+
+def _table(*lines: tuple[str, ...]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (lines[0], ("---",) * len(lines[0]), *lines[1:]))
+
+
+def headline(folder: Path) -> str:
+    """What the concept page shows: the prologue's ways in the largest case of a chunk, and the forwards of each
+    model, from green rows of ours and of peers.
+    """
+    green = [row for row in read(folder) if row["gate"] == "green" and row["p50_us"] is not None]
+    parts = []
+    prologue = [row for row in green if row["op"] in _PROLOGUE and row["case"] == "s4524-d5120"]
+    for gpu in dict.fromkeys(row["gpu"] for row in prologue):
+        rows = [
+            (row["op"], row["backend"], _time(row["p50_us"]), f"{row['ratio']:.2f}")
+            for row in prologue
+            if row["gpu"] == gpu
+        ]
+        parts += [
+            f"Norm, rotation and cache write of a chunk, 4524 tokens of 5120 channels, {gpu}, against a copy of the "
+            "same bytes:",
+            _table(("op", "way", "median", "x copy"), *rows),
+        ]
+    model = [row for row in green if row["bench"] == "model" and row["op"] in _FORWARDS]
+    for gpu in dict.fromkeys(row["gpu"] for row in model):
+        rows = [
+            (row["case"], row["op"].replace("_", " "), row["backend"], _time(row["p50_us"]))
+            for row in model
+            if row["gpu"] == gpu
+        ]
+        parts += [
+            f"Whole forwards, {gpu}; the bare floor is the same matrix products and attention and nothing else:",
+            _table(("case", "forward", "by", "median"), *rows),
+        ]
+    return "\n\n".join(parts or ["There is no row yet."]) + "\n"
+
+
 def write(folder: Path, target: Path) -> None:
-    """Write measured.md into the folder `target`, where it differs."""
+    """Write measured.md and headline.inc into the folder `target`, where they differ."""
     target.mkdir(exist_ok=True)
     path = target / "measured.md"
-    text = page(folder, path)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+    for file, text in ((path, page(folder, path)), (target / "headline.inc", headline(folder))):
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")

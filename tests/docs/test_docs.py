@@ -177,5 +177,21 @@ def test_measured_rows_become_a_table_of_the_latest(measured, tmp_path):
     assert "![a](../../results/a.png)" in page and "There is no row yet" not in page
 
 
+def test_the_concept_page_shows_green_rows_alone(measured, tmp_path):
+    row = dict(
+        bench="kernels", gpu="H", case="s4524-d5120", op="qk_norm_rope_kv_write", backend="cuda", gate="green",
+        p50_us=96.2, ratio=1.03,
+    )  # fmt: skip
+    step = row | {"bench": "model", "op": "denoise_step", "case": "14b", "backend": "ours", "p50_us": 330_230.0}
+    red = step | {"op": "chunk", "gate": "red", "p50_us": 1.0}
+    absent = row | {"backend": "peer", "gate": "not installed", "p50_us": None}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (row, step, red, absent)))
+    text = measured.headline(tmp_path)
+    assert "| qk_norm_rope_kv_write | cuda | 96.2 us | 1.03 |" in text
+    assert "| 14b | denoise step | ours | 330.23 ms |" in text
+    assert "peer" not in text and "chunk |" not in text
+
+
 def test_without_rows_the_page_says_so(measured, tmp_path):
+    assert "There is no row yet." in measured.headline(tmp_path)
     assert "There is no row yet." in measured.page(tmp_path, tmp_path / "x" / "measured.md")
