@@ -111,7 +111,7 @@ class Collector:
 
     def config(self) -> ParsedConfig:
         """The cases as they are now."""
-        out = ParsedConfig()
+        out = ParsedConfig(suites={suite: [] for suite in self.list_to_suite.values()})
         main = self.evaluator.main
         if main is None:
             return out

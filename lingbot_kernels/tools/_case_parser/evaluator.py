@@ -69,9 +69,7 @@ class Evaluator(Lib):
         sys.setrecursionlimit(max(limit, RECURSION_LIMIT))
         place: ast.AST = body[0] if body else ast.Pass()
         try:
-            for e in self.run_in(self.env, body):
-                if e.kind == "raise":
-                    self.report(self.site(e.value.node or place), f"may raise {e.value.describe()} while it is imported")
+            self.run_in(self.env, body)
         except PyRaise as e:
             node = e.node or place
             if self.main is not None:

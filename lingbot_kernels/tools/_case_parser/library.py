@@ -17,6 +17,7 @@ from .operators import NotPlainError, to_python
 from .statements import Statements
 from .values import (
     ABSENT,
+    LEFT,
     Choice,
     ClassV,
     DictV,
@@ -194,7 +195,7 @@ def _zip(ev: Lib, args: _Args, kwargs: _Kwargs, node: ast.AST) -> Value:
         columns = [ev.sequence(a, node) for a in args]
         for a in args:
             if isinstance(a, IterV):
-                ev.set_var(a.ns, "left", ev.unknown(node, "what zip() left in an iterator"))
+                ev.set_var(a.ns, LEFT, ev.unknown(node, "what zip() left in an iterator"))
         if not all(ev._exact(c) for c in columns):
             return [Opaque("zip() of sequences with conditional elements", ev.site(node))]
         if kwargs.get("strict") is True and len({len(c) for c in columns}) > 1:
@@ -257,9 +258,9 @@ def _iter(ev: Lib, args: _Args, kwargs: _Kwargs, node: ast.AST) -> Value:
 
 def _next(ev: Lib, args: _Args, kwargs: _Kwargs, node: ast.AST) -> Value:
     if isinstance(args[0], IterV):
-        left = args[0].ns.vars.get("left", ABSENT)
+        left = args[0].ns.vars.get(LEFT, ABSENT)
         if isinstance(left, Choice):
-            ev.set_var(args[0].ns, "left", ev.unknown(node, "what an iterator has left depends on a condition"))
+            ev.set_var(args[0].ns, LEFT, ev.unknown(node, "what an iterator has left depends on a condition"))
         return ev.take_next(args[0], args[1] if len(args) > 1 else ABSENT, node)
     return ev.unresolved_call(args[0], args[1:], kwargs, node, "next() of something that isn't resolved")
 
@@ -557,7 +558,7 @@ def _combine(fn: Callable[..., Any]) -> Callable[..., Value]:
 def _islice(ev: Lib, args: _Args, kwargs: _Kwargs, node: ast.AST) -> Value:
     items = ev.sequence(args[0], node)
     if isinstance(args[0], IterV):
-        ev.set_var(args[0].ns, "left", ev.unknown(node, "what islice() left in an iterator"))
+        ev.set_var(args[0].ns, LEFT, ev.unknown(node, "what islice() left in an iterator"))
     bounds = args[1:]
     if not ev._exact(items) or not all(b is None or isinstance(b, int) and b >= 0 for b in bounds):
         return TupleV([Opaque("islice() of conditional elements", ev.site(node))])

@@ -45,7 +45,7 @@ class Statements(Classes):
     def exec_block(self, body: list[ast.stmt]) -> list[Exit]:
         levels: list[tuple[int, list[Exit]]] = [(len(self.segments), [])]
         for stmt in body:
-            if not self._continue(levels, self.exec_stmt(stmt)):
+            if not self._continue(levels, self.attempt(lambda stmt=stmt: self.exec_stmt(stmt), levels)):  # type: ignore[misc]
                 break
         return self._finish(levels)
 
@@ -288,23 +288,23 @@ class Statements(Classes):
 
     def exec_While(self, stmt: ast.While) -> list[Exit]:
         levels: list[tuple[int, list[Exit]]] = [(len(self.segments), [])]
-        while True:
-            self.tick()
-            holds = self.truth(self.eval(stmt.test), stmt.test)
-            decided = self.decide(holds)
-            if decided is False:
-                break
+        ended = False
+
+        def body() -> list[Exit]:
+            self.truth(self.eval(stmt.test), stmt.test)
+            return self.exec_block(stmt.body)
+
+        def step() -> list[Exit]:
+            nonlocal ended
+            decided = self.decide(self.truth(self.eval(stmt.test), stmt.test))
+            ended = not decided
             if decided is None:
+                return self.unknown_loop(body, f"`while {self.text(stmt.test)}`", self.site(stmt.test))
+            return [e for e in self.exec_block(stmt.body) if e.kind != "continue"] if decided else []
 
-                def step() -> list[Exit]:
-                    self.truth(self.eval(stmt.test), stmt.test)
-                    return self.exec_block(stmt.body)
-
-                new = self.unknown_loop(step, f"`while {self.text(stmt.test)}`", self.site(stmt.test))
-                self._continue(levels, new)
-                break
-            new = [e for e in self.exec_block(stmt.body) if e.kind != "continue"]
-            if not self._continue(levels, new):
+        while not ended:
+            self.tick()
+            if not self._continue(levels, self.attempt(step, levels)):
                 break
         return self.after_loop(self._finish(levels), stmt.orelse)
 

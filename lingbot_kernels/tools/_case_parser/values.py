@@ -26,6 +26,8 @@ class _Absent:
 
 ABSENT = _Absent()
 
+LEFT = "<left>"  # not an identifier: apart from every name of the source
+
 
 @dataclass(frozen=True)
 class Site:
@@ -294,7 +296,7 @@ class EnumMember:
 
 @dataclass(eq=False)
 class IterV:
-    """An iterator. `ns.left` is ABSENT until `make` has run, then the list of elements not yet taken.
+    """An iterator. `LEFT` in `ns` is ABSENT until `make` has run, then the list of elements not yet taken.
 
     `reads`: the objects and names that `make` may look at, for loops that change them meanwhile.
     """
@@ -315,7 +317,8 @@ class PyRaise(Exception):
         self.value: Value = None
 
     def describe(self) -> str:
-        name = "an exception" if self.kind is None else getattr(self.kind, "name", None) or self.kind.__name__  # type: ignore[union-attr]
+        kind = self.kind
+        name = "an exception" if kind is None else kind.name if isinstance(kind, ClassV) else kind.__name__
         return f"{name}: {self.text}" if self.text else name
 
 
