@@ -107,6 +107,9 @@ class Calls(Methods):
         self.may_raise(node, self.text(node))
         func.atom = None
         if func.harmless:
+            callables = (FunctionV, Bound, Method, Partial, Wrapped, ClassV)
+            called = [v for v in (*args, *kwargs.values()) if isinstance(v, callables)]
+            self.escape(called, f"passed to `{self.text(node)}`", node)
             return self.unknown(node, f"the result of `{self.text(node)}`: {func.reason}", harmless=True, dotted=f"{func.dotted}()")
         if func.old:  # a method of an object whose class isn't known
             self.escape(func.old, f"a method of it, `{self.text(node)}`, isn't resolved", node)
@@ -188,8 +191,10 @@ class Calls(Methods):
 
     def run_body(self, func: FunctionV, env: Env, node: ast.AST) -> Value:
         if self.depth >= MAX_CALL_DEPTH:
+            self.tick(30)
             self.report(self.site(node), f"recursion deeper than {MAX_CALL_DEPTH} calls; not followed further")
             return self.unknown(node, f"recursion deeper than {MAX_CALL_DEPTH} calls")
+        self.tick(10)
         saved_env, saved_module, saved_line = self.env, self.module, self.line
         if self.module is self.main and self.env.kind in ("module", "class", "comprehension") and self.depth == 0:
             self.line = getattr(node, "lineno", self.line)
@@ -442,6 +447,8 @@ class Calls(Methods):
         if name in ("append", "extend", "insert"):
             return Native(name, self._adder(owner, name))
         dotted = f"{owner.dotted}.{name}" if owner.dotted else ""
+        if dotted == "sys.modules":
+            self.report(self.site(node), "sys.modules can reach any object")
         return Unknown(owner.reason, owner.site, harmless=owner.harmless, dotted=dotted)
 
     def _adder(self, owner: Unknown, name: str) -> Callable[..., Value]:

@@ -206,7 +206,7 @@ class Collector:
 
     def _case(self, name: str, case: Instance, cond: Cond, out: list[_Entry]) -> None:
         ev = self.evaluator
-        if case.taint is not None:
+        if case.taint is not None and not any(s == case.taint.site for s, _ in ev.reports.values()):
             ev.report(case.taint.site, f"a case of {name} may have another id: {case.taint.reason}")
         held = case.ns.vars.get(ev.id_param, ABSENT)
         for c, value in held.alts if isinstance(held, Choice) else [(ALWAYS, held)]:

@@ -145,7 +145,9 @@ class Evaluator(Lib):
                 nested = f"{stmt.module}.{alias.name}" if stmt.module else alias.name
                 found = self.find_file(nested, stmt.level)
                 value = self.import_module(nested, stmt.level, stmt) if found is not None else ABSENT
-                if value is ABSENT:
+                if value is ABSENT and stmt.level == 0 and getattr(source, "harmless", False):
+                    value = self.unknown_attribute(source, alias.name, stmt)
+                elif value is ABSENT:
                     value = self.unknown(stmt, self._import_text(stmt, alias.name), dotted=f"{stmt.module}.{alias.name}")
             self.bind(alias.asname or alias.name, value)
 

@@ -222,6 +222,7 @@ class Machine:
 
         The conditions exclude each other and cover the path. A result that is a list of `Exit` gets the condition.
         """
+        self.tick(5)
         outer = self.path
         undecided: list[tuple[Cond, Callable[[], Any]]] = []
         for cond, thunk in branches:

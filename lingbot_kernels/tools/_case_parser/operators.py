@@ -181,6 +181,8 @@ class Operators(Sequences):
             return self.unknown(node, "a type union", harmless=True)
         if kind is ast.Mod and isinstance(left, str) and not is_scalar(right) and not isinstance(right, Choice):
             right = self._percent_arguments(right)
+            if isinstance(right, TupleV) and self._exact(right.items) and not self._too_large(kind, left, right):
+                return self.map_pure(lambda template, *rest: template % rest, [left, *right.items], node)
         if self._too_large(kind, left, right):
             return self.unknown(node, "the result is too large")
         return self.map_pure(_BINARY.get(kind, self._refuse), [left, right], node)

@@ -319,7 +319,7 @@ class PyRaise(Exception):
     def describe(self) -> str:
         kind = self.kind
         name = "an exception" if kind is None else kind.name if isinstance(kind, ClassV) else kind.__name__
-        return f"{name}: {self.text}" if self.text else name
+        return self.text if self.text.startswith(name) else f"{name}: {self.text}" if self.text else name
 
 
 @dataclass
