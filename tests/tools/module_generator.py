@@ -72,11 +72,17 @@ class Generator:
         if s.names:
             forms.append(lambda: f"{self.pick(s.names)}[{self.rng.randrange(-1, 2)}]")
         if s.dicts:
-            forms += [lambda: f'{self.pick(s.dicts)}["{self.pick(["p", "q"])}"]', lambda: f'{self.pick(s.dicts)}.get("zz", "{self.fresh("g")}")']
+            forms += [
+                lambda: f'{self.pick(s.dicts)}["{self.pick(["p", "q"])}"]',
+                lambda: f'{self.pick(s.dicts)}.get("zz", "{self.fresh("g")}")',
+            ]
         if s.cases:
             forms.append(lambda: f'{self.pick(s.cases)}.id + "_{self.fresh("s")}"')
         if s.ints:
-            forms += [lambda: f'f"n{{{self.pick(s.ints)}:02d}}_{self.fresh("f")}"', lambda: f'"m%d_%s" % ({self.pick(s.ints)}, "{self.fresh("p")}")']
+            forms += [
+                lambda: f'f"n{{{self.pick(s.ints)}:02d}}_{self.fresh("f")}"',
+                lambda: f'"m%d_%s" % ({self.pick(s.ints)}, "{self.fresh("p")}")',
+            ]
         if depth < 2:
             forms += [
                 lambda: f"{self.string(s, depth + 1)} + {self.string(s, depth + 1)}",
@@ -85,7 +91,7 @@ class Generator:
                 lambda: f'"_".join([{self.string(s, depth + 1)}, "z"])',
                 lambda: f"{self.string(s, depth + 1)}.upper()",
                 lambda: f"({self.string(s, depth + 1)} if {self.cond(s)} else {self.string(s, depth + 1)})",
-                lambda: f"(lambda a, b=\"{self.fresh('d')}\": a + b)({self.string(s, depth + 1)})",
+                lambda: f'(lambda a, b="{self.fresh("d")}": a + b)({self.string(s, depth + 1)})',
             ]
         return self.rng.choice(forms)()
 
@@ -136,9 +142,9 @@ class Generator:
         if depth < 2:
             forms += [
                 lambda: f"({self.case(s, depth + 1)} if {self.cond(s)} else {self.case(s, depth + 1)})",
-                lambda: f"(lambda n: C(n + \"_{self.fresh('l')}\"))({self.string(s)})",
+                lambda: f'(lambda n: C(n + "_{self.fresh("l")}"))({self.string(s)})',
                 lambda: f"functools.partial(C, {self.string(s)})(gpus=3)",
-                lambda: f"C(**{{\"id\": {self.string(s)}, \"gpus\": 2}})",
+                lambda: f'C(**{{"id": {self.string(s)}, "gpus": 2}})',
             ]
         return self.rng.choice(forms)()
 
@@ -152,7 +158,7 @@ class Generator:
             lambda: f"[{', '.join(self.case(s) for _ in range(self.rng.randrange(4)))}]",
             lambda: f"[{self.case(s)}, {self.case(s)}]",
         ] * 2
-        forms.append(lambda: f"[C(f\"r{{i}}_{self.fresh('i')}\") for i in range({self.rng.randrange(4)})]")
+        forms.append(lambda: f'[C(f"r{{i}}_{self.fresh("i")}") for i in range({self.rng.randrange(4)})]')
         if s.names:
             tag = self.fresh("c")
             forms += [
@@ -181,15 +187,17 @@ class Generator:
                 lambda: f'list(filter(lambda c: not c.id.endswith("2"), {sub()}))',
                 lambda: f'list(map(lambda c: replace(c, id=c.id + "_{self.fresh("m")}"), {sub()}))',
                 lambda: f"[replace(c, gpus=2) for c in {sub()}]",
-                lambda: f"[replace(c, id=f\"{{c.id}}_{self.fresh('t')}\") for c in {sub()} if {self.cond(s)}]",
+                lambda: f'[replace(c, id=f"{{c.id}}_{self.fresh("t")}") for c in {sub()} if {self.cond(s)}]',
                 lambda: f"list(itertools.chain({sub()}, {sub()}))",
                 lambda: f"copy.deepcopy({sub()})",
                 lambda: f"({sub()} if {self.cond(s)} else {sub()})",
                 lambda: f"[c for c in {sub()} if {self.cond(s)}]",
                 lambda: f"sum([{sub()}, {sub()}], [])",
                 lambda: f"({sub()} or {sub()})",
-                lambda: f'[replace(c, id=c.id + n) for c, n in zip({sub()}, ("_{self.fresh("h")}", "_{self.fresh("h")}"))]',
-                lambda: f"[replace(c, id=f\"{{c.id}}_{{i}}_{self.fresh('e')}\") for i, c in enumerate({sub()})]",
+                lambda: (
+                    f'[replace(c, id=c.id + n) for c, n in zip({sub()}, ("_{self.fresh("h")}", "_{self.fresh("h")}"))]'
+                ),
+                lambda: f'[replace(c, id=f"{{c.id}}_{{i}}_{self.fresh("e")}") for i, c in enumerate({sub()})]',
             ]
             if s.maps:
                 forms += [lambda: f"{self.pick(s.maps)}({sub()})"] * 3
@@ -275,7 +283,10 @@ class Generator:
             expr, name = f"({self.string(s)}, {self.string(s)})", self.fresh("names_")
             s.names.append(name)
         elif kind == 2:
-            expr, name = f"len({self.pick(s.lists)})" if s.lists and self.chance(0.5) else str(self.rng.randrange(5)), self.fresh("int_")
+            expr, name = (
+                f"len({self.pick(s.lists)})" if s.lists and self.chance(0.5) else str(self.rng.randrange(5)),
+                self.fresh("int_"),
+            )
             s.ints.append(name)
         elif kind == 3:
             expr, name = self.cond(s), self.fresh("flag_")
@@ -304,7 +315,10 @@ class Generator:
         elif form == 2:
             lines = [f"{a} = {b} = {self.case(s)}"]
         else:
-            lines = [f"{self.pick(s.lists)}.append({a} := {self.case(s)})", f"({b}, text_{a}) = (copy.copy({a}), {self.string(s)})"]
+            lines = [
+                f"{self.pick(s.lists)}.append({a} := {self.case(s)})",
+                f"({b}, text_{a}) = (copy.copy({a}), {self.string(s)})",
+            ]
         s.cases += [a, b]
         return lines
 
@@ -378,13 +392,19 @@ class Generator:
             module = self.pick(["optional0", "optional1"])
             body, kind = [f"import {module}", *self.block(s.child(), depth + 1, 1, 2)], "ImportError"
         elif form == 1:
-            body, kind = ["fails()", *self.block(s.child(), depth + 1, 1, 2)], self.pick(["ValueError", "Exception", "(KeyError, ValueError)"])
+            body, kind = (
+                ["fails()", *self.block(s.child(), depth + 1, 1, 2)],
+                self.pick(["ValueError", "Exception", "(KeyError, ValueError)"]),
+            )
             if self.chance(0.5):
                 body = body[1:] + body[:1]
         elif form == 2:
             body, kind = [*self.block(s.child(), depth + 1, 1, 2), 'dict(a=1)["b"]'], "KeyError"
         else:
-            body, kind = [f"if {self.cond(s)}:", '    raise ValueError("no")', *self.block(s.child(), depth + 1, 1, 2)], "ValueError"
+            body, kind = (
+                [f"if {self.cond(s)}:", '    raise ValueError("no")', *self.block(s.child(), depth + 1, 1, 2)],
+                "ValueError",
+            )
         lines = ["try:", *self.indent(body), f"except {kind}:", *self.indent(self.body(s, depth))]
         if self.chance(0.3):
             lines += ["else:", *self.indent(self.block(s.child(), depth + 1, 1, 1))]
@@ -414,7 +434,7 @@ class Generator:
             s.names.append(f"[m.value for m in {name}]")
             return [f"class {name}(enum.Enum):", f'    A = "{self.fresh("a")}"', f'    B = "{self.fresh("b")}"']
         if form == 2:
-            s.one.append(f"{name}(\"{self.fresh('o')}\").make")
+            s.one.append(f'{name}("{self.fresh("o")}").make')
             return [
                 f"class {name}:",
                 "    def __init__(self, prefix):",
@@ -424,7 +444,12 @@ class Generator:
             ]
         if form == 3:
             s.one.append(f"{name}.make")
-            return [f"class {name}:", "    @staticmethod", "    def make(n, gpus=1):", f'        return C(n + "_{self.fresh("q")}", gpus)']
+            return [
+                f"class {name}:",
+                "    @staticmethod",
+                "    def make(n, gpus=1):",
+                f'        return C(n + "_{self.fresh("q")}", gpus)',
+            ]
         s.one.append(f"(lambda n: {name}(n).case())")
         return [
             "@dataclass",
@@ -456,7 +481,11 @@ class Generator:
         if form in (2, 3):
             inner.lists.append("out")
             s.many.append(name)
-            lines = [f"def {name}():", f"    out = {self.listing(inner)}", *self.indent(self.block(inner.child(), depth + 1, 1, 2))]
+            lines = [
+                f"def {name}():",
+                f"    out = {self.listing(inner)}",
+                *self.indent(self.block(inner.child(), depth + 1, 1, 2)),
+            ]
             if self.chance(0.3):
                 lines += [f"    if {self.cond(inner)}:", f"        return {self.listing(inner)}"]
             return [*lines, "    return out"]
@@ -475,7 +504,10 @@ class Generator:
             inner.lists.append("cases")
             kind = self.rng.randrange(3)
             if kind == 0:
-                return [f"def {name}(cases):", f'    return [replace(c, id=c.id + "_{self.fresh("x")}") for c in cases if {self.cond(inner)}]']
+                return [
+                    f"def {name}(cases):",
+                    f'    return [replace(c, id=c.id + "_{self.fresh("x")}") for c in cases if {self.cond(inner)}]',
+                ]
             if kind == 1:
                 inner.cases.append("c")
                 return [
@@ -497,7 +529,12 @@ class Generator:
             return [*lines, *self.indent(self.block(inner, depth + 1, 1, 2))]
         if form == 7:
             shadow = self.pick(list(LISTS))
-            lines = [f"def {name}():", f"    {shadow} = []", f"    {shadow}.append({self.case(s)})", f"    return {shadow}"]
+            lines = [
+                f"def {name}():",
+                f"    {shadow} = []",
+                f"    {shadow}.append({self.case(s)})",
+                f"    return {shadow}",
+            ]
             if self.chance(0.5):
                 s.many.append(name)
             return lines
@@ -535,7 +572,9 @@ def generate(rng: Random, *, unresolved: float = 0.0, statements: int | None = N
     s = Scope(lists=list(LISTS), flags=[], names=["NAMES"], dicts=["IDS"], ints=["N"])
     lines = ['NAMES = ["na", "nb"]', 'IDS = {"p": "ip", "q": "iq"}', "N = 2"]
     for name in LISTS:
-        lines.append(f"{name}{g.pick(['', ': list[C]'])} = [{', '.join(g.case(Scope()) for _ in range(rng.randrange(4)))}]")
+        lines.append(
+            f"{name}{g.pick(['', ': list[C]'])} = [{', '.join(g.case(Scope()) for _ in range(rng.randrange(4)))}]"
+        )
     for _ in range(statements if statements is not None else rng.randrange(2, 9)):
         lines += g.statement(s)
     return HEADER + "\n".join(lines) + "\n"

@@ -122,10 +122,14 @@ def test_bad_arguments(config: Path, args: list[str]) -> None:
 )
 def test_missing_files(config: Path, tmp_path: Path, args: list[str]) -> None:
     out = run(*(a.format(config=config, none=tmp_path / "none", folder=tmp_path) for a in args))
-    assert out.returncode == 66 and "none" in out.stderr or str(tmp_path) in out.stderr
+    assert (out.returncode == 66 and "none" in out.stderr) or str(tmp_path) in out.stderr
 
 
-@pytest.mark.parametrize("content", [b"ONE_GPU_CASES = [", b"\xff\xfe\x00", b"# coding: nope\n", b"x = 1\n" * 1_800_000], ids=["syntax", "bytes", "coding", "10MB"])
+@pytest.mark.parametrize(
+    "content",
+    [b"ONE_GPU_CASES = [", b"\xff\xfe\x00", b"# coding: nope\n", b"x = 1\n" * 1_800_000],
+    ids=["syntax", "bytes", "coding", "10MB"],
+)
 def test_unreadable_config(config: Path, content: bytes) -> None:
     config.write_bytes(content)
     out = run("list", config, "--json")
@@ -136,16 +140,28 @@ def test_unreadable_config(config: Path, content: bytes) -> None:
 
 def test_broken_baselines(config: Path, tmp_path: Path) -> None:
     baselines = tmp_path / "b.json"
-    for text in ("{", "[]", '{"scenarios": 3}', '{"scenarios": {"a": {"expected_e2e_ms": "x"}}}', '{"scenarios": {"a": {"expected_e2e_ms": -1}}}'):
+    for text in (
+        "{",
+        "[]",
+        '{"scenarios": 3}',
+        '{"scenarios": {"a": {"expected_e2e_ms": "x"}}}',
+        '{"scenarios": {"a": {"expected_e2e_ms": -1}}}',
+    ):
         baselines.write_text(text)
         assert run("list", config, "--baselines", baselines).returncode == 64
 
 
 def test_plan(tmp_path: Path) -> None:
     config, baselines, suite = tmp_path / "c.py", tmp_path / "b.json", tmp_path / "run_suite.py"
-    config.write_text(f"from x import DiffusionTestCase as C\nTWO_GPU_CASES = [C(f'c{{i}}') for i in range(40)]\n{CONFIG}")
-    baselines.write_text(json.dumps({"scenarios": {f"c{i}": {"estimated_full_test_time_s": 60 + 17 * i % 300} for i in range(40)}}))
-    suite.write_text('STANDALONE_FILES = {"2-gpu": ["s.py", "t.py"]}\nSTANDALONE_FILE_EST_TIMES = {"2-gpu": {"s.py": 600}}\n')
+    config.write_text(
+        f"from x import DiffusionTestCase as C\nTWO_GPU_CASES = [C(f'c{{i}}') for i in range(40)]\n{CONFIG}"
+    )
+    baselines.write_text(
+        json.dumps({"scenarios": {f"c{i}": {"estimated_full_test_time_s": 60 + 17 * i % 300} for i in range(40)}})
+    )
+    suite.write_text(
+        'STANDALONE_FILES = {"2-gpu": ["s.py", "t.py"]}\nSTANDALONE_FILE_EST_TIMES = {"2-gpu": {"s.py": 600}}\n'
+    )
     args = ("plan", config, "--suite", "2-gpu", "--baselines", baselines, "--run-suite", suite)
     output = tmp_path / "out"
     made = data(run(*args, "--github-output", output))
@@ -199,7 +215,9 @@ def test_verify_counts_no_other_suite_and_no_skipped_case(config: Path, tmp_path
     reports.mkdir()
     (reports / "r.json").write_text('{"suite": "2-gpu", "executed_cases": ["a", "b"]}')
     assert run("verify", config, "--reports", reports).returncode == 1
-    (reports / "r.xml").write_text('<testsuite><testcase name="t[a]"/><testcase name="t[b]"><skipped/></testcase></testsuite>')
+    (reports / "r.xml").write_text(
+        '<testsuite><testcase name="t[a]"/><testcase name="t[b]"><skipped/></testcase></testsuite>'
+    )
     out = run("verify", config, "--reports", reports)
     assert out.returncode == 1 and "1-gpu: b" in out.stderr
     (reports / "bad.json").write_text("{")
@@ -214,7 +232,9 @@ def test_verify_standalone_files(config: Path, tmp_path: Path) -> None:
     (reports / "r.json").write_text('{"suite": "1-gpu", "executed_cases": ["a", "b"]}')
     out = run("verify", config, "--reports", reports, "--run-suite", suite)
     assert out.returncode == 1 and "standalone:s.py" in out.stderr
-    (reports / "s.json").write_text('{"suite": "2-gpu", "is_standalone": true, "standalone_file": "s.py", "executed_cases": []}')
+    (reports / "s.json").write_text(
+        '{"suite": "2-gpu", "is_standalone": true, "standalone_file": "s.py", "executed_cases": []}'
+    )
     assert run("verify", config, "--reports", reports, "--run-suite", suite).returncode == 0
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import differential  # noqa: E402
-import module_generator  # noqa: E402
+import differential
+import module_generator
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -21,7 +21,9 @@ def test_generated_modules(part: int) -> None:
     totals = differential.run(modules=600, seed=1000 + part, unresolved=0.06)
     assert not totals.differences, "\n".join(f"{d}\n{text}" for _, d, text in totals.differences)
     assert totals.executed > 0.6 * totals.modules
-    assert totals.executed - totals.reported > 0.3 * totals.executed, "too few modules resolve: the comparison says little"
+    assert totals.executed - totals.reported > 0.3 * totals.executed, (
+        "too few modules resolve: the comparison says little"
+    )
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -34,7 +36,8 @@ def test_small_modules(rng: Random, unresolved: float, statements: int) -> None:
 
 def test_comparison_sees_a_lost_case() -> None:
     """The comparison itself: an answer that lacks a case, or has one too many, is a difference."""
-    text = 'from platform_stub import DiffusionTestCase as C, flag0\nONE_GPU_CASES = [C("a"), C("b")]\nTWO_GPU_CASES = []\n'
+    head = "from platform_stub import DiffusionTestCase as C, flag0\nTWO_GPU_CASES = []\n"
+    text = head + 'ONE_GPU_CASES = [C("a"), C("b")]\n'
     lost = differential.parse(text.replace(', C("b")', ""))
     assert "lost ['b']" in str(differential.compare(text, parsed=lost).difference)
     spurious = differential.parse(text.replace('C("b")', 'C("b"), C("c")'))

@@ -34,7 +34,9 @@ def ids(text: str, name: str = "ONE_GPU_CASES") -> list[str]:
 
 def test_visitor_without_imports_or_source() -> None:
     visitor = parser.DiffusionTestCaseVisitor()
-    visitor.visit(ast.parse('def make():\n    return DiffusionTestCase("a")\nONE_GPU_CASES = []\nONE_GPU_CASES.append(make())'))
+    visitor.visit(
+        ast.parse('def make():\n    return DiffusionTestCase("a")\nONE_GPU_CASES = []\nONE_GPU_CASES.append(make())')
+    )
     assert visitor.cases == {"ONE_GPU_CASES": ["a"]}
 
 
@@ -68,7 +70,9 @@ def test_resolve_case_config_path(tmp_path: Path) -> None:
     config.parent.mkdir(parents=True)
     config.write_text("")
     run_suite = config.parent / "run_suite.py"
-    run_suite.write_text("if 1:\n    from pkg.gpu_cases import ONE_GPU_CASES\nfrom pkg.gpu_cases import TWO_GPU_CASES\n")
+    run_suite.write_text(
+        "if 1:\n    from pkg.gpu_cases import ONE_GPU_CASES\nfrom pkg.gpu_cases import TWO_GPU_CASES\n"
+    )
     assert parser.resolve_case_config_path(tmp_path, run_suite) == config
     run_suite.write_text("from .gpu_cases import ONE_GPU_CASES, TWO_GPU_CASES\n")
     assert parser.resolve_case_config_path(tmp_path, run_suite).samefile(config)
@@ -84,7 +88,9 @@ def test_resolve_case_config_path(tmp_path: Path) -> None:
 
 
 def test_collect_diffusion_suites(tmp_path: Path) -> None:
-    (tmp_path / "cases.py").write_text(CASE + 'ONE_GPU_CASES = [C("full"), C("e2e"), C("neither"), C("none"), C("full")]\n')
+    (tmp_path / "cases.py").write_text(
+        CASE + 'ONE_GPU_CASES = [C("full"), C("e2e"), C("neither"), C("none"), C("full")]\n'
+    )
     (tmp_path / "run_suite.py").write_text(
         'from extra import MORE\nSTANDALONE_FILES = {"1-gpu": ["a.py", *MORE], "2-gpu": []}\n'
         'STANDALONE_FILE_EST_TIMES = {"1-gpu": {"a.py": 60}}\n'
@@ -96,7 +102,9 @@ def test_collect_diffusion_suites(tmp_path: Path) -> None:
         "neither": {},
     }
     (tmp_path / "baselines.json").write_text(json.dumps({"scenarios": scenarios}))
-    suites = parser.collect_diffusion_suites(tmp_path / "cases.py", tmp_path / "run_suite.py", tmp_path / "baselines.json")
+    suites = parser.collect_diffusion_suites(
+        tmp_path / "cases.py", tmp_path / "run_suite.py", tmp_path / "baselines.json"
+    )
     one = suites["1-gpu"]
     assert [(c.case_id, c.suite, c.est_time) for c in one.cases] == [
         ("full", "1-gpu", 42.5),
@@ -195,9 +203,13 @@ def test_stopping_early_is_reported_and_keeps_what_was_found() -> None:
 
 
 def test_five_thousand_cases_in_a_second(tmp_path: Path) -> None:
-    lines = [f'    DiffusionTestCase("case_{i}", ServerArgs(model_path=M, extras=["--n", "{i}"])),' for i in range(5000)]
+    lines = [
+        f'    DiffusionTestCase("case_{i}", ServerArgs(model_path=M, extras=["--n", "{i}"])),' for i in range(5000)
+    ]
     config = tmp_path / "cases.py"
-    config.write_text("from stubs import DiffusionTestCase, ServerArgs, M\nONE_GPU_CASES = [\n" + "\n".join(lines) + "\n]\n")
+    config.write_text(
+        "from stubs import DiffusionTestCase, ServerArgs, M\nONE_GPU_CASES = [\n" + "\n".join(lines) + "\n]\n"
+    )
     best = min(_seconds(config) for _ in range(3))
     assert best < 1.0, f"{best:.2f} s"
 
@@ -214,14 +226,23 @@ def test_importing_needs_no_package() -> None:
         "m = u.module_from_spec(s); s.loader.exec_module(m);"
         "print(sorted(n for n in sys.modules if n.split('.')[0] in ('torch', 'numpy', 'site', 'lingbot_kernels')))"
     )
-    out = subprocess.run([sys.executable, "-I", "-S", "-c", code, str(SCRIPT)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, str(SCRIPT)], capture_output=True, text=True, check=True
+    )
     assert out.stdout.strip() == "[]"
 
 
 def _broken_sources() -> list[bytes]:
     rng = random.Random(7)
     golden = [p.read_bytes() for p in sorted((Path(__file__).parent / "golden").glob("*.py"))]
-    out = [b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbfONE_GPU_CASES = []", b"# -*- coding: nonsense -*-\n", b"# coding: latin-1\nX = '\xe9'\n"]
+    out = [
+        b"",
+        b"\x00",
+        b"\xff\xfe",
+        b"\xef\xbb\xbfONE_GPU_CASES = []",
+        b"# -*- coding: nonsense -*-\n",
+        b"# coding: latin-1\nX = '\xe9'\n",
+    ]
     for _ in range(500):
         text = bytearray(rng.choice(golden))
         for _ in range(rng.randrange(1, 3)):
@@ -232,7 +253,9 @@ def _broken_sources() -> list[bytes]:
             elif kind == 1:
                 text[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 4)))
             elif kind == 2:
-                text[at:at] = rng.choice([b"(", b")", b"[", b"]", b":", b"\n", b"    ", b"*", b"yield ", b"lambda:", b"=", b"if "])
+                text[at:at] = rng.choice(
+                    [b"(", b")", b"[", b"]", b":", b"\n", b"    ", b"*", b"yield ", b"lambda:", b"=", b"if "]
+                )
             else:
                 lines = bytes(text).split(b"\n")
                 lines[rng.randrange(len(lines))] = rng.choice(lines)
@@ -247,25 +270,68 @@ def test_broken_input_never_raises(tmp_path: Path) -> None:
     unreadable = 0
     for source in _broken_sources():
         config.write_bytes(source)
-        parsed: ParsedConfig = parser.collect.parse_config(config, parser.CASE_LIST_TO_SUITE, case_class="C", id_param="id")
+        parsed: ParsedConfig = parser.collect.parse_config(
+            config, parser.CASE_LIST_TO_SUITE, case_class="C", id_param="id"
+        )
         assert parsed.readable or parsed.unresolved
         unreadable += not parsed.readable
     assert 50 < unreadable < 450
     assert time.perf_counter() - start < 60
 
 
+TEMPLATES = [
+    "X = {a}",
+    "X += {a}",
+    "X.append({a})",
+    "X[{a}] = {b}",
+    "for i in {a}: X = {b}",
+    "X = {a} + {b}",
+    "X = {a} if {b} else {c}",
+    "def f(a={a}): return {b}",
+    "X = [{a}, {b}]",
+    "X = ({a})({b})",
+    "del X[{a}]",
+    "X = {a} in {b}",
+    "with {a} as X: {b}",
+    "class K(f): X = {a}",
+    "X = {{{a}: {b}}}",
+    "X, Y = {a}",
+    "assert {a}",
+    "raise {a}",
+    "X = f'{{{a}}}'",
+    "X = {a} < {b}",
+    "try:\n    {a}\nexcept {b}:\n    {c}",
+    "while {a}:\n    break",
+    "X = -({a})",
+    "X = list({a})",
+    "X.sort(key={a})",
+]
+
+
 def test_shuffled_tokens_never_raise() -> None:
     """Valid Python in a random order: names unbound, wrong types, odd targets."""
     rng = random.Random(11)
-    pieces = ["X", "C('a')", "[C('b')]", "1", "None", "lambda: X", "f", "{}", "{1, 2}", "'s'", "X[0]", "X.a", "f()", "*X", "[*X]", "x for x in X"]
+    pieces = [
+        "X",
+        "C('a')",
+        "[C('b')]",
+        "1",
+        "None",
+        "lambda: X",
+        "f",
+        "{}",
+        "{1, 2}",
+        "'s'",
+        "X[0]",
+        "X.a",
+        "f()",
+        "*X",
+        "[*X]",
+        "x for x in X",
+    ]
     for _ in range(1500):
         a, b, c = (rng.choice(pieces) for _ in range(3))
-        template = rng.choice(
-            ["X = {a}", "X += {a}", "X.append({a})", "X[{a}] = {b}", "for i in {a}: X = {b}", "X = {a} + {b}", "X = {a} if {b} else {c}",
-             "def f(a={a}): return {b}", "X = [{a}, {b}]", "X = ({a})({b})", "del X[{a}]", "X = {a} in {b}", "with {a} as X: {b}",
-             "class K(f): X = {a}", "X = {{{a}: {b}}}", "X, Y = {a}", "assert {a}", "raise {a}", "X = f'{{{a}}}'", "X = {a} < {b}",
-             "try:\n    {a}\nexcept {b}:\n    {c}", "while {a}:\n    break", "X = -({a})", "X = list({a})", "X.sort(key={a})"]
-        )  # fmt: skip
+        template = rng.choice(TEMPLATES)
         text = "X = []\n" + "\n".join([template.format(a=a, b=b, c=c)] * 2) + "\n"
         try:
             tree = ast.parse(text)

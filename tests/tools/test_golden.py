@@ -21,7 +21,11 @@ def answer(config: Path) -> dict:
     with contextlib.redirect_stdout(out):
         diffusion_case_parser.main(["list", str(config), "--json", "--root", str(GOLDEN)])
     data = json.loads(out.getvalue())
-    data["suites"] = {s: [{k: c[k] for k in ("id", "list", "line", "condition")} for c in cs] for s, cs in data["suites"].items() if cs}
+    data["suites"] = {
+        s: [{k: c[k] for k in ("id", "list", "line", "condition")} for c in cs]
+        for s, cs in data["suites"].items()
+        if cs
+    }
     for u in data["unresolved"]:
         u["file"] = Path(u["file"]).name
     return data

@@ -40,7 +40,7 @@ class Classes(Expressions):
         keywords = [self.eval(k.value) for k in stmt.keywords]
         ns = self.namespace()
         cls = ClassV(stmt.name, [], ns, opaque=bool(keywords), case=stmt.name == self.case_class_name)
-        for base, node in zip(bases, stmt.bases):
+        for base, node in zip(bases, stmt.bases, strict=False):
             self.add_base(cls, base, node)
         env = Env("class", ns, self.env, self.module, cls=cls)
         for e in self.run_in(env, stmt.body):
@@ -51,7 +51,7 @@ class Classes(Expressions):
         elif cls.kind == "namedtuple":
             self.take_defaults(cls)
         value: Value = cls
-        for decorator, node in zip(reversed(decorators), reversed(stmt.decorator_list)):
+        for decorator, node in zip(reversed(decorators), reversed(stmt.decorator_list), strict=False):
             if isinstance(decorator, Unknown) and cls.case and value is cls:
                 cls.opaque = True  # some other record decorator: the fields as they are annotated
                 continue
@@ -61,7 +61,7 @@ class Classes(Expressions):
     def add_base(self, cls: ClassV, base: Value, node: ast.expr) -> None:
         if isinstance(base, ClassV):
             cls.bases.append(base)
-            cls.opaque = cls.opaque or base.opaque and not base.case
+            cls.opaque = cls.opaque or (base.opaque and not base.case)
             if base.kind in ("enum", "exception", "namedtuple", "dataclass"):
                 cls.kind = base.kind if base.kind != "dataclass" else cls.kind
                 cls.mixin = cls.mixin or base.mixin
@@ -119,7 +119,9 @@ class Classes(Expressions):
 
     def make_dataclass(self, cls: Value, options: dict[str, Value], node: ast.AST) -> Value:
         if not isinstance(cls, ClassV):
-            return self.unresolved_call(self.placeholder(node), [cls], {}, node, "dataclass of something that isn't a class")
+            return self.unresolved_call(
+                self.placeholder(node), [cls], {}, node, "dataclass of something that isn't a class"
+            )
         self.take_defaults(cls)
         cls.kind = "dataclass"
         cls.frozen = options.get("frozen") is True or cls.frozen
@@ -139,15 +141,21 @@ class Classes(Expressions):
         inherited = {m.name for base in cls.bases for m in base.members}
         if inherited:
             raise PyRaise(TypeError, None, "an enumeration with members can't be extended")
-        special = any(name in cls.ns.vars for name in ("_generate_next_value_", "__new__", "__init__", "_missing_", "_ignore_"))
+        special = any(
+            name in cls.ns.vars for name in ("_generate_next_value_", "__new__", "__init__", "_missing_", "_ignore_")
+        )
         count: Any = 0
         strings = any(c.name == "StrEnum" for c in cls.mro())
         for name, value in list(cls.ns.vars.items()):
             if name.startswith("_") or isinstance(value, (FunctionV, Wrapped, ClassV)):
                 continue
             if isinstance(value, Opaque):  # auto()
-                value = name.lower() if strings else count + 1 if isinstance(count, int) else self.unknown(
-                    value.site.node, "auto() after a value that isn't an integer"
+                value = (
+                    name.lower()
+                    if strings
+                    else count + 1
+                    if isinstance(count, int)
+                    else self.unknown(value.site.node, "auto() after a value that isn't an integer")
                 )
             count = value
             alias = next((m for m in cls.members if self.equal(m.value, value)), None)

@@ -1,7 +1,7 @@
 """Command line of the case parser: list, plan, verify and diff.
 
-Exit codes: 0; 1 a required suite is empty or cases are missing; 2 unresolved (`--strict`, or an unreadable config); 64 bad
-arguments; 66 a missing file.
+Exit codes: 0; 1 a required suite is empty or cases are missing; 2 unresolved (`--strict`, or an unreadable config);
+64 bad arguments; 66 a missing file.
 """
 
 from __future__ import annotations
@@ -65,17 +65,26 @@ def _identifier(text: str) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser; usage errors raise `UsageError`."""
     common = _Parser(add_help=False)
-    common.add_argument("--run-suite", type=Path, metavar="FILE", help="run-suite file with STANDALONE_FILES and their estimates")
+    common.add_argument(
+        "--run-suite", type=Path, metavar="FILE", help="run-suite file with STANDALONE_FILES and their estimates"
+    )
     common.add_argument("--baselines", type=Path, metavar="FILE", help="performance baselines, for the estimates")
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--strict", action="store_true", help="exit 2 when anything is unresolved")
     common.add_argument(
-        "--list", dest="lists", action="append", type=_mapping, metavar="NAME=SUITE", help="a list and its suite, in place of the built-in map"
+        "--list",
+        dest="lists",
+        action="append",
+        type=_mapping,
+        metavar="NAME=SUITE",
+        help="a list and its suite, in place of the built-in map",
     )
     common.add_argument("--case-class", type=_identifier, default="DiffusionTestCase", metavar="NAME")
     common.add_argument("--id-param", type=_identifier, default="id", metavar="NAME")
     common.add_argument("--root", type=Path, metavar="DIR", help="folder of the tree in which imports are followed")
-    parser = _Parser(prog="diffusion_case_parser", description="Which test cases a config declares, without importing it.")
+    parser = _Parser(
+        prog="diffusion_case_parser", description="Which test cases a config declares, without importing it."
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     p = commands.add_parser("list", parents=[common], help="cases by suite, and what is unresolved")
     p.add_argument("config", type=Path)
@@ -160,7 +169,9 @@ class _Run:
         parsed = self.parse(self.args.config)
         unknown = [s for s in self.args.require if s not in parsed.suites]
         if unknown:
-            raise UsageError(f"--require {unknown[0]}: no list belongs to this suite; suites: {', '.join(parsed.suites)}")
+            raise UsageError(
+                f"--require {unknown[0]}: no list belongs to this suite; suites: {', '.join(parsed.suites)}"
+            )
         empty = [s for s in self.args.require if not parsed.suites[s]]
         if self.args.json:
             data: dict[str, Any] = {
@@ -206,9 +217,8 @@ class _Run:
     def plan(self) -> int:
         args = self.args
         if not args.min_time <= args.target_time <= args.max_time:
-            raise UsageError(
-                f"--min-time <= --target-time <= --max-time must hold, got {args.min_time}, {args.target_time}, {args.max_time}"
-            )
+            given = f"{args.min_time}, {args.target_time}, {args.max_time}"
+            raise UsageError(f"--min-time <= --target-time <= --max-time must hold, got {given}")
         parsed = self.parse(args.config)
         suite = args.suite
         if suite not in parsed.suites:
@@ -245,7 +255,9 @@ class _Run:
             known = path.read_text(encoding="utf-8") if path.exists() else ""
             taken = [n for n in values if any(line.startswith(f"{n}=") for line in known.splitlines())]
             if taken:
-                raise UsageError(f"{path} already has {taken[0]!r}; give --github-prefix to plan several suites in one step")
+                raise UsageError(
+                    f"{path} already has {taken[0]!r}; give --github-prefix to plan several suites in one step"
+                )
             with path.open("a", encoding="utf-8") as f:
                 f.writelines(f"{name}={value}\n" for name, value in values.items())
         except OSError as e:

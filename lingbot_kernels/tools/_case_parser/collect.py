@@ -265,7 +265,9 @@ class Collector:
         for case_id, found in places.items():
             if len(found) > 1:
                 suites = [s for s, _ in found]
-                out.duplicates.append(Duplicate(case_id, suites, [c.list for _, c in found], [c.line for _, c in found]))
+                out.duplicates.append(
+                    Duplicate(case_id, suites, [c.list for _, c in found], [c.line for _, c in found])
+                )
 
     # -- reports ---------------------------------------------------------------------------------------------------
 
@@ -332,7 +334,9 @@ def parse_standalone(path: Path, *, case_class: str, id_param: str, root: Path |
                 known += [item] if item not in known else []
             else:
                 collector._at_end(f"a standalone file of suite {suite} isn't resolved")
-    for suite, value in _dict_items(collector, names.get("STANDALONE_FILE_EST_TIMES", ABSENT), "STANDALONE_FILE_EST_TIMES"):
+    for suite, value in _dict_items(
+        collector, names.get("STANDALONE_FILE_EST_TIMES", ABSENT), "STANDALONE_FILE_EST_TIMES"
+    ):
         times = out.est_times.setdefault(suite, {})
         for file, seconds in _dict_items(collector, value, f"the estimates of suite {suite}"):
             if isinstance(seconds, (int, float)):

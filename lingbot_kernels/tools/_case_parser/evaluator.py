@@ -79,11 +79,14 @@ class Evaluator(Lib):
                 f"raises {e.describe()} while it is imported; what follows isn't reached",
             )
         except LimitReachedError as e:
-            self.report(Site(self.main or self.module, self._at(self.line)), f"stopped: {e}; what follows isn't evaluated")
+            self.report(
+                Site(self.main or self.module, self._at(self.line)), f"stopped: {e}; what follows isn't evaluated"
+            )
         except RecursionError:
             self.segments.clear()
             self.report(
-                Site(self.main or self.module, self._at(self.line)), "stopped: nested too deeply; what follows isn't evaluated"
+                Site(self.main or self.module, self._at(self.line)),
+                "stopped: nested too deeply; what follows isn't evaluated",
             )
         finally:
             sys.setrecursionlimit(limit)
@@ -115,7 +118,9 @@ class Evaluator(Lib):
             top = alias.name.split(".")[0]
             if isinstance(whole, Module):
                 holder = self.unknown(stmt, f"package {top} isn't followed", dotted=top)
-                self.report(self.site(stmt), f"`import {alias.name}` without `as` isn't followed; use `from ... import ...`")
+                self.report(
+                    self.site(stmt), f"`import {alias.name}` without `as` isn't followed; use `from ... import ...`"
+                )
                 self.bind(top, holder)
             else:
                 self.bind(top, self.import_module(top, 0, stmt))
@@ -148,7 +153,9 @@ class Evaluator(Lib):
                 if value is ABSENT and stmt.level == 0 and getattr(source, "harmless", False):
                     value = self.unknown_attribute(source, alias.name, stmt)
                 elif value is ABSENT:
-                    value = self.unknown(stmt, self._import_text(stmt, alias.name), dotted=f"{stmt.module}.{alias.name}")
+                    value = self.unknown(
+                        stmt, self._import_text(stmt, alias.name), dotted=f"{stmt.module}.{alias.name}"
+                    )
             self.bind(alias.asname or alias.name, value)
 
     @staticmethod
@@ -158,7 +165,11 @@ class Evaluator(Lib):
     def import_star(self, source: Value, stmt: ast.ImportFrom) -> None:
         if isinstance(source, Module):
             names = source.ns.vars.get("__all__", ABSENT)
-            listed = self.sequence(names, stmt) if names is not ABSENT else [n for n in source.ns.vars if not n.startswith("_")]
+            listed = (
+                self.sequence(names, stmt)
+                if names is not ABSENT
+                else [n for n in source.ns.vars if not n.startswith("_")]
+            )
             if all(isinstance(n, str) for n in listed):
                 for n in listed:
                     value = source.ns.vars.get(n, ABSENT)

@@ -1,6 +1,6 @@
 """State of the evaluator: journaled changes, branches under unknown conditions and their merge, reports.
 
-A branch runs on the real objects; its changes are captured, undone, and merged with the other branches' under their conditions.
+A branch runs on the real objects; its changes are captured, undone, and merged with the other branches' changes.
 """
 
 from __future__ import annotations
@@ -428,7 +428,9 @@ class Machine:
         if isinstance(value, DictV):
             if value.opaque is not None:
                 return False
-            return not any(isinstance(v, Choice) and any(a is ABSENT for _, a in v.alts) for _, v in value.entries.values())
+            return not any(
+                isinstance(v, Choice) and any(a is ABSENT for _, a in v.alts) for _, v in value.entries.values()
+            )
         return isinstance(value, (str, bytes))
 
     def is_set(self, value: Value) -> bool:

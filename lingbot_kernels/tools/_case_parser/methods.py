@@ -39,7 +39,9 @@ class Methods(Operators):
     def call_method(self, m: Method, args: list[Value], kwargs: dict[str, Value], node: ast.AST) -> Value:
         owner = m.owner
         if isinstance(owner, (ListV, DictV)):
-            handler: Callable[..., Value] | None = getattr(self, f"_{'list' if isinstance(owner, ListV) else 'dict'}_{m.name}", None)
+            handler: Callable[..., Value] | None = getattr(
+                self, f"_{'list' if isinstance(owner, ListV) else 'dict'}_{m.name}", None
+            )
             if isinstance(owner, SetV):
                 handler = getattr(self, f"_set_{m.name}", None)
             if handler is None:
@@ -59,26 +61,37 @@ class Methods(Operators):
 
     # -- strings ---------------------------------------------------------------------------------------------------
 
-    def string_method(self, owner: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST) -> Value:
+    def string_method(
+        self, owner: Value, name: str, args: list[Value], kwargs: dict[str, Value], node: ast.AST
+    ) -> Value:
         if name == "join" and len(args) == 1 and isinstance(owner, str):
             items = self.sequence(args[0], node)
-            if all(isinstance(i, (Maybe, Choice, str)) for i in items) and any(isinstance(i, (Maybe, Choice)) for i in items):
+            if all(isinstance(i, (Maybe, Choice, str)) for i in items) and any(
+                isinstance(i, (Maybe, Choice)) for i in items
+            ):
                 return self._join_conditional(owner, items, node)
             args = [self.list_of(items)]
         if name == "format":
             keys = list(kwargs)
             values = [owner, *args, *kwargs.values()]
-            if any(isinstance(v, DictV) or (not is_scalar(v) and not isinstance(v, (Choice, TupleV, ListV))) for v in values):
+            if any(
+                isinstance(v, DictV) or (not is_scalar(v) and not isinstance(v, (Choice, TupleV, ListV)))
+                for v in values
+            ):
                 return self.unknown(node, f"`{self.text(node)}` isn't resolved")
 
             def run_format(template: Any, *rest: Any) -> Any:
                 if len(template) > 10_000 or any(len(d) > 3 for d in _digits(template)) or "{:{" in template:
                     raise NotPlainError
                 split = len(rest) - len(keys)
-                return template.format(*rest[:split], **dict(zip(keys, rest[split:])))
+                return template.format(*rest[:split], **dict(zip(keys, rest[split:], strict=False)))
 
             return self.map_pure(run_format, values, node)
-        if not isinstance(owner, str) or name not in _STRING or kwargs and name not in ("split", "rsplit", "splitlines"):
+        if (
+            not isinstance(owner, str)
+            or name not in _STRING
+            or (kwargs and name not in ("split", "rsplit", "splitlines"))
+        ):
             return self.unknown(node, f"method {name} isn't evaluated")
         keys = list(kwargs)
 
@@ -89,7 +102,7 @@ class Methods(Operators):
             if name in ("replace", "join") and (len(text) + 1) * (1 + sum(sizes)) > 50 * MAX_STRING:
                 raise NotPlainError
             split = len(rest) - len(keys)
-            return getattr(text, name)(*rest[:split], **dict(zip(keys, rest[split:])))
+            return getattr(text, name)(*rest[:split], **dict(zip(keys, rest[split:], strict=False)))
 
         return self.map_pure(run, [owner, *args, *kwargs.values()], node)
 
@@ -128,7 +141,7 @@ class Methods(Operators):
             return
         size = len(lst.items)
         at = max(0, index + size) if index < 0 else min(index, size)
-        if at in (0, size) and (index == 0 or index >= size) or self._exact(lst.items):
+        if (at in (0, size) and (index == 0 or index >= size)) or self._exact(lst.items):
             self.touch_list(lst, at)
             lst.items.insert(at, value)
             return
@@ -180,7 +193,7 @@ class Methods(Operators):
         if first is None:
             return
         kept: list[Value] = []
-        for item, hit in zip(lst.items[first:], [*taken[first:], *[NEVER] * len(lst.items)]):
+        for item, hit in zip(lst.items[first:], [*taken[first:], *[NEVER] * len(lst.items)], strict=False):
             if hit == NEVER:
                 kept.append(item)
                 continue
@@ -358,7 +371,9 @@ class Methods(Operators):
         if dct.opaque is None and known is not ABSENT and known not in dct.entries:
             self.dict_set(dct, key, default, node)
             return default
-        value = self.dict_get(dct, key, ABSENT if known in dct.entries else default, node) if known is not ABSENT else None
+        value = (
+            self.dict_get(dct, key, ABSENT if known in dct.entries else default, node) if known is not ABSENT else None
+        )
         if dct.opaque is not None or known is ABSENT or self.present(dct.entries[known][1]) != ALWAYS:
             self.blur(dct, "setdefault of a key that isn't resolved", self.site(node))
             out = self.unknown(node, "setdefault of a key that isn't resolved")

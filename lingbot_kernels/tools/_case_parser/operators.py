@@ -158,9 +158,9 @@ class Operators(Sequences):
             return self.fork_value([(c, lambda v=v: self.binary(op, v, right, node)) for c, v in left.alts], node)  # type: ignore[misc]
         if isinstance(right, Choice) and not self._scalars(right):
             return self.fork_value([(c, lambda v=v: self.binary(op, left, v, node)) for c, v in right.alts], node)  # type: ignore[misc]
-        if kind is ast.Add and (isinstance(left, ListV) or isinstance(right, ListV)):
-            if isinstance(left, (ListV, Unknown)) and isinstance(right, (ListV, Unknown)):
-                return self.list_of([*self.sequence(left, node), *self.sequence(right, node)])
+        listed = isinstance(left, (ListV, Unknown)) and isinstance(right, (ListV, Unknown))
+        if kind is ast.Add and listed and not (isinstance(left, Unknown) and isinstance(right, Unknown)):
+            return self.list_of([*self.sequence(left, node), *self.sequence(right, node)])
         if kind is ast.Add and isinstance(left, TupleV) and isinstance(right, TupleV):
             return TupleV([*left.items, *right.items])
         if kind is ast.Mult:
@@ -201,7 +201,9 @@ class Operators(Sequences):
         return value
 
     def _too_large(self, kind: type, left: Value, right: Value) -> bool:
-        sides = [v for value in (left, right) for v in ([a for _, a in value.alts] if isinstance(value, Choice) else [value])]
+        sides = [
+            v for value in (left, right) for v in ([a for _, a in value.alts] if isinstance(value, Choice) else [value])
+        ]
         for v in sides:
             if isinstance(v, int) and v.bit_length() > MAX_INT_BITS:
                 return True
@@ -227,7 +229,9 @@ class Operators(Sequences):
                 alts = []
                 for c, v in value.alts:
                     if self.decide(c) is not False:
-                        alts.append((c, self.compare(op, v, right, node) if other_first else self.compare(op, left, v, node)))
+                        alts.append(
+                            (c, self.compare(op, v, right, node) if other_first else self.compare(op, left, v, node))
+                        )
                 return self.choose(alts, node)
         kind = type(op)
         if kind in (ast.Is, ast.IsNot):
@@ -329,12 +333,13 @@ class Operators(Sequences):
             if not (self.plain(left) and self.plain(right)):
                 return self.unknown(node, f"`{self.text(node)}` isn't resolved")
             keys = {**left.entries, **right.entries}
-            keep = {
+            keeps: dict[type, Callable[[Any], bool]] = {
                 ast.BitOr: lambda k: True,
                 ast.BitAnd: lambda k: k in left.entries and k in right.entries,
                 ast.Sub: lambda k: k in left.entries and k not in right.entries,
                 ast.BitXor: lambda k: (k in left.entries) != (k in right.entries),
-            }.get(kind)  # type: ignore[call-overload]
+            }
+            keep = keeps.get(kind)
             if keep is None:
                 raise PyRaise(TypeError, node, "unsupported operand types")
             return SetV(self.clock, {k: v for k, v in keys.items() if keep(k)})
@@ -429,9 +434,13 @@ class Operators(Sequences):
         if isinstance(index, (int, slice)):
             conds = self.chosen(owner.items, self.wanted(index))
             if conds is not None and isinstance(index, slice) and index.step in (None, 1):
-                return wrap([self.guarded(c, i) for c, i in zip(conds, owner.items) if c != NEVER])
+                return wrap([self.guarded(c, i) for c, i in zip(conds, owner.items, strict=False) if c != NEVER])
             if conds is not None and isinstance(index, int):
-                alts = [(c, i.value if isinstance(i, Maybe) else i) for c, i in zip(conds, owner.items) if c != NEVER]
+                alts = [
+                    (c, i.value if isinstance(i, Maybe) else i)
+                    for c, i in zip(conds, owner.items, strict=False)
+                    if c != NEVER
+                ]
                 missing = self.conditions.negate(self.conditions.any_of([c for c, _ in alts]))
                 self.pend(missing, PyRaise(IndexError, node, "list index out of range"))
                 return self.choose(alts, node)

@@ -57,7 +57,9 @@ class Item:
     est_time: float
 
 
-def partition_count(total: float, items: int, *, min_time: float, target_time: float, max_time: float, limit: int) -> int:
+def partition_count(
+    total: float, items: int, *, min_time: float, target_time: float, max_time: float, limit: int
+) -> int:
     """How many jobs: towards `target_time` each, none under `min_time` or over `max_time` as far as that can be."""
     if items == 0:
         return 0
@@ -78,10 +80,14 @@ def partition(items: list[Item], count: int) -> list[list[Item]]:
     return parts
 
 
-def plan(suite: str, items: list[Item], *, min_time: float, target_time: float, max_time: float, limit: int) -> dict[str, Any]:
+def plan(
+    suite: str, items: list[Item], *, min_time: float, target_time: float, max_time: float, limit: int
+) -> dict[str, Any]:
     """The plan of a suite as JSON data, with the job matrix."""
     total = sum(i.est_time for i in items)
-    count = partition_count(total, len(items), min_time=min_time, target_time=target_time, max_time=max_time, limit=limit)
+    count = partition_count(
+        total, len(items), min_time=min_time, target_time=target_time, max_time=max_time, limit=limit
+    )
     parts = partition(items, count) if count else []
     return {
         "suite": suite,

@@ -263,7 +263,9 @@ class Sequences(Machine):
             unknown = Unknown(item.reason, item.site)
             return self.unknown_loop(lambda: body(unknown), item.reason, item.site)
         if isinstance(item, Maybe):
-            results = self.fork([(item.cond, lambda: body(item.value)), (self.conditions.negate(item.cond), lambda: None)])
+            results = self.fork(
+                [(item.cond, lambda: body(item.value)), (self.conditions.negate(item.cond), lambda: None)]
+            )
             return [e for _, exits in results for e in exits or ()]
         return body(item) or []
 
@@ -384,7 +386,7 @@ class Sequences(Machine):
         if counts is None:
             return None
         out = []
-        for item, before in zip(items, counts):
+        for item, before in zip(items, counts, strict=False):
             there = item.cond if isinstance(item, Maybe) else ALWAYS
             hit = NEVER
             for n, cond in before:
@@ -413,7 +415,7 @@ class Sequences(Machine):
                 return None
             if len(a.items) != len(b.items):
                 return False
-            return self._all(self.equal(x, y) for x, y in zip(a.items, b.items))
+            return self._all(self.equal(x, y) for x, y in zip(a.items, b.items, strict=False))
         if isinstance(a, DictV) and type(a) is type(b):
             if not (self.plain(a) and self.plain(b)):
                 return None

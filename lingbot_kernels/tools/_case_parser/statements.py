@@ -134,15 +134,15 @@ class Statements(Classes):
         if short or (star is None and len(items) > len(targets)):
             raise PyRaise(ValueError, node, "wrong number of values to unpack")
         if star is None:
-            for t, v in zip(targets, items):
+            for t, v in zip(targets, items, strict=False):
                 self.assign(t, v)
             return
         after = len(targets) - star - 1
         middle = items[star : len(items) - after]
-        for t, v in zip(targets[:star], items):
+        for t, v in zip(targets[:star], items, strict=False):
             self.assign(t, v)
         self.assign(targets[star], self.list_of(middle))
-        for t, v in zip(targets[star + 1 :], items[len(items) - after :]):
+        for t, v in zip(targets[star + 1 :], items[len(items) - after :], strict=False):
             self.assign(t, v)
 
     def store_attribute(self, owner: Value, name: str, value: Value, node: ast.AST) -> None:
@@ -310,7 +310,7 @@ class Statements(Classes):
 
     def exec_With(self, stmt: ast.With) -> list[Exit]:
         managers = [self.eval(item.context_expr) for item in stmt.items]
-        for item, manager in zip(stmt.items, managers):
+        for item, manager in zip(stmt.items, managers, strict=False):
             entered: Value = self.unknown(item.context_expr, "what a context manager gives")
             if isinstance(manager, Instance) and self.class_attribute(manager.cls, "__enter__") is not ABSENT:
                 entered = self.call(self.attribute(manager, "__enter__", item.context_expr), [], {}, stmt)
@@ -469,7 +469,7 @@ class Statements(Classes):
         value: Value = self.make_function(stmt, stmt.name)
         if self.env.kind == "class":
             value.owner = self.env.cls
-        for decorator, node in zip(reversed(decorators), reversed(stmt.decorator_list)):
+        for decorator, node in zip(reversed(decorators), reversed(stmt.decorator_list), strict=False):
             value = self.call(decorator, [value], {}, node)
         self.bind(stmt.name, value)
 
@@ -504,7 +504,11 @@ class Statements(Classes):
         """The condition under which a pattern matches; its names are bound."""
         if isinstance(subject, Choice) and not isinstance(pattern, ast.MatchAs):
             return self.conditions.any_of(
-                [self.conditions.both(c, self.matches(pattern, v, case)) for c, v in subject.alts if self.decide(c) is not False]
+                [
+                    self.conditions.both(c, self.matches(pattern, v, case))
+                    for c, v in subject.alts
+                    if self.decide(c) is not False
+                ]
             )
         if isinstance(pattern, ast.MatchAs):
             holds = ALWAYS if pattern.pattern is None else self.matches(pattern.pattern, subject, case)
@@ -515,15 +519,21 @@ class Statements(Classes):
             return self.conditions.any_of([self.matches(p, subject, case) for p in pattern.patterns])
         if isinstance(pattern, (ast.MatchValue, ast.MatchSingleton)):
             value = self.eval(pattern.value) if isinstance(pattern, ast.MatchValue) else pattern.value
-            same = self.equal(value, subject) if isinstance(pattern, ast.MatchValue) else self._identical(value, subject)
+            same = (
+                self.equal(value, subject) if isinstance(pattern, ast.MatchValue) else self._identical(value, subject)
+            )
             if same is not None:
                 return ALWAYS if same else NEVER
-        elif isinstance(pattern, ast.MatchSequence) and isinstance(subject, (ListV, TupleV)) and self._exact(subject.items):
+        elif (
+            isinstance(pattern, ast.MatchSequence)
+            and isinstance(subject, (ListV, TupleV))
+            and self._exact(subject.items)
+        ):
             if not any(isinstance(p, ast.MatchStar) for p in pattern.patterns):
                 if len(pattern.patterns) != len(subject.items):
                     return NEVER
                 holds = ALWAYS
-                for p, item in zip(pattern.patterns, subject.items):
+                for p, item in zip(pattern.patterns, subject.items, strict=False):
                     holds = self.conditions.both(holds, self.matches(p, item, case))
                 return holds
         elif isinstance(pattern, ast.MatchSequence) and (isinstance(subject, (str, DictV)) or subject is None):

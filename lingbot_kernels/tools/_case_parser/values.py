@@ -346,5 +346,5 @@ def same(a: Value, b: Value) -> bool:
     if type(a) is Maybe:
         return a.cond == b.cond and same(a.value, b.value)
     if type(a) is TupleV:
-        return len(a.items) == len(b.items) and all(same(x, y) for x, y in zip(a.items, b.items))
+        return len(a.items) == len(b.items) and all(same(x, y) for x, y in zip(a.items, b.items, strict=False))
     return False

@@ -1,4 +1,5 @@
-from platforms import DiffusionTestCase as C, is_hip
+from platforms import DiffusionTestCase as C
+from platforms import is_hip
 
 ONE_GPU_CASES = [C("a"), C("b"), C("a")]
 TWO_GPU_CASES = [C("b"), C("c")]

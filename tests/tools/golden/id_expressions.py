@@ -22,7 +22,7 @@ ONE_GPU_CASES = [
     DiffusionTestCase(f"{BASE}_t2i"),
     DiffusionTestCase(BASE + "_plus"),
     DiffusionTestCase("%s_%02d" % (BASE, 3)),
-    DiffusionTestCase("{}-{n}".format(BASE, n=1)),
+    DiffusionTestCase(f"{BASE}-{1}"),
     DiffusionTestCase(Ids.WAN),
     DiffusionTestCase(IDS["k"]),
     DiffusionTestCase(Kind.T2V.value),

@@ -1,4 +1,5 @@
-from platforms import DiffusionTestCase as C, backend
+from platforms import DiffusionTestCase as C
+from platforms import backend
 
 MODE = "full"
 ONE_GPU_CASES = []
