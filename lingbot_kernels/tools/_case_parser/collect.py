@@ -60,7 +60,7 @@ class ParsedCase:
 
 @dataclass
 class ParsedConfig:
-    """What a config declares."""
+    """What a config declares. `tests`: how many tests were met whose outcome isn't known."""
 
     lists: dict[str, list[str]] = field(default_factory=dict)
     suites: dict[str, list[ParsedCase]] = field(default_factory=dict)
@@ -68,6 +68,7 @@ class ParsedConfig:
     unresolved: list[Unresolved] = field(default_factory=list)
     duplicates: list[Duplicate] = field(default_factory=list)
     readable: bool = True
+    tests: int = 0
 
 
 @dataclass
@@ -121,6 +122,7 @@ class Collector:
         except (LimitReachedError, RecursionError) as e:
             self.evaluator.report(Site(main, ast.Pass()), f"the cases can't be listed: {e or 'nested too deeply'}")
         out.unresolved = self._unresolved()
+        out.tests = self.evaluator.conditions.count
         self.evaluator.reports = before
         return out
 
