@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Which cases a diffusion test config declares, read without importing it (no GPU, no torch, no package installed).
 
-Runs by path: ``python lingbot_kernels/tools/diffusion_case_parser.py list CONFIG``. What can't be resolved is reported with its
-place and reason, so that no case is lost in silence; ``_case_parser`` holds the static evaluator.
+Runs by path: ``python lingbot_kernels/tools/diffusion_case_parser.py list CONFIG``. What can't be resolved is reported
+with its place and reason, so that no case is lost in silence; ``_case_parser`` holds the static evaluator.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class DiffusionSuiteInfo:
 class DiffusionTestCaseVisitor(ast.NodeVisitor):
     """Visits the tree of a config; afterwards `cases` has the ids of every list of cases.
 
-    `config_path`, where given, lets imports inside its tree be followed. `parsed` has conditions, duplicates and what stayed
-    unresolved.
+    `config_path`, where given, lets imports inside its tree be followed. `parsed` has conditions, duplicates and what
+    stayed unresolved.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class DiffusionTestCaseVisitor(ast.NodeVisitor):
         self._process_statement(node)
 
     def _extract_factory_case_id(self, node: ast.AST) -> str | None:
-        """Id of the case that a factory call, or a factory called without arguments, returns; None if it isn't one id."""
+        """Id of the case that a factory call, or a factory with unknown arguments, returns; None if it isn't one."""
         evaluator = self._collector.evaluator
         if not self._collector.started:
             self._collector.run_more([])
@@ -140,7 +140,7 @@ class DiffusionTestCaseVisitor(ast.NodeVisitor):
             unknown = [ast.Name(id="_factory_argument", ctx=ast.Load()) for _ in range(required)]
             keywords = [
                 ast.keyword(arg=a.arg, value=ast.Name(id="_factory_argument", ctx=ast.Load()))
-                for a, d in zip(node.args.kwonlyargs, node.args.kw_defaults)
+                for a, d in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=False)
                 if d is None
             ]
             function = evaluator.make_function(node, getattr(node, "name", "<lambda>"))
@@ -172,7 +172,8 @@ class DiffusionTestCaseVisitor(ast.NodeVisitor):
 def resolve_case_config_path(repo_root: Path, run_suite_path: Path) -> Path:
     """The file from which the run-suite file imports ``ONE_GPU_CASES`` and ``TWO_GPU_CASES``, below `repo_root`.
 
-    Raises `RuntimeError` when both aren't imported, or from different modules; `FileNotFoundError` when the module isn't there.
+    Raises `RuntimeError` when both aren't imported or come from two modules; `FileNotFoundError` when the module isn't
+    there.
     """
     run_suite_path = Path(run_suite_path)
     repo_root = Path(repo_root)
@@ -215,7 +216,7 @@ def parse_testcase_configs(config_path: Path) -> dict[str, list[str]]:
 
 
 def parse_run_suite_standalone_data(run_suite_path: Path) -> tuple[dict[str, list[str]], dict[str, dict[str, float]]]:
-    """``STANDALONE_FILES`` and ``STANDALONE_FILE_EST_TIMES`` of a run-suite file: suite -> files, suite -> file -> seconds."""
+    """Standalone files of a run-suite file, suite -> files, and their estimates, suite -> file -> seconds."""
     try:
         data = collect.parse_standalone(Path(run_suite_path), case_class=CASE_CLASS, id_param=ID_PARAM)
     except collect.SourceError as e:
@@ -232,7 +233,7 @@ def get_case_est_time(case_id: str, baselines: Mapping[str, float]) -> float:
 def collect_diffusion_suites(
     case_config_path: Path, run_suite_path: Path, baseline_path: Path
 ) -> dict[str, DiffusionSuiteInfo]:
-    """Every suite of `CASE_LIST_TO_SUITE` with its cases, standalone files and estimates. Unresolved places are warned of."""
+    """Every suite of `CASE_LIST_TO_SUITE` with cases, standalone files and estimates; warns of unresolved places."""
     parsed = _parse(Path(case_config_path))
     files, est_times = parse_run_suite_standalone_data(run_suite_path)
     baselines = load_baselines(Path(baseline_path))

@@ -40,7 +40,7 @@ class Classes(Expressions):
         keywords = [self.eval(k.value) for k in stmt.keywords]
         ns = self.namespace()
         cls = ClassV(stmt.name, [], ns, opaque=bool(keywords), case=stmt.name == self.case_class_name)
-        for base, node in zip(bases, stmt.bases):
+        for base, node in zip(bases, stmt.bases, strict=False):
             self.add_base(cls, base, node)
         env = Env("class", ns, self.env, self.module, cls=cls)
         for e in self.run_in(env, stmt.body):
@@ -51,7 +51,7 @@ class Classes(Expressions):
         elif cls.kind == "namedtuple":
             self.take_defaults(cls)
         value: Value = cls
-        for decorator, node in zip(reversed(decorators), reversed(stmt.decorator_list)):
+        for decorator, node in zip(reversed(decorators), reversed(stmt.decorator_list), strict=False):
             if isinstance(decorator, Unknown) and cls.case and value is cls:
                 cls.opaque = True  # some other record decorator: the fields as they are annotated
                 continue
@@ -61,7 +61,7 @@ class Classes(Expressions):
     def add_base(self, cls: ClassV, base: Value, node: ast.expr) -> None:
         if isinstance(base, ClassV):
             cls.bases.append(base)
-            cls.opaque = cls.opaque or base.opaque and not base.case
+            cls.opaque = cls.opaque or (base.opaque and not base.case)
             if base.kind in ("enum", "exception", "namedtuple", "dataclass"):
                 cls.kind = base.kind if base.kind != "dataclass" else cls.kind
                 cls.mixin = cls.mixin or base.mixin

@@ -1,7 +1,7 @@
 """Command line of the case parser: list, plan, verify and diff.
 
-Exit codes: 0; 1 a required suite is empty or cases are missing; 2 unresolved (`--strict`, or an unreadable config); 64 bad
-arguments; 66 a missing file.
+Exit codes: 0; 1 a required suite is empty or cases are missing; 2 unresolved (`--strict`, or an unreadable config);
+64 bad arguments; 66 a missing file.
 """
 
 from __future__ import annotations
@@ -217,9 +217,8 @@ class _Run:
     def plan(self) -> int:
         args = self.args
         if not args.min_time <= args.target_time <= args.max_time:
-            raise UsageError(
-                f"--min-time <= --target-time <= --max-time must hold, got {args.min_time}, {args.target_time}, {args.max_time}"
-            )
+            given = f"{args.min_time}, {args.target_time}, {args.max_time}"
+            raise UsageError(f"--min-time <= --target-time <= --max-time must hold, got {given}")
         parsed = self.parse(args.config)
         suite = args.suite
         if suite not in parsed.suites:

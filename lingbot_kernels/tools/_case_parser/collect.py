@@ -60,7 +60,7 @@ class ParsedCase:
 
 @dataclass
 class ParsedConfig:
-    """What a config declares."""
+    """What a config declares. `tests`: how many tests were met whose outcome isn't known."""
 
     lists: dict[str, list[str]] = field(default_factory=dict)
     suites: dict[str, list[ParsedCase]] = field(default_factory=dict)
@@ -68,6 +68,7 @@ class ParsedConfig:
     unresolved: list[Unresolved] = field(default_factory=list)
     duplicates: list[Duplicate] = field(default_factory=list)
     readable: bool = True
+    tests: int = 0
 
 
 @dataclass
@@ -111,7 +112,7 @@ class Collector:
 
     def config(self) -> ParsedConfig:
         """The cases as they are now."""
-        out = ParsedConfig()
+        out = ParsedConfig(suites={suite: [] for suite in self.list_to_suite.values()})
         main = self.evaluator.main
         if main is None:
             return out
@@ -121,6 +122,7 @@ class Collector:
         except (LimitReachedError, RecursionError) as e:
             self.evaluator.report(Site(main, ast.Pass()), f"the cases can't be listed: {e or 'nested too deeply'}")
         out.unresolved = self._unresolved()
+        out.tests = self.evaluator.conditions.count
         self.evaluator.reports = before
         return out
 
@@ -206,7 +208,7 @@ class Collector:
 
     def _case(self, name: str, case: Instance, cond: Cond, out: list[_Entry]) -> None:
         ev = self.evaluator
-        if case.taint is not None:
+        if case.taint is not None and not any(s == case.taint.site for s, _ in ev.reports.values()):
             ev.report(case.taint.site, f"a case of {name} may have another id: {case.taint.reason}")
         held = case.ns.vars.get(ev.id_param, ABSENT)
         for c, value in held.alts if isinstance(held, Choice) else [(ALWAYS, held)]:

@@ -12,7 +12,8 @@ Cond = int
 NEVER: Cond = 0
 ALWAYS: Cond = 1
 
-_MAX_NODES = 200_000
+_MAX_NODES = 30_000
+_MAX_OPERATIONS = 500_000
 _MAX_DESCRIBED_NODES = 300
 _MAX_CUBES = 12
 
@@ -25,6 +26,11 @@ class Conditions:
         self._unique: dict[tuple[int, Cond, Cond], Cond] = {}
         self._memo: dict[tuple[Cond, Cond, Cond], Cond] = {}
         self._texts: list[tuple[str, str]] = []
+
+    @property
+    def count(self) -> int:
+        """How many tests there are."""
+        return len(self._texts)
 
     def atom(self, text: str, negated: str | None = None) -> Cond:
         """A new independent test, shown as `text` when it holds and as `negated` (default ``not text``) when not."""
@@ -120,6 +126,8 @@ class Conditions:
         key = (f, g, h)
         found = self._memo.get(key)
         if found is None:
+            if len(self._memo) > _MAX_OPERATIONS:
+                raise LimitReachedError("the conditions became too large to follow")
             var = min(self._nodes[f][0], self._nodes[g][0], self._nodes[h][0])
             f1, f0 = self._cofactors(f, var)
             g1, g0 = self._cofactors(g, var)

@@ -69,11 +69,7 @@ class Evaluator(Lib):
         sys.setrecursionlimit(max(limit, RECURSION_LIMIT))
         place: ast.AST = body[0] if body else ast.Pass()
         try:
-            for e in self.run_in(self.env, body):
-                if e.kind == "raise":
-                    self.report(
-                        self.site(e.value.node or place), f"may raise {e.value.describe()} while it is imported"
-                    )
+            self.run_in(self.env, body)
         except PyRaise as e:
             node = e.node or place
             if self.main is not None:
@@ -154,7 +150,9 @@ class Evaluator(Lib):
                 nested = f"{stmt.module}.{alias.name}" if stmt.module else alias.name
                 found = self.find_file(nested, stmt.level)
                 value = self.import_module(nested, stmt.level, stmt) if found is not None else ABSENT
-                if value is ABSENT:
+                if value is ABSENT and stmt.level == 0 and getattr(source, "harmless", False):
+                    value = self.unknown_attribute(source, alias.name, stmt)
+                elif value is ABSENT:
                     value = self.unknown(
                         stmt, self._import_text(stmt, alias.name), dotted=f"{stmt.module}.{alias.name}"
                     )

@@ -9,7 +9,7 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-from .calls import Calls
+from .attributes import Attributes
 from .conditions import ALWAYS, Cond
 from .scopes import names_read, scope_info
 from .values import (
@@ -32,7 +32,7 @@ from .values import (
 )
 
 
-class Expressions(Calls):
+class Expressions(Attributes):
     """`eval` and what it needs of names and scopes."""
 
     def eval(self, node: ast.expr) -> Value:
@@ -142,7 +142,7 @@ class Expressions(Calls):
 
     def eval_Dict(self, node: ast.Dict) -> Value:
         out = DictV(self.clock, {})
-        for key_node, value_node in zip(node.keys, node.values):
+        for key_node, value_node in zip(node.keys, node.values, strict=False):
             if key_node is None:
                 self.dict_update(out, self.eval(value_node), value_node)
             else:
@@ -249,7 +249,9 @@ class Expressions(Calls):
     def make_function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda, name: str) -> FunctionV:
         defaults = [self.eval(d) for d in node.args.defaults]
         kw_defaults = {
-            a.arg: self.eval(d) for a, d in zip(node.args.kwonlyargs, node.args.kw_defaults) if d is not None
+            a.arg: self.eval(d)
+            for a, d in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=False)
+            if d is not None
         }
         info = self.scopes.get(node)
         if info is None:
@@ -383,11 +385,10 @@ class Expressions(Calls):
                 level(i + 1)
                 return
             holds = self.truth(self.eval(tests[j]), tests[j])
-            if self.decide(holds) is None and isinstance(item, Instance) and self.is_case_class(item.cls):
-                if not self.only_outside(tests[j], local):
-                    self.report(
-                        self.site(tests[j]), "the filter of existing cases isn't resolved; they are kept, conditional"
-                    )
+            existing = isinstance(item, Instance) and self.is_case_class(item.cls)
+            if existing and self.decide(holds) is None and not self.only_outside(tests[j], local):
+                reason = "the filter of existing cases isn't resolved; they are kept, conditional"
+                self.report(self.site(tests[j]), reason)
             self.fork([(holds, lambda: filters(i, j + 1, item)), (self.conditions.negate(holds), lambda: None)])
 
         try:

@@ -6,7 +6,7 @@ They keep hostile or huge input finite; reaching one ends in a report, never in 
 from __future__ import annotations
 
 MAX_SOURCE_BYTES = 4_000_000
-MAX_STEPS = 1_500_000
+MAX_STEPS = 1_000_000
 MAX_CALL_DEPTH = 100
 MAX_ITEMS = 100_000
 MAX_STRING = 200_000

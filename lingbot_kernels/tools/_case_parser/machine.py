@@ -1,6 +1,6 @@
 """State of the evaluator: journaled changes, branches under unknown conditions and their merge, reports.
 
-A branch runs on the real objects; its changes are captured, undone, and merged with the other branches' under their conditions.
+A branch runs on the real objects; its changes are captured, undone, and merged with the other branches' changes.
 """
 
 from __future__ import annotations
@@ -222,6 +222,7 @@ class Machine:
 
         The conditions exclude each other and cover the path. A result that is a list of `Exit` gets the condition.
         """
+        self.tick(5)
         outer = self.path
         undecided: list[tuple[Cond, Callable[[], Any]]] = []
         for cond, thunk in branches:

@@ -84,14 +84,13 @@ class Methods(Operators):
                 if len(template) > 10_000 or any(len(d) > 3 for d in _digits(template)) or "{:{" in template:
                     raise NotPlainError
                 split = len(rest) - len(keys)
-                return template.format(*rest[:split], **dict(zip(keys, rest[split:])))
+                return template.format(*rest[:split], **dict(zip(keys, rest[split:], strict=False)))
 
             return self.map_pure(run_format, values, node)
         if (
             not isinstance(owner, str)
             or name not in _STRING
-            or kwargs
-            and name not in ("split", "rsplit", "splitlines")
+            or (kwargs and name not in ("split", "rsplit", "splitlines"))
         ):
             return self.unknown(node, f"method {name} isn't evaluated")
         keys = list(kwargs)
@@ -103,7 +102,7 @@ class Methods(Operators):
             if name in ("replace", "join") and (len(text) + 1) * (1 + sum(sizes)) > 50 * MAX_STRING:
                 raise NotPlainError
             split = len(rest) - len(keys)
-            return getattr(text, name)(*rest[:split], **dict(zip(keys, rest[split:])))
+            return getattr(text, name)(*rest[:split], **dict(zip(keys, rest[split:], strict=False)))
 
         return self.map_pure(run, [owner, *args, *kwargs.values()], node)
 
@@ -140,11 +139,33 @@ class Methods(Operators):
             self._list_append(lst, node, value)
             self.blur(lst, "the position of an insert isn't resolved", self.site(node))
             return
-        at = max(0, index + len(lst.items)) if index < 0 else min(index, len(lst.items))
-        if at != 0 and index < len(lst.items) and not self.plain(lst):
+        size = len(lst.items)
+        at = max(0, index + size) if index < 0 else min(index, size)
+        if (at in (0, size) and (index == 0 or index >= size)) or self._exact(lst.items):
+            self.touch_list(lst, at)
+            lst.items.insert(at, value)
+            return
+        counts = self.counts(lst.items)
+        if counts is None:
+            self.touch_list(lst, at)
+            lst.items.insert(at, value)
             self.blur(lst, "an insert among conditional elements", self.site(node))
-        self.touch_list(lst, at)
-        lst.items.insert(at, value)
+            return
+        out: list[Value] = []
+        for i in range(size + 1):
+            here = NEVER  # the gap before element i is the one the index means
+            for n, before in counts[i]:
+                for total, final in counts[-1]:
+                    if n == (max(0, index + total) if index < 0 else min(index, total)):
+                        here = self.conditions.either(here, self.conditions.both(before, final))
+            previous = lst.items[i - 1] if i else None
+            if isinstance(previous, Maybe):
+                here = self.conditions.both(here, previous.cond)
+            if here != NEVER and self.decide(here) is not False:
+                out.append(self.guarded(here, value))
+            out += lst.items[i : i + 1]
+        self.touch_list(lst, 0)
+        lst.items[:] = out
 
     def _list_remove(self, lst: ListV, node: ast.AST, value: Value, /) -> None:
         found, taken = NEVER, []
@@ -172,7 +193,7 @@ class Methods(Operators):
         if first is None:
             return
         kept: list[Value] = []
-        for item, hit in zip(lst.items[first:], [*taken[first:], *[NEVER] * len(lst.items)]):
+        for item, hit in zip(lst.items[first:], [*taken[first:], *[NEVER] * len(lst.items)], strict=False):
             if hit == NEVER:
                 kept.append(item)
                 continue

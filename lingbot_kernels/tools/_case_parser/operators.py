@@ -158,9 +158,9 @@ class Operators(Sequences):
             return self.fork_value([(c, lambda v=v: self.binary(op, v, right, node)) for c, v in left.alts], node)  # type: ignore[misc]
         if isinstance(right, Choice) and not self._scalars(right):
             return self.fork_value([(c, lambda v=v: self.binary(op, left, v, node)) for c, v in right.alts], node)  # type: ignore[misc]
-        if kind is ast.Add and (isinstance(left, ListV) or isinstance(right, ListV)):
-            if isinstance(left, (ListV, Unknown)) and isinstance(right, (ListV, Unknown)):
-                return self.list_of([*self.sequence(left, node), *self.sequence(right, node)])
+        listed = isinstance(left, (ListV, Unknown)) and isinstance(right, (ListV, Unknown))
+        if kind is ast.Add and listed and not (isinstance(left, Unknown) and isinstance(right, Unknown)):
+            return self.list_of([*self.sequence(left, node), *self.sequence(right, node)])
         if kind is ast.Add and isinstance(left, TupleV) and isinstance(right, TupleV):
             return TupleV([*left.items, *right.items])
         if kind is ast.Mult:
@@ -181,6 +181,8 @@ class Operators(Sequences):
             return self.unknown(node, "a type union", harmless=True)
         if kind is ast.Mod and isinstance(left, str) and not is_scalar(right) and not isinstance(right, Choice):
             right = self._percent_arguments(right)
+            if isinstance(right, TupleV) and self._exact(right.items) and not self._too_large(kind, left, right):
+                return self.map_pure(lambda template, *rest: template % rest, [left, *right.items], node)
         if self._too_large(kind, left, right):
             return self.unknown(node, "the result is too large")
         return self.map_pure(_BINARY.get(kind, self._refuse), [left, right], node)
@@ -331,12 +333,13 @@ class Operators(Sequences):
             if not (self.plain(left) and self.plain(right)):
                 return self.unknown(node, f"`{self.text(node)}` isn't resolved")
             keys = {**left.entries, **right.entries}
-            keep = {
+            keeps: dict[type, Callable[[Any], bool]] = {
                 ast.BitOr: lambda k: True,
                 ast.BitAnd: lambda k: k in left.entries and k in right.entries,
                 ast.Sub: lambda k: k in left.entries and k not in right.entries,
                 ast.BitXor: lambda k: (k in left.entries) != (k in right.entries),
-            }.get(kind)  # type: ignore[call-overload]
+            }
+            keep = keeps.get(kind)
             if keep is None:
                 raise PyRaise(TypeError, node, "unsupported operand types")
             return SetV(self.clock, {k: v for k, v in keys.items() if keep(k)})
@@ -431,9 +434,13 @@ class Operators(Sequences):
         if isinstance(index, (int, slice)):
             conds = self.chosen(owner.items, self.wanted(index))
             if conds is not None and isinstance(index, slice) and index.step in (None, 1):
-                return wrap([self.guarded(c, i) for c, i in zip(conds, owner.items) if c != NEVER])
+                return wrap([self.guarded(c, i) for c, i in zip(conds, owner.items, strict=False) if c != NEVER])
             if conds is not None and isinstance(index, int):
-                alts = [(c, i.value if isinstance(i, Maybe) else i) for c, i in zip(conds, owner.items) if c != NEVER]
+                alts = [
+                    (c, i.value if isinstance(i, Maybe) else i)
+                    for c, i in zip(conds, owner.items, strict=False)
+                    if c != NEVER
+                ]
                 missing = self.conditions.negate(self.conditions.any_of([c for c, _ in alts]))
                 self.pend(missing, PyRaise(IndexError, node, "list index out of range"))
                 return self.choose(alts, node)

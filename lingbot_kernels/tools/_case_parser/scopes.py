@@ -64,9 +64,7 @@ def scope_info(node: FunctionNode) -> ScopeInfo:
             local.add(n.name)
         elif isinstance(n, (ast.Import, ast.ImportFrom)):
             local.update((a.asname or a.name.split(".")[0]) for a in n.names)
-        elif isinstance(n, ast.ExceptHandler) and n.name:
-            local.add(n.name)
-        elif isinstance(n, (ast.MatchAs, ast.MatchStar)) and n.name:
+        elif (isinstance(n, ast.ExceptHandler) and n.name) or (isinstance(n, (ast.MatchAs, ast.MatchStar)) and n.name):
             local.add(n.name)
         elif isinstance(n, ast.MatchMapping) and n.rest:
             local.add(n.rest)
@@ -91,10 +89,11 @@ def names_read(node: ast.AST) -> set[str]:
     return out
 
 
-_READERS = frozenset(
-    "get keys values items index count copy format join split strip lower upper startswith endswith replace title "
-    "rsplit lstrip rstrip splitlines partition rpartition removeprefix removesuffix capitalize zfill casefold".split()
-)
+_READING_METHODS = """
+    get keys values items index count copy format join split strip lower upper startswith endswith replace title
+    rsplit lstrip rstrip splitlines partition rpartition removeprefix removesuffix capitalize zfill casefold
+"""
+_READERS = frozenset(_READING_METHODS.split())
 
 
 def may_mutate(node: ast.AST) -> bool:

@@ -12,6 +12,7 @@ from .machine import Machine
 from .scopes import may_mutate, names_read
 from .values import (
     ABSENT,
+    LEFT,
     Bound,
     Choice,
     ClassV,
@@ -169,10 +170,10 @@ class Sequences(Machine):
     def take_all(self, it: IterV, node: ast.AST) -> list[Value]:
         def take(left: Value) -> list[Value]:
             items = it.make() if left is ABSENT else self.sequence(left, node)
-            self.set_var(it.ns, "left", TupleV([]))
+            self.set_var(it.ns, LEFT, TupleV([]))
             return items
 
-        left = it.ns.vars.get("left", ABSENT)
+        left = it.ns.vars.get(LEFT, ABSENT)
         if isinstance(left, Choice):
             alts = self.fork([(c, lambda v=v: take(v)) for c, v in left.alts])  # type: ignore[misc]
             return self.merge_sequences(alts)
@@ -183,19 +184,19 @@ class Sequences(Machine):
         if changed:
             self.report(self.site(node), "next() of an iterator whose making changes other objects")
         if not items:
-            self.set_var(it.ns, "left", TupleV([]))
+            self.set_var(it.ns, LEFT, TupleV([]))
             if default is ABSENT:
                 raise PyRaise(StopIteration, node)
             return default
         first = items[0]
         if isinstance(first, (Maybe, Opaque)):
-            self.set_var(it.ns, "left", self.unknown(node, "what an iterator has left depends on a condition"))
+            self.set_var(it.ns, LEFT, self.unknown(node, "what an iterator has left depends on a condition"))
             if isinstance(first, Maybe) and len(items) == 1 and default is not ABSENT:
                 return self.choose([(first.cond, first.value), (self.conditions.negate(first.cond), default)], node)
             unknown = self.unknown(node, "the next element depends on a condition")
             unknown.old = [self.list_of(items)]
             return unknown
-        self.set_var(it.ns, "left", TupleV(items[1:]))
+        self.set_var(it.ns, LEFT, TupleV(items[1:]))
         return first
 
     def tracked(self, thunk: Callable[[], Any]) -> tuple[Any, set[Any]]:
@@ -205,7 +206,8 @@ class Sequences(Machine):
         seg, state = self._pop()
         changed: set[Any] = set()
         for key, (obj, saved) in seg.saved.items():
-            changed.update(((key, name) for name in saved) if isinstance(obj, Namespace) else (key,))
+            names = ((key, name) for name in saved if name != LEFT) if isinstance(obj, Namespace) else (key,)
+            changed.update(names)
         self._merge([(ALWAYS, state)])
         if self.stopped:
             raise self.stopped
@@ -227,7 +229,7 @@ class Sequences(Machine):
             if any(w in reads or (isinstance(w, tuple) and w[0] in reads) for w in written):
                 self.report(self.site(node), "the loop changes what its generator reads")
             if exits:
-                self.set_var(source.ns, "left", self.unknown(node, "what a generator has left after a loop"))
+                self.set_var(source.ns, LEFT, self.unknown(node, "what a generator has left after a loop"))
             return exits or []
         return self._each(source, body, node, statement)
 
@@ -244,19 +246,7 @@ class Sequences(Machine):
             self.tick()
             item = items[i]
             i += 1
-            if isinstance(item, Opaque):
-                unknown = Unknown(item.reason, item.site)
-                new = self.unknown_loop(lambda u=unknown: body(u), item.reason, item.site)  # type: ignore[misc]
-            elif isinstance(item, Maybe):
-                results = self.fork(
-                    [
-                        (item.cond, lambda v=item.value: body(v)),  # type: ignore[misc]
-                        (self.conditions.negate(item.cond), lambda: None),
-                    ]
-                )
-                new = [e for _, exits in results for e in exits or ()]
-            else:
-                new = body(item) or []
+            new = self.attempt(lambda item=item: self._one(item, body), levels)  # type: ignore[misc]
             if isinstance(source, ListV) and source.version != version:
                 version = source.version
                 if not self.plain(source):
@@ -267,6 +257,26 @@ class Sequences(Machine):
             for v in watched:
                 self.blur(v, "a change of a list that is being looped over", self.site(node))
         return self._finish(levels) if statement else []
+
+    def _one(self, item: Value, body: Body) -> list[Exit]:
+        if isinstance(item, Opaque):
+            unknown = Unknown(item.reason, item.site)
+            return self.unknown_loop(lambda: body(unknown), item.reason, item.site)
+        if isinstance(item, Maybe):
+            results = self.fork(
+                [(item.cond, lambda: body(item.value)), (self.conditions.negate(item.cond), lambda: None)]
+            )
+            return [e for _, exits in results for e in exits or ()]
+        return body(item) or []
+
+    def attempt(self, thunk: Callable[[], list[Exit]], levels: list[tuple[int, list[Exit]]]) -> list[Exit]:
+        """Run a step of a block; once there are exits under other conditions, what it raises is one more of them."""
+        try:
+            return thunk()
+        except PyRaise as e:
+            if len(levels) == 1 and not levels[0][1]:
+                raise
+            return [Exit(ALWAYS, "raise", e)]
 
     def _continue(self, levels: list[tuple[int, list[Exit]]], new: list[Exit]) -> bool:
         """Take note of exits; False when nothing goes on, else the rest runs under the opposite condition."""
@@ -287,6 +297,11 @@ class Sequences(Machine):
         while levels:
             mark, own = levels.pop()
             exits = self.close(mark, own + exits)
+        if self.try_depth == 0:
+            for e in exits:
+                if e.kind == "raise":
+                    self.pend(e.cond, e.value)
+            exits = [e for e in exits if e.kind != "raise"]
         return exits
 
     def unknown_loop(self, step: Callable[[], list[Exit] | None], reason: str, site: Any) -> list[Exit]:
@@ -371,7 +386,7 @@ class Sequences(Machine):
         if counts is None:
             return None
         out = []
-        for item, before in zip(items, counts):
+        for item, before in zip(items, counts, strict=False):
             there = item.cond if isinstance(item, Maybe) else ALWAYS
             hit = NEVER
             for n, cond in before:
@@ -400,7 +415,7 @@ class Sequences(Machine):
                 return None
             if len(a.items) != len(b.items):
                 return False
-            return self._all(self.equal(x, y) for x, y in zip(a.items, b.items))
+            return self._all(self.equal(x, y) for x, y in zip(a.items, b.items, strict=False))
         if isinstance(a, DictV) and type(a) is type(b):
             if not (self.plain(a) and self.plain(b)):
                 return None

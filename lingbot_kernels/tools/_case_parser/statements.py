@@ -45,7 +45,7 @@ class Statements(Classes):
     def exec_block(self, body: list[ast.stmt]) -> list[Exit]:
         levels: list[tuple[int, list[Exit]]] = [(len(self.segments), [])]
         for stmt in body:
-            if not self._continue(levels, self.exec_stmt(stmt)):
+            if not self._continue(levels, self.attempt(lambda stmt=stmt: self.exec_stmt(stmt), levels)):  # type: ignore[misc]
                 break
         return self._finish(levels)
 
@@ -134,15 +134,15 @@ class Statements(Classes):
         if short or (star is None and len(items) > len(targets)):
             raise PyRaise(ValueError, node, "wrong number of values to unpack")
         if star is None:
-            for t, v in zip(targets, items):
+            for t, v in zip(targets, items, strict=False):
                 self.assign(t, v)
             return
         after = len(targets) - star - 1
         middle = items[star : len(items) - after]
-        for t, v in zip(targets[:star], items):
+        for t, v in zip(targets[:star], items, strict=False):
             self.assign(t, v)
         self.assign(targets[star], self.list_of(middle))
-        for t, v in zip(targets[star + 1 :], items[len(items) - after :]):
+        for t, v in zip(targets[star + 1 :], items[len(items) - after :], strict=False):
             self.assign(t, v)
 
     def store_attribute(self, owner: Value, name: str, value: Value, node: ast.AST) -> None:
@@ -288,29 +288,29 @@ class Statements(Classes):
 
     def exec_While(self, stmt: ast.While) -> list[Exit]:
         levels: list[tuple[int, list[Exit]]] = [(len(self.segments), [])]
-        while True:
-            self.tick()
-            holds = self.truth(self.eval(stmt.test), stmt.test)
-            decided = self.decide(holds)
-            if decided is False:
-                break
+        ended = False
+
+        def body() -> list[Exit]:
+            self.truth(self.eval(stmt.test), stmt.test)
+            return self.exec_block(stmt.body)
+
+        def step() -> list[Exit]:
+            nonlocal ended
+            decided = self.decide(self.truth(self.eval(stmt.test), stmt.test))
+            ended = not decided
             if decided is None:
+                return self.unknown_loop(body, f"`while {self.text(stmt.test)}`", self.site(stmt.test))
+            return [e for e in self.exec_block(stmt.body) if e.kind != "continue"] if decided else []
 
-                def step() -> list[Exit]:
-                    self.truth(self.eval(stmt.test), stmt.test)
-                    return self.exec_block(stmt.body)
-
-                new = self.unknown_loop(step, f"`while {self.text(stmt.test)}`", self.site(stmt.test))
-                self._continue(levels, new)
-                break
-            new = [e for e in self.exec_block(stmt.body) if e.kind != "continue"]
-            if not self._continue(levels, new):
+        while not ended:
+            self.tick()
+            if not self._continue(levels, self.attempt(step, levels)):
                 break
         return self.after_loop(self._finish(levels), stmt.orelse)
 
     def exec_With(self, stmt: ast.With) -> list[Exit]:
         managers = [self.eval(item.context_expr) for item in stmt.items]
-        for item, manager in zip(stmt.items, managers):
+        for item, manager in zip(stmt.items, managers, strict=False):
             entered: Value = self.unknown(item.context_expr, "what a context manager gives")
             if isinstance(manager, Instance) and self.class_attribute(manager.cls, "__enter__") is not ABSENT:
                 entered = self.call(self.attribute(manager, "__enter__", item.context_expr), [], {}, stmt)
@@ -469,7 +469,7 @@ class Statements(Classes):
         value: Value = self.make_function(stmt, stmt.name)
         if self.env.kind == "class":
             value.owner = self.env.cls
-        for decorator, node in zip(reversed(decorators), reversed(stmt.decorator_list)):
+        for decorator, node in zip(reversed(decorators), reversed(stmt.decorator_list), strict=False):
             value = self.call(decorator, [value], {}, node)
         self.bind(stmt.name, value)
 
@@ -533,7 +533,7 @@ class Statements(Classes):
                 if len(pattern.patterns) != len(subject.items):
                     return NEVER
                 holds = ALWAYS
-                for p, item in zip(pattern.patterns, subject.items):
+                for p, item in zip(pattern.patterns, subject.items, strict=False):
                     holds = self.conditions.both(holds, self.matches(p, item, case))
                 return holds
         elif isinstance(pattern, ast.MatchSequence) and (isinstance(subject, (str, DictV)) or subject is None):

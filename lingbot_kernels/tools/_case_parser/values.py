@@ -26,6 +26,8 @@ class _Absent:
 
 ABSENT = _Absent()
 
+LEFT = "<left>"  # not an identifier: apart from every name of the source
+
 
 @dataclass(frozen=True)
 class Site:
@@ -294,7 +296,7 @@ class EnumMember:
 
 @dataclass(eq=False)
 class IterV:
-    """An iterator. `ns.left` is ABSENT until `make` has run, then the list of elements not yet taken.
+    """An iterator. `LEFT` in `ns` is ABSENT until `make` has run, then the list of elements not yet taken.
 
     `reads`: the objects and names that `make` may look at, for loops that change them meanwhile.
     """
@@ -315,8 +317,9 @@ class PyRaise(Exception):
         self.value: Value = None
 
     def describe(self) -> str:
-        name = "an exception" if self.kind is None else getattr(self.kind, "name", None) or self.kind.__name__  # type: ignore[union-attr]
-        return f"{name}: {self.text}" if self.text else name
+        kind = self.kind
+        name = "an exception" if kind is None else kind.name if isinstance(kind, ClassV) else kind.__name__
+        return self.text if self.text.startswith(name) else f"{name}: {self.text}" if self.text else name
 
 
 @dataclass
@@ -343,5 +346,5 @@ def same(a: Value, b: Value) -> bool:
     if type(a) is Maybe:
         return a.cond == b.cond and same(a.value, b.value)
     if type(a) is TupleV:
-        return len(a.items) == len(b.items) and all(same(x, y) for x, y in zip(a.items, b.items))
+        return len(a.items) == len(b.items) and all(same(x, y) for x, y in zip(a.items, b.items, strict=False))
     return False

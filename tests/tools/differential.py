@@ -1,0 +1,296 @@
+"""Compares the case parser with real execution on generated modules, under a stub case class and stub conditions.
+
+``python tests/tools/differential.py --modules 50000 --seed 0`` prints the counts; a silent difference exits 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import multiprocessing
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import module_generator  # noqa: E402
+
+from lingbot_kernels.tools._case_parser.collect import Collector, ParsedConfig  # noqa: E402
+from lingbot_kernels.tools._case_parser.evaluator import parse_source  # noqa: E402
+
+MAX_PARSE_SECONDS = 30.0
+SUITES = {"ONE_GPU_CASES": "one", "TWO_GPU_CASES": "two"}
+
+
+@dataclass
+class Case:
+    """Stub of the case class."""
+
+    id: str
+    gpus: int = 1
+    extra: dict = field(default_factory=dict)
+
+
+class Stub:
+    """The outside world of a module: `bits` fixes the flags, or `rng` gives each call its own outcome."""
+
+    def __init__(self, bits: int, rng: Random | None) -> None:
+        def flag(i: int) -> Callable[[], bool]:
+            return lambda: bool(rng.getrandbits(1)) if rng else bool(bits >> i & 1)
+
+        flags = [flag(i) for i in range(6)]
+
+        def fails() -> None:
+            if flags[3]():
+                raise ValueError("stub")
+
+        def mutate(x: Any) -> None:
+            if isinstance(x, list) and flags[0]():
+                x.append(Case("hidden"))
+
+        def transform(x: list) -> list:
+            return [Case("transformed"), *x[1:]] if flags[1]() else list(x)
+
+        def decorate(f: Callable) -> Callable:
+            if flags[0]():
+                f()
+            return f
+
+        def keep(f: Callable) -> None:
+            if flags[1]():
+                f()
+
+        left = [3]
+
+        def more() -> bool:
+            left[0] -= 1
+            return left[0] > 0 and flags[2]()
+
+        platform = types.ModuleType("platform_stub")
+        vars(platform).update(
+            DiffusionTestCase=Case,
+            flag0=flags[0],
+            flag1=flags[1],
+            flag2=flags[2],
+            fails=fails,
+            count=lambda: 2 if flags[4]() else 1,
+        )
+        outside = types.ModuleType("outside")
+        vars(outside).update(
+            mutate=mutate, transform=transform, decorate=decorate, keep=keep, more=more,
+            names=lambda: ["u1", "u2"][: 1 + flags[1]()],
+            make=lambda i: Case(i + "_made"), text=lambda: "text", zero=lambda: int(flags[0]()),
+            mutate_held=lambda: mutate(outside.held),
+        )  # fmt: skip
+        self.modules = {"platform_stub": platform, "outside": outside}
+        self.optional = {"optional0": flags[4], "optional1": flags[5]}
+        self.platform = platform
+
+    def namespace(self) -> dict[str, Any]:
+        real = builtins.__import__
+
+        def load(name: str, *args: Any) -> Any:
+            if name in self.modules:
+                return self.modules[name]
+            if name in self.optional:
+                if self.optional[name]():
+                    return types.ModuleType(name)
+                raise ImportError(name)
+            return real(name, *args)
+
+        return {"__builtins__": {**vars(builtins), "__import__": load}, "__name__": "config"}
+
+
+@dataclass
+class Outcome:
+    """One module: how it was answered, and the silent difference if there is one."""
+
+    compared: int = 0
+    reported: bool = False
+    conditional: bool = False
+    difference: str | None = None
+
+
+class Expired(BaseException):
+    """A generated module runs for too long; no ``except Exception`` of it may take this."""
+
+
+def _expired(*_: Any) -> None:
+    raise Expired
+
+
+def _execute(code: types.CodeType, ns: dict[str, Any]) -> bool | None:
+    """Whether the module runs to its end; None when it takes too long (some loop over a list that they extend)."""
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.5, 0.1)
+            exec(code, ns)
+            return True
+        except Exception:
+            return False
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except Expired:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return None
+
+
+def executions(text: str, seed: int) -> Iterator[tuple[Stub, bool, dict[str, list[str]]]]:
+    """The lists' ids in every variant that imports: all flags fixed in turn, then with every call random."""
+    code = compile(text, "config", "exec")
+    signal.signal(signal.SIGALRM, _expired)
+    rng = Random(seed)
+    variants = [(b, None) for b in (0, 63, *(rng.getrandbits(6) for _ in range(6)))]
+    variants += [(0, Random(rng.getrandbits(32))) for _ in range(4)]  # type: ignore[misc]
+    for bits, each in variants:
+        stub = Stub(bits, each)
+        ns = stub.namespace()
+        sys.modules["config"] = types.ModuleType("config")
+        ended = _execute(code, ns)
+        if ended is None:
+            return
+        if not ended:
+            continue
+        found = {}
+        for name in SUITES:
+            value = ns.get(name, [])
+            if not isinstance(value, list) or not all(isinstance(c, Case) for c in value):
+                break
+            found[name] = [c.id for c in value]
+        else:
+            yield stub, each is None, found
+
+
+def parse(text: str) -> ParsedConfig:
+    collector = Collector(SUITES, case_class="DiffusionTestCase", id_param="id")
+    collector.run(parse_source(text, "config"), None, text)
+    return collector.config()
+
+
+def compare(text: str, seed: int = 0, parsed: ParsedConfig | None = None) -> Outcome:
+    """Parse and execute a module; a difference counts only where the parser reported nothing."""
+    start = time.process_time()
+    parsed = parse(text) if parsed is None else parsed
+    out = Outcome(reported=bool(parsed.unresolved))
+    if time.process_time() - start > MAX_PARSE_SECONDS:
+        out.difference = f"parsing took {time.process_time() - start:.1f} s"
+    answers = {name: parsed.suites[suite] for name, suite in SUITES.items()}
+    out.conditional = any(c.condition for cases in answers.values() for c in cases)
+    duplicated = {(d.id, s) for d in parsed.duplicates for s in d.suites}
+    for stub, fixed, found in executions(text, seed):
+        out.compared += 1
+        for name, ids in found.items():
+            answer = {c.id: c.condition for c in answers[name]}
+            problem = None
+            if lost := [i for i in ids if i not in answer]:
+                problem = f"lost {lost}"
+            elif extra := [i for i, condition in answer.items() if condition is None and i not in ids]:
+                problem = f"declared as always there, but absent: {extra}"
+            elif parsed.tests == 0 and list(dict.fromkeys(ids)) != list(answer):
+                problem = f"order {ids} against {list(answer)}"
+            elif unseen := [i for i in ids if ids.count(i) > 1 and (i, SUITES[name]) not in duplicated]:
+                problem = f"duplicates not reported: {unseen}"
+            elif fixed:
+                wrong = [(i, c) for i, c in answer.items() if c and holds(c, stub) not in (None, i in ids)]
+                problem = f"condition doesn't tell: {wrong}" if wrong else None
+            if problem and not out.reported:
+                out.difference = f"{name}: {problem}; executed {found}"
+                return out
+        both = set(found["ONE_GPU_CASES"]) & set(found["TWO_GPU_CASES"])
+        if not out.reported and any((i, s) not in duplicated for i in both for s in SUITES.values()):
+            out.difference = f"same id in two suites not reported: {both}"
+            return out
+    return out
+
+
+def holds(condition: str, stub: Stub) -> bool | None:
+    """Truth of a condition's text where it is made of the stub's functions alone."""
+    try:
+        return bool(eval(condition, {"__builtins__": {}}, vars(stub.platform)))
+    except Exception:
+        return None
+
+
+@dataclass
+class Totals:
+    """Counts over many modules."""
+
+    modules: int = 0
+    executed: int = 0
+    executions: int = 0
+    reported: int = 0
+    conditional: int = 0
+    differences: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        resolved = self.executed - self.reported
+        share = 100 * resolved / max(self.executed, 1)
+        return [
+            f"modules generated: {self.modules}",
+            f"modules compared (at least one variant imports): {self.executed}, in {self.executions} executions",
+            f"fully resolved: {resolved} ({share:.1f} %), with conditional cases among all: {self.conditional}",
+            f"with unresolved reports: {self.reported}",
+            f"silent differences: {len(self.differences)}",
+        ]
+
+
+def run(modules: int, seed: int, unresolved: float, *, stop_at: int = 5, first: int = 0) -> Totals:
+    """Generate and compare `modules` modules from number `first` on."""
+    totals = Totals()
+    for i in range(first, first + modules):
+        rng = Random(seed * 1_000_003 + i)
+        text = module_generator.generate(rng, unresolved=unresolved if i % 2 else 0.0)
+        outcome = compare(text, i)
+        totals.modules += 1
+        if outcome.compared:
+            totals.executed += 1
+            totals.executions += outcome.compared
+            totals.reported += outcome.reported
+            totals.conditional += outcome.conditional
+        if outcome.difference:
+            totals.differences.append((i, outcome.difference, text))
+            if len(totals.differences) >= stop_at:
+                break
+    return totals
+
+
+def _run_part(part: tuple[int, int, int, float]) -> Totals:
+    first, modules, seed, unresolved = part
+    return run(modules, seed, unresolved, first=first)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--modules", type=int, default=50_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--unresolved", type=float, default=0.06, help="share of unresolvable statements in every other module"
+    )
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    start = time.perf_counter()
+    size = 250
+    parts = [(i, min(size, args.modules - i), args.seed, args.unresolved) for i in range(0, args.modules, size)]
+    totals = Totals()
+    with multiprocessing.Pool(args.jobs) as pool:
+        for part in pool.imap_unordered(_run_part, parts):
+            for name, value in vars(part).items():
+                setattr(totals, name, getattr(totals, name) + value)
+    for number, difference, text in totals.differences:
+        print(f"--- module {number}: {difference}\n{text}")
+    print("\n".join(totals.lines()))
+    print(f"seconds: {time.perf_counter() - start:.1f}")
+    return 1 if totals.differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

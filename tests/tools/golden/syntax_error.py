@@ -1,0 +1,2 @@
+ONE_GPU_CASES = [
+    DiffusionTestCase("a",
