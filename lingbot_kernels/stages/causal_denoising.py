@@ -72,10 +72,11 @@ class CausalDenoisingStage:
     ) -> Tensor:
         """Denoise the next chunk and, unless told otherwise, update the context with it.
 
-        x0 = x - sigma * v and x = (1 - s) * x0 + s * noise are computed in float64 and rounded to noise's dtype.
+        x0 = x - sigma * v and x = (1 - s) * x0 + s * noise are computed in float64 and rounded to noise's dtype,
+        float32 at least.
 
         Args:
-            noise: [B, out_channels, F, H, W], float32 or wider: where the first step starts, taken as it is.
+            noise: [B, out_channels, F, H, W], any float dtype: where the first step starts, taken as it is.
             text: [B, L, text_dim].
             condition: [B, in_channels - out_channels, F, H, W] mask and image latent; zeros where None.
             camera: [B, 384, F, H, W], or None.
@@ -85,13 +86,14 @@ class CausalDenoisingStage:
             start_frame: absolute index of the chunk's first latent frame; the session's next one where None.
 
         Returns:
-            Clean latents, of noise's shape and dtype.
+            Clean latents of noise's shape, float32 (float64 for float64 noise).
 
         Raises:
             ValueError, TypeError: naming the argument.
         """
         schedule = self.schedule
         self._check_latents("noise", noise)
+        noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
         if renoise is None:
             self.model.shard_group.agree_on_noise(generator, noise.device)
             renoise = _draw((len(schedule.times) - 1, *noise.shape), noise, generator)
@@ -220,8 +222,9 @@ class CausalDenoisingStage:
 
     def _check_latents(self, name: str, x: Tensor) -> None:
         channels = self.model.config.out_channels
-        if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name}: got {x.dtype if isinstance(x, Tensor) else type(x).__name__}, must be float32")
+        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: got {kind}, must be a float tensor")
         if x.dim() != 5 or x.shape[1] != channels:
             raise ValueError(f"{name}: got shape {list(x.shape)}, must be [B, {channels}, F, H, W]")
 

@@ -203,8 +203,8 @@ CFG = small_config()
 NOISE = torch.zeros(1, 16, 3, 4, 6)
 TEXT = torch.zeros(1, 5, 24)
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "noise dtype": ({"noise": NOISE.bfloat16()}, TypeError, "noise: got torch.bfloat16, must be float32"),
-    "noise type": ({"noise": None}, TypeError, "noise: got NoneType, must be float32"),
+    "noise dtype": ({"noise": NOISE.int()}, TypeError, "noise: got torch.int32, must be a float tensor"),
+    "noise type": ({"noise": None}, TypeError, "noise: got NoneType, must be a float tensor"),
     "noise channels": ({"noise": NOISE[:, :8]}, ValueError, r"noise: got shape .*\[B, 16, F, H, W\]"),
     "noise dims": ({"noise": NOISE[0]}, ValueError, r"noise: got shape \[16, 3, 4, 6\]"),
     "renoise": ({"renoise": NOISE.expand(2, *NOISE.shape)}, ValueError, r"renoise: got shape \[2, .*be \[3, 1, 16"),
@@ -242,8 +242,18 @@ def test_bad_input_is_named_and_leaves_the_session(stage: CausalDenoisingStage, 
 def test_update_context_needs_a_chunk(stage: CausalDenoisingStage) -> None:
     with pytest.raises(ValueError, match=r"state: got one without a current chunk; call denoise_chunk first"):
         stage.update_context(RealtimeCausalDiTState(), NOISE, text=TEXT)
-    with pytest.raises(TypeError, match=r"chunk: got torch.float16"):
-        stage.update_context(RealtimeCausalDiTState(), NOISE.half(), text=TEXT)
+    with pytest.raises(TypeError, match=r"chunk: got torch.int32, must be a float tensor"):
+        stage.update_context(RealtimeCausalDiTState(), NOISE.int(), text=TEXT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_noise_is_taken_at_its_value(stage: CausalDenoisingStage, dtype: torch.dtype) -> None:
+    """The sampler works in float32 from it: the same bits as from the widened noise."""
+    inputs = make_inputs(CFG, 1)
+    noise, rest = inputs.noise[0].to(dtype), inputs.chunk(0)
+    got = stage.denoise_chunk(RealtimeCausalDiTState(), noise, **rest)
+    wide = stage.denoise_chunk(RealtimeCausalDiTState(), noise.float(), **rest)
+    assert got.dtype == torch.float32 and torch.equal(got, wide)
 
 
 ROLLOUT_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
