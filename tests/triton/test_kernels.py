@@ -28,7 +28,7 @@ def run_checks(name: str, interpret: bool) -> None:
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-8000:]
-    summary = output.strip().splitlines()[-1]
+    summary = result.stdout.strip().splitlines()[-1]
     assert re.search(r"[1-9]\d* passed", summary) and "skipped" not in summary and "xfailed" not in summary, output
 
 
