@@ -278,13 +278,15 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     start = time.perf_counter()
-    size = 250
+    size = 100
     parts = [(i, min(size, args.modules - i), args.seed, args.unresolved) for i in range(0, args.modules, size)]
     totals = Totals()
     with multiprocessing.Pool(args.jobs) as pool:
         for part in pool.imap_unordered(_run_part, parts):
             for name, value in vars(part).items():
                 setattr(totals, name, getattr(totals, name) + value)
+            shown = f"{totals.modules} of {args.modules}, {len(totals.differences)} differences"
+            print(f"{time.perf_counter() - start:7.1f} s: {shown}", file=sys.stderr, flush=True)
     for number, difference, text in totals.differences:
         print(f"--- module {number}: {difference}\n{text}")
     print("\n".join(totals.lines()))

@@ -156,7 +156,9 @@ class Attributes(Calls):
         dotted = f"{owner.dotted}.{name}" if owner.dotted else ""
         if dotted == "sys.modules":
             self.report(self.site(node), "sys.modules can reach any object")
-        return Unknown(owner.reason, owner.site, harmless=owner.harmless, dotted=dotted)
+        out = Unknown(owner.reason, owner.site, harmless=owner.harmless, dotted=dotted)
+        out.old = owner.old
+        return out
 
     def _adder(self, owner: Unknown, name: str) -> Callable[..., Value]:
         """append, extend or insert on an unresolved list: the list is reported, what is added is kept."""

@@ -26,6 +26,8 @@ from .values import (
     Value,
 )
 
+_MAX_REPEATS = 64  # an id repeated more often is a duplicate, whatever the conditions
+
 
 @dataclass(frozen=True)
 class Unresolved:
@@ -241,7 +243,9 @@ class Collector:
             if first is None:
                 kept[e.id] = _Entry(e.id, e.list, e.line, e.cond, e.obj)
             else:
-                for other in group:
+                if len(group) > _MAX_REPEATS:
+                    clash.add(e.id)
+                for other in group if e.id not in clash else ():
                     shared = other.obj is e.obj and other.list != e.list
                     overlap = conditions.both(conditions.both(other.cond, e.cond), self.evaluator.path)
                     if not shared and overlap != NEVER:

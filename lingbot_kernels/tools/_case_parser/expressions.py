@@ -427,11 +427,9 @@ class Expressions(Attributes):
             )
         if isinstance(value, (ListV, TupleV, DictV)):
             items = self.sequence(value, node) if isinstance(value, DictV) else value.items
-            held = [i.cond if isinstance(i, Maybe) else ALWAYS for i in items if not isinstance(i, Opaque)]
-            holds = self.conditions.any_of(held)
-            if holds != ALWAYS and any(isinstance(i, Opaque) for i in items):
-                holds = self.conditions.either(holds, self.conditions.atom(self.text(node)))
-            return holds
+            if any(isinstance(i, Opaque) for i in items):  # elements may have come or gone
+                return self.conditions.atom(self.text(node))
+            return self.conditions.any_of([i.cond if isinstance(i, Maybe) else ALWAYS for i in items])
         if isinstance(value, Unknown):
             if value.atom is None:
                 self.may_raise(node, self.text(node))

@@ -324,8 +324,9 @@ class Methods(Operators):
         return to_python(value)
 
     def _list_index(self, lst: ListV, node: ast.AST, value: Value, /) -> Value:
+        opaque = any(isinstance(item, Opaque) for item in lst.items)
         for i, item in enumerate(lst.items):
-            same = None if isinstance(item, (Maybe, Opaque)) else self.equal(item, value)
+            same = None if opaque or isinstance(item, Maybe) else self.equal(item, value)
             if same is None:
                 return self.unknown(node, "an index isn't resolved")
             if same:

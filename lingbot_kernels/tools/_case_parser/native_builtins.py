@@ -128,6 +128,7 @@ def _zip(ev: Lib, args: _Args, kwargs: _Kwargs, node: ast.AST) -> Value:
             if isinstance(a, IterV):
                 ev.set_var(a.ns, LEFT, ev.unknown(node, "what zip() left in an iterator"))
         if not all(ev._exact(c) for c in columns):
+            ev.escape([TupleV(c) for c in columns], "zip() of sequences with conditional elements", node)
             return [Opaque("zip() of sequences with conditional elements", ev.site(node))]
         if kwargs.get("strict") is True and len({len(c) for c in columns}) > 1:
             raise PyRaise(ValueError, node, "zip() arguments differ in length")

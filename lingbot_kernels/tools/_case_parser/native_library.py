@@ -153,6 +153,7 @@ def _combine(fn: Callable[..., Any]) -> Callable[..., Value]:
         numbers = {k: v for k, v in kwargs.items() if isinstance(v, int)}
         columns = [a if isinstance(a, int) else ev.sequence(a, node) for a in args]
         if len(numbers) != len(kwargs) or any(isinstance(c, list) and not ev._exact(c) for c in columns):
+            ev.escape([*args], f"{fn.__name__}() of conditional elements", node)
             return TupleV([Opaque(f"{fn.__name__}() of conditional elements", ev.site(node))])
         try:
             rows = list(itertools.islice(fn(*columns, **numbers), MAX_ITEMS + 1))
@@ -172,6 +173,7 @@ def _islice(ev: Lib, args: _Args, kwargs: _Kwargs, node: ast.AST) -> Value:
         ev.set_var(args[0].ns, LEFT, ev.unknown(node, "what islice() left in an iterator"))
     bounds = args[1:]
     if not ev._exact(items) or not all(b is None or (isinstance(b, int) and b >= 0) for b in bounds):
+        ev.escape([TupleV(items)], "islice() of conditional elements", node)
         return TupleV([Opaque("islice() of conditional elements", ev.site(node))])
     return ev.lazy(lambda: list(itertools.islice(items, *bounds)), [], [])
 

@@ -171,6 +171,9 @@ class Operators(Sequences):
                     return self.list_of(a.items * b) if isinstance(a, ListV) else TupleV(a.items * b)
         if isinstance(left, DictV) and isinstance(right, DictV):
             return self.combine(kind, left, right, node)
+        if isinstance(left, Instance) or isinstance(right, Instance):
+            operands = self.unknown(node, "an operator of a class")
+            return self.call(operands, [left, right], {}, node)
         if isinstance(left, Unknown) or isinstance(right, Unknown):
             self.may_raise(node, self.text(node))
             reason = left.reason if isinstance(left, Unknown) else right.reason
@@ -413,6 +416,7 @@ class Operators(Sequences):
             self.may_raise(node, self.text(node))
             reason = owner.reason if isinstance(owner, Unknown) else f"`{self.text(node)}` isn't resolved"
             out = self.unknown(node, reason, harmless=isinstance(owner, Unknown) and owner.harmless)
+            out.old = [owner]
             return out
         raise PyRaise(TypeError, node, "not subscriptable")
 

@@ -189,7 +189,7 @@ class Sequences(Machine):
                 raise PyRaise(StopIteration, node)
             return default
         first = items[0]
-        if isinstance(first, (Maybe, Opaque)):
+        if isinstance(first, Maybe) or any(isinstance(i, Opaque) for i in items):
             self.set_var(it.ns, LEFT, self.unknown(node, "what an iterator has left depends on a condition"))
             if isinstance(first, Maybe) and len(items) == 1 and default is not ABSENT:
                 return self.choose([(first.cond, first.value), (self.conditions.negate(first.cond), default)], node)
@@ -238,6 +238,9 @@ class Sequences(Machine):
             items, version = source.items, source.version
         else:
             items, version = self.sequence(source, node), 0
+        if not self._exact(items) and any(isinstance(i, Opaque) for i in items):
+            # An unknown pass comes first: any element may be missing, and any may end the loop.
+            items = sorted(items, key=lambda i: not isinstance(i, Opaque))
         watched = [v for _, v in source.alts if isinstance(v, ListV)] if isinstance(source, Choice) else []
         sizes = [(v.version, len(v.items)) for v in watched]
         levels: list[tuple[int, list[Exit]]] = [(len(self.segments), [])]
@@ -323,7 +326,9 @@ class Sequences(Machine):
                 if isinstance(obj, Namespace):
                     for name in saved:
                         changed.add((key, name))
-                        self.set_var(obj, name, Unknown(f"changed in a loop that isn't resolved: {reason}", site))
+                        unknown = Unknown(f"changed in a loop that isn't resolved: {reason}", site)
+                        unknown.old = [v for v in (obj.vars.get(name), state[key][1][name]) if v is not ABSENT]
+                        self.set_var(obj, name, unknown)
                 else:
                     changed.add(key)
                     self.blur(obj, f"changed in a loop that isn't resolved: {reason}", site)
@@ -462,7 +467,7 @@ class Sequences(Machine):
         stack = list(values)
         while stack:
             v = stack.pop()
-            if is_scalar(v) or id(v) in out or isinstance(v, (Unknown, Opaque, Native)):
+            if is_scalar(v) or id(v) in out or isinstance(v, (Opaque, Native)):
                 continue
             self.tick()
             if len(out) > 4 * MAX_ITEMS:
@@ -472,6 +477,8 @@ class Sequences(Machine):
                 stack.extend(v.items)
             elif isinstance(v, Maybe):
                 stack.append(v.value)
+            elif isinstance(v, Unknown):
+                stack.extend(v.old)
             elif isinstance(v, DictV):
                 stack.extend(x for pair in v.entries.values() for x in pair)
             elif isinstance(v, Choice):
