@@ -16,6 +16,11 @@ _MAX_NODES = 30_000
 _MAX_OPERATIONS = 500_000
 _MAX_DESCRIBED_NODES = 300
 _MAX_CUBES = 12
+_MAX_COVER_STEPS = 2_000
+
+
+class _TooManyProductsError(Exception):
+    """A condition is too long to be written out."""
 
 
 class Conditions:
@@ -26,6 +31,7 @@ class Conditions:
         self._unique: dict[tuple[int, Cond, Cond], Cond] = {}
         self._memo: dict[tuple[Cond, Cond, Cond], Cond] = {}
         self._texts: list[tuple[str, str]] = []
+        self._cover_steps = 0
 
     @property
     def count(self) -> int:
@@ -76,8 +82,12 @@ class Conditions:
         atoms = self._support(c)
         if atoms is None:
             return "a combination of many conditions"
-        cubes, _ = self._cover(c, c)
-        if len(cubes) > _MAX_CUBES:
+        self._cover_steps = 0
+        try:
+            cubes, _ = self._cover(c, c)
+        except _TooManyProductsError:
+            cubes = []
+        if not 0 < len(cubes) <= _MAX_CUBES:
             return f"a combination of {len(atoms)} conditions, the first: {self._texts[atoms[0]][0]}"
         texts = []
         for cube in cubes:
@@ -137,6 +147,9 @@ class Conditions:
 
     def _cover(self, lower: Cond, upper: Cond) -> tuple[list[dict[int, bool]], Cond]:
         """Minato-Morreale: an irredundant set of products between `lower` and `upper`."""
+        self._cover_steps += 1
+        if self._cover_steps > _MAX_COVER_STEPS:
+            raise _TooManyProductsError
         if lower == NEVER:
             return [], NEVER
         if upper == ALWAYS:
