@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,17 +191,18 @@ def compare(text: str, seed: int = 0, parsed: ParsedConfig | None = None) -> Out
         out.compared += 1
         for name, ids in found.items():
             answer = {c.id: c.condition for c in answers[name]}
+            times = Counter(ids)
             problem = None
-            if lost := [i for i in ids if i not in answer]:
+            if lost := [i for i in times if i not in answer]:
                 problem = f"lost {lost}"
-            elif extra := [i for i, condition in answer.items() if condition is None and i not in ids]:
+            elif extra := [i for i, condition in answer.items() if condition is None and i not in times]:
                 problem = f"declared as always there, but absent: {extra}"
             elif parsed.tests == 0 and list(dict.fromkeys(ids)) != list(answer):
                 problem = f"order {ids} against {list(answer)}"
-            elif unseen := [i for i in ids if ids.count(i) > 1 and (i, SUITES[name]) not in duplicated]:
+            elif unseen := [i for i, n in times.items() if n > 1 and (i, SUITES[name]) not in duplicated]:
                 problem = f"duplicates not reported: {unseen}"
             elif fixed:
-                wrong = [(i, c) for i, c in answer.items() if c and holds(c, stub) not in (None, i in ids)]
+                wrong = [(i, c) for i, c in answer.items() if c and holds(c, stub) not in (None, i in times)]
                 problem = f"condition doesn't tell: {wrong}" if wrong else None
             if problem and not out.reported:
                 out.difference = f"{name}: {problem}; executed {found}"

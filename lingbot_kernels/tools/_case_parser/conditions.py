@@ -16,11 +16,11 @@ _MAX_NODES = 30_000
 _MAX_OPERATIONS = 500_000
 _MAX_DESCRIBED_NODES = 300
 _MAX_CUBES = 12
-_MAX_COVER_CALLS = 4000
+_MAX_COVER_STEPS = 2_000
 
 
 class _TooManyProductsError(Exception):
-    """A condition's sum of products is too long to be worth finding."""
+    """A condition is too long to be written out."""
 
 
 class Conditions:
@@ -31,7 +31,7 @@ class Conditions:
         self._unique: dict[tuple[int, Cond, Cond], Cond] = {}
         self._memo: dict[tuple[Cond, Cond, Cond], Cond] = {}
         self._texts: list[tuple[str, str]] = []
-        self._cover_calls = 0
+        self._cover_steps = 0
 
     @property
     def count(self) -> int:
@@ -82,12 +82,12 @@ class Conditions:
         atoms = self._support(c)
         if atoms is None:
             return "a combination of many conditions"
-        self._cover_calls = 0
+        self._cover_steps = 0
         try:
             cubes, _ = self._cover(c, c)
         except _TooManyProductsError:
-            cubes = None
-        if cubes is None or len(cubes) > _MAX_CUBES:
+            cubes = []
+        if not 0 < len(cubes) <= _MAX_CUBES:
             return f"a combination of {len(atoms)} conditions, the first: {self._texts[atoms[0]][0]}"
         texts = []
         for cube in cubes:
@@ -146,17 +146,14 @@ class Conditions:
         return found
 
     def _cover(self, lower: Cond, upper: Cond) -> tuple[list[dict[int, bool]], Cond]:
-        """Minato-Morreale: an irredundant set of products between `lower` and `upper`.
-
-        Raises _TooManyProductsError after a bounded number of calls.
-        """
+        """Minato-Morreale: an irredundant set of products between `lower` and `upper`."""
+        self._cover_steps += 1
+        if self._cover_steps > _MAX_COVER_STEPS:
+            raise _TooManyProductsError
         if lower == NEVER:
             return [], NEVER
         if upper == ALWAYS:
             return [{}], ALWAYS
-        self._cover_calls += 1
-        if self._cover_calls > _MAX_COVER_CALLS:
-            raise _TooManyProductsError
         var = min(self._nodes[lower][0], self._nodes[upper][0])
         l1, l0 = self._cofactors(lower, var)
         u1, u0 = self._cofactors(upper, var)
