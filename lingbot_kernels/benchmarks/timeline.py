@@ -260,7 +260,7 @@ def _is_product(item: Placed) -> bool:
 
 
 def _product_label(index: int, count: int, names: Sequence[str], attention: str) -> str:
-    """`names` in their order, the last twice where Q and K are projected apart from V; of another count none is told."""
+    """`names` in order, the last twice where Q and K are projected apart from V; of another count none is told."""
     if count != len(names) + (count > len(names) and names[-1].endswith("qkv")):
         return f"product {index + 1} of {count} after {attention}"
     return names[min(index, len(names) - 1)]
