@@ -27,7 +27,7 @@ from lingbot_kernels.benchmarks.clocks import ClockSampler
 ATTENTION, PRODUCTS, PASSES, OTHER = "attention", "products", "fused_passes", "other"
 SELF, CROSS = "self-attention", "cross-attention"
 KINDS = (ATTENTION, PRODUCTS, PASSES, OTHER)
-_ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _AFTER_SELF = ("self_attn.o", "cross_attn.q")
 _AFTER_CROSS = ("cross_attn.o", "ffn.0", "ffn.2", "self_attn.qkv")
 
@@ -129,7 +129,7 @@ def read_kernels(trace: Mapping[str, Any]) -> list[Kernel]:
     found = [
         Kernel(event["name"], float(event["ts"]), float(event["ts"]) + float(event["dur"]))
         for event in trace["traceEvents"]
-        if event.get("ph") == "X" and event.get("cat") in _ON_GPU
+        if event.get("ph") == "X" and event.get("cat") in ON_GPU
     ]
     return sorted(found, key=lambda kernel: (kernel.start, kernel.end))
 
