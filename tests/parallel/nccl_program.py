@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels import CausalDenoisingStage, CausalLingBotTransformer, LingBotConfig, RealtimeCausalDiTState
-from lingbot_kernels.parallel import launch
+from lingbot_kernels.parallel import launch, peer_memory
 from lingbot_kernels.parallel.sequence_shard import SequenceShard, sequence_splits
 
 GRIDS = {"even": (8, 12), "uneven": (6, 10)}  # 72 and 45 tokens a chunk
@@ -96,6 +96,13 @@ def main(folder: str | None) -> None:
         found["one"] = {name: run(model, grid)[0] for name, grid in GRIDS.items()}
         model.shard_sequence(group)
         found["graphs"] = {name: run(model, grid) for name, grid in GRIDS.items()}
+        found["exchange"] = model.shard_group.exchange
+        os.environ[peer_memory.SWITCH] = "0"
+        model.shard_sequence(group)
+        found["collectives"] = {name: run(model, grid)[0] for name, grid in GRIDS.items()}
+        found["collective exchange"] = model.shard_group.exchange
+        del os.environ[peer_memory.SWITCH]
+        model.shard_sequence(group)
         model.cuda_graphs = False
         found["eager"] = {name: run(model, grid)[0] for name, grid in GRIDS.items()}
         torch.save(found, os.path.join(folder, f"{os.environ['RANK']}.pt"))
