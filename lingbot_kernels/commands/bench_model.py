@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from lingbot_kernels.commands._click import output_path
+
 
 @click.command("model")
 @click.option("--preset", default="lingbot-world-14b", show_default=True, help="Shape of the network, random weights.")
@@ -27,6 +29,10 @@ import click
     help="Append the rows here.  [default: bench/results/model-<gpu>.jsonl]",
 )  # fmt: skip
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture, a PNG.")
+@click.option(
+    "--timeline", "timeline_path", type=output_path(".json"),
+    help="Write floor and step, kernel by kernel, as JSON, and print a layer of both; one GPU.",
+)  # fmt: skip
 def command(
     preset: str,
     layers: int | None,
@@ -40,6 +46,7 @@ def command(
     device: str,
     json_path: Path | None,
     plot_path: Path | None,
+    timeline_path: Path | None,
 ) -> None:
     """Measure a full-window rollout against the bare floor: the same products and attention, nothing else.
 
@@ -50,7 +57,7 @@ def command(
     \b
     Examples:
       lingbot-kernels bench model
-      lingbot-kernels bench model --layers 8 --plot step.png
+      lingbot-kernels bench model --layers 8 --plot step.png --timeline step.json
       lingbot-kernels bench model --preset lingbot-world-1.3b --height 480
       lingbot-kernels bench model --gpus 4
     """
@@ -69,6 +76,8 @@ def command(
     from lingbot_kernels.benchmarks.rows import Environment, Row, append_rows, default_path
     from lingbot_kernels.config import PRESETS
 
+    if gpus > 1 and timeline_path is not None:
+        raise click.BadParameter("is of one GPU.", param_hint="--timeline")
     if preset not in PRESETS:
         raise click.BadParameter(f"no {preset!r}; there are {', '.join(PRESETS)}.", param_hint="--preset")
     if height % 16 or width % 16:
@@ -77,7 +86,9 @@ def command(
         raise click.ClickException("bench model needs a CUDA device, and torch sees none")
     if not launch.launched():
         torch.cuda.set_device(torch.device(device).index or 0)
-    plan = ModelPlan(preset, layers, (height // 8, width // 8), chunks, peer, camera_cache, residual_dtype)
+    plan = ModelPlan(
+        preset, layers, (height // 8, width // 8), chunks, peer, camera_cache, residual_dtype, timeline_path
+    )
     environment = Environment.collect(torch.device("cuda"))
     path = json_path or default_path(environment, "model")
     if launch.is_main():
@@ -96,7 +107,7 @@ def command(
     with launch.process_group("cuda") as group:
         where = torch.device("cuda", torch.cuda.current_device())
         if group is None:
-            green = ModelBench(plan, where, report).run()
+            green = ModelBench(plan, where, report, click.echo).run()
         else:
             green = ShardedModelBench(plan, where, report).run_sharded(group)
     if not launch.is_main():
