@@ -82,7 +82,7 @@ class ShardedModelBench(ModelBench):
         cfg, state = self.config, session.state
         assert state.kv_cache is not None
         shard = session.model.shard_group.shard(self.tokens, state.kv_cache)
-        ring = RingPosition(0, state.kv_cache.ring.sink)
+        rings, ring = state.kv_cache.layers, RingPosition(0, state.kv_cache.ring.sink)
         like: dict[str, Any] = {"device": self.device, "dtype": torch.bfloat16}
         q, k, v = torch.randn(1, shard.num_tokens, 3 * cfg.dim, **like).chunk(3, dim=-1)
         attended = torch.randn(1, self.tokens, cfg.dim // shard.ranks, **like)
@@ -90,8 +90,8 @@ class ShardedModelBench(ModelBench):
         cos_sin = torch.randn(shard.num_tokens, cfg.head_dim, device=self.device)
 
         def run() -> None:
-            for layer in state.kv_cache.layers:  # type: ignore[union-attr]
-                shard.qk_norm_rope_kv_write(q, k, v, weight, weight, cos_sin, *layer, ring, cfg.eps)
+            for k_cache, v_cache in rings:
+                shard.qk_norm_rope_kv_write(q, k, v, weight, weight, cos_sin, k_cache, v_cache, ring, cfg.eps)
                 shard.exchange_output(attended)
 
         run()
