@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lingbot_kernels import ops
-from lingbot_kernels.benchmarks import flashdreams_peer, timeline
+from lingbot_kernels.benchmarks import flashdreams_peer, model_compiled, timeline
+from lingbot_kernels.benchmarks.model_compiled import relative_error
 from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row
 from lingbot_kernels.commands.measure import ChunkTimer, ChunkTimes, percentiles
 from lingbot_kernels.config import LingBotConfig
@@ -46,6 +47,7 @@ class ModelPlan:
         camera_cache: as in `RealtimeCausalDiTState`.
         residual_dtype: None for the preset's own.
         timeline_path: also record the floor, kernel by kernel beside the step, and write both here as JSON.
+        compiled: also time the step with its blocks compiled by torch.compile.
     """
 
     preset: str = "lingbot-world-14b"
@@ -56,6 +58,7 @@ class ModelPlan:
     camera_cache: bool = True
     residual_dtype: str | None = None
     timeline_path: Path | None = None
+    compiled: bool = False
 
     def config(self, **overrides: Any) -> LingBotConfig:
         if self.layers is not None:
@@ -90,7 +93,7 @@ class ModelBench:
     @torch.no_grad()
     def run(self) -> bool:
         """Measure; whether every gate was green."""
-        gate, error, plain_error = self.gate()
+        gate, error, plain_error, compiled_error = self.gate()
         gated: dict[str, Any] = {"gate": gate, "error": error, "plain_error": plain_error}
         if gate != GREEN:
             self.report(self._row("denoise_step", "lingbot_kernels", [], **gated, note="the gate failed: no times"))
@@ -123,7 +126,10 @@ class ModelBench:
         self.step_by_kernel(session, ceiling, gated)
         if self.plan.timeline_path is not None:
             self.timelines(session, replay_floor, self.plan.timeline_path)
-        return self.peer(session, ceiling) if self.plan.peer else True
+        green = self.peer(session, ceiling) if self.plan.peer else True
+        if compiled_error is not None:
+            green &= model_compiled.measure(self, session, ceiling, compiled_error, plain_error)
+        return green
 
     def step_by_kernel(self, session: Session, ceiling_ms: float, gated: dict[str, Any]) -> None:
         """Rows of where a replayed step's time goes, of how busy the GPU is, and of the launches a block."""
@@ -166,9 +172,9 @@ class ModelBench:
         path.write_text(json.dumps({"case": self.case, **report}) + "\n", encoding="utf-8")
         self.say(table)
 
-    def gate(self) -> tuple[str, float, float]:
-        """Two layers of this width over 7 chunks on a small grid: ours and the plain bfloat16 formulation, against
-        float64.
+    def gate(self) -> tuple[str, float, float, float | None]:
+        """Two layers of this width over 7 chunks on a small grid: ours, the plain bfloat16 formulation and, where the
+        plan wants it, the compiled model, against float64.
         """
         overrides = {"num_layers": 2, "window_frames": 12}
         torch.manual_seed(0)
@@ -178,10 +184,15 @@ class ModelBench:
         got = _small_rollout(model)
         with use_backend("reference"):
             plain, truth = _small_rollout(model), _small_rollout(exact)
+        error, plain_error = relative_error(got, truth), relative_error(plain, truth)
+        compiled_error = None
+        if self.plan.compiled:
+            model.cuda_graphs = False
+            with model_compiled.compiled(model.blocks):
+                compiled_error = relative_error(_small_rollout(model), truth)
         del model, exact
         free()
-        error, plain_error = (float((a.double() - truth).norm() / truth.norm()) for a in (got, plain))
-        return (GREEN if error <= 1.25 * plain_error else RED), error, plain_error
+        return (GREEN if error <= 1.25 * plain_error else RED), error, plain_error, compiled_error
 
     def floor(self, session: Session) -> Callable[[], None]:
         """A graph of every layer's products and attention on its own weights and K/V, with random activations."""
@@ -342,15 +353,20 @@ class Session:
             self.chunk()
         return first
 
-    def step(self, camera: Tensor) -> None:
+    def new_latents(self) -> Tensor:
+        """What a forward reads: noisy latents and image condition."""
+        return torch.randn(1, self.model.config.in_channels, *self.latents[2:], device=self.bench.device)
+
+    def step(self, camera: Tensor, latents: Tensor | None = None) -> Tensor:
         """One more denoise step of the current chunk."""
-        channels = self.model.config.in_channels
-        self.model(
-            torch.randn(1, channels, *self.latents[2:], device=self.bench.device),
+        flow = self.model(
+            self.new_latents() if latents is None else latents,
             self.text, 1000.0, state=self.state, start_frame=self.state.chunk_start_frame, camera=camera,
         )  # fmt: skip
+        assert isinstance(flow, Tensor)
+        return flow
 
-    def repeated_step(self) -> Callable[[], None]:
+    def repeated_step(self) -> Callable[[], Tensor]:
         """`step` on one camera: what repeats within a chunk, a graph's replay once the window is full."""
         camera = self.new_camera()
         return lambda: self.step(camera)

@@ -294,7 +294,7 @@ def compare(
     for name, call in calls.items():
         call()
         with ClockSampler(device) as clocks:
-            times = _event_times(call, seconds)
+            times = event_times(call, seconds)
         record(call, 1)  # the profiler's first use sets it up
         kernels = record(call, replays)
         names = list(dict.fromkeys(kernel.name for kernel in kernels))
@@ -320,7 +320,7 @@ def compare(
     return report, "\n".join([table, *said])
 
 
-def _event_times(call: Callable[[], Any], seconds: float) -> list[float]:
+def event_times(call: Callable[[], Any], seconds: float) -> list[float]:
     """Milliseconds of calls queued in groups, so that the GPU does not wait for the host between most of them."""
     times: list[float] = []
     stop = time.monotonic() + seconds

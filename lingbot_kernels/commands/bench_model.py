@@ -18,6 +18,7 @@ from lingbot_kernels.commands._click import output_path
 @click.option("--width", type=click.IntRange(min=16), default=832, show_default=True, help="Pixels of the video.")
 @click.option("--chunks", type=click.IntRange(min=1), default=6, show_default=True, help="Steady chunks to time.")
 @click.option("--peer/--no-peer", default=True, show_default=True, help="Run FlashDreams' network as well.")
+@click.option("--compile", "compiled", is_flag=True, help="Also a step with torch.compile'd blocks; one GPU.")
 @click.option("--camera-cache/--no-camera-cache", default=True, show_default=True, help="Keep the camera modulation.")
 @click.option("--residual-dtype", type=click.Choice(["bfloat16", "float32"]), help="Of the residual stream.")
 @click.option(
@@ -40,6 +41,7 @@ def command(
     width: int,
     chunks: int,
     peer: bool,
+    compiled: bool,
     camera_cache: bool,
     residual_dtype: str | None,
     gpus: int,
@@ -58,6 +60,7 @@ def command(
     Examples:
       lingbot-kernels bench model
       lingbot-kernels bench model --layers 8 --plot step.png --timeline step.json
+      lingbot-kernels bench model --layers 8 --compile --no-peer
       lingbot-kernels bench model --preset lingbot-world-1.3b --height 480
       lingbot-kernels bench model --gpus 4
     """
@@ -76,8 +79,9 @@ def command(
     from lingbot_kernels.benchmarks.rows import Environment, Row, append_rows, default_path
     from lingbot_kernels.config import PRESETS
 
-    if gpus > 1 and timeline_path is not None:
-        raise click.BadParameter("is of one GPU.", param_hint="--timeline")
+    for option, given in (("--timeline", timeline_path is not None), ("--compile", compiled)):
+        if gpus > 1 and given:
+            raise click.BadParameter(f"is of one GPU, not of {gpus}.", param_hint=option)
     if preset not in PRESETS:
         raise click.BadParameter(f"no {preset!r}; there are {', '.join(PRESETS)}.", param_hint="--preset")
     if height % 16 or width % 16:
@@ -87,7 +91,7 @@ def command(
     if not launch.launched():
         torch.cuda.set_device(torch.device(device).index or 0)
     plan = ModelPlan(
-        preset, layers, (height // 8, width // 8), chunks, peer, camera_cache, residual_dtype, timeline_path
+        preset, layers, (height // 8, width // 8), chunks, peer, camera_cache, residual_dtype, timeline_path, compiled
     )
     environment = Environment.collect(torch.device("cuda"))
     path = json_path or default_path(environment, "model")

@@ -402,7 +402,10 @@ class CausalLingBotTransformer(nn.Module):
         graphs = state.graphs if self.cuda_graphs and self.device.type == "cuda" else None
         if graphs is not None and graphs.ready(inputs, kv_cache, plan, update_cache_only):
             return graphs.run(self._run, inputs, kv_cache, plan, update_cache_only)
-        return self._run(inputs, kv_cache.layers, kv_cache.position(plan), update_cache_only)
+        # A warm-up sees the ring as the capture will: compiled blocks then have nothing new to compile.
+        warming = graphs is not None and graphs.warming
+        position = kv_cache.device_position(plan) if warming else kv_cache.position(plan)
+        return self._run(inputs, kv_cache.layers, position, update_cache_only)
 
     def _run(
         self, inputs: ChunkInputs, layers: Sequence[KeyValue], position: ChunkPosition, update_cache_only: bool

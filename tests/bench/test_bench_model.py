@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
-from lingbot_kernels.benchmarks import model, timeline
+from lingbot_kernels.benchmarks import model, model_compiled, timeline
 from lingbot_kernels.benchmarks.rows import Row
 from lingbot_kernels.cli import main
 
@@ -140,6 +140,32 @@ def test_a_floor_with_epilogues_runs_the_same_products(no_gpu: None) -> None:
             bench.floor_graph(*arguments, epilogues=epilogues)
         flops[epilogues] = counter.get_total_flops()
     assert flops[False] == flops[True] > 0
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_a_compiled_step_is_gated_and_leaves_the_model_as_it_was(no_gpu: None) -> None:
+    green, rows, _ = run(small_plan(compiled=True))
+    assert green
+    eager, compiled = rows["denoise_step lingbot_kernels, no graphs"], rows["denoise_step torch.compile"]
+    for row in (eager, compiled):
+        assert row.p50_us is not None and row.gate == "green" and row.ratio is not None
+        assert float(row.note.rsplit(" ", 1)[-1]) < 0.01
+    assert compiled.error is not None and 0 < compiled.error <= 1.25 * (compiled.plain_error or 0)
+    replayed = rows["denoise_step torch.compile, graphs"]
+    assert replayed.gate == "failed" and "no graph was replayed" in replayed.note  # there are none on a CPU
+
+
+def test_a_failure_to_compile_is_a_row(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(block: torch.nn.Module, **options: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    bench = model.ModelBench(small_plan(), torch.device("cpu"), (rows := []).append)
+    session = model.Session(bench, model.CausalLingBotTransformer(bench.config, dtype=torch.bfloat16))
+    session.fill()
+    monkeypatch.setattr(torch.nn.Module, "compile", refuse)
+    assert not model_compiled.measure(bench, session, 1.0, 0.001, 0.001)
+    assert rows[-1].gate == "failed" and rows[-1].note == "RuntimeError: no compiler" and rows[-1].p50_us is None
+    assert session.model.cuda_graphs
 
 
 def test_options_are_checked() -> None:
