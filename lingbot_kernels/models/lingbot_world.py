@@ -323,7 +323,8 @@ class CausalLingBotTransformer(nn.Module):
         """Share every later chunk among the ranks of `group`, the default process group where None.
 
         Called on every rank, with the same weights; from then on each rank calls forward with the same arguments and
-        gets the same result. Sessions begun before must start again.
+        gets the same result. Sessions begun before must start again. GPUs of one host that reach each other's memory
+        write to it; otherwise the exchanges are all-to-all collectives, and `shard_group.exchange` says why.
 
         Raises:
             ValueError, RuntimeError: on every rank alike, as `ShardGroup.join` says.
@@ -384,10 +385,10 @@ class CausalLingBotTransformer(nn.Module):
         batch, _, frames, height, width = latents.shape
         _, ph, pw = self.config.patch_size
         layout = self.cache_layout(batch, (height // ph, width // pw))
-        shard = self.shard_group.shard(frames * layout.frame_tokens)
-        plan = state.plan_chunk(self._weights, layout, start_frame, frames)
+        plan = state.plan_chunk(self._weights, layout, start_frame, frames, self.shard_group.ring_memory)
         kv_cache = state.kv_cache
         assert kv_cache is not None
+        shard = self.shard_group.shard(plan.tokens, kv_cache)
         with nvtx.range("embeddings"):
             inputs = ChunkInputs(
                 latents.to(self.dtype),

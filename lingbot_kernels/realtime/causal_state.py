@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lingbot_kernels.realtime.graphs import SessionGraphs
-from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPlan, CrossAttentionCache, KVCache
+from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPlan, CrossAttentionCache, KVCache, RingMemory
 from lingbot_kernels.realtime.runtime_cache import RuntimeCache, Store, TensorIdentity
 
 
@@ -59,10 +60,17 @@ class RealtimeCausalDiTState:
         """Absolute index of the current chunk's first latent frame; 0 for a fresh session."""
         return 0 if self.kv_cache is None else self.kv_cache.ring.chunk_start // self.kv_cache.layout.frame_tokens
 
-    def plan_chunk(self, owner: object, layout: CacheLayout, start_frame: int, frames: int) -> ChunkPlan:
+    def plan_chunk(
+        self,
+        owner: object,
+        layout: CacheLayout,
+        start_frame: int,
+        frames: int,
+        make_memory: Callable[[CacheLayout], RingMemory | None] = lambda layout: None,
+    ) -> ChunkPlan:
         """Check a forward of `frames` latent frames from `start_frame` and say what it does to the ring.
 
-        Allocates the ring at the first call. A refusal leaves the session as it was.
+        Allocates the ring at the first call, in what `make_memory` gives. A refusal leaves the session as it was.
 
         Raises:
             ValueError: the session belongs to another model or was made for another layout, or the position is one
@@ -77,7 +85,7 @@ class RealtimeCausalDiTState:
             differences = self.kv_cache.layout.differences(layout)
             if differences:
                 raise ValueError(f"state: made for another layout: {'; '.join(differences)}")
-        cache = self.kv_cache or KVCache(layout)
+        cache = self.kv_cache or KVCache(layout, make_memory(layout))
         plan = cache.ring.plan(start_frame * layout.frame_tokens, frames * layout.frame_tokens)
         self.kv_cache, self._owner = cache, owner
         return plan
@@ -85,7 +93,8 @@ class RealtimeCausalDiTState:
     def nbytes(self) -> int:
         """Bytes of device and host memory that the session's caches hold now."""
         kv = 0 if self.kv_cache is None else self.kv_cache.nbytes()
-        return kv + self.runtime_cache.nbytes()
+        memory = None if self.kv_cache is None else self.kv_cache.memory
+        return kv + (0 if memory is None else memory.nbytes()) + self.runtime_cache.nbytes()
 
     def stats(self) -> dict[str, Any]:
         """Position, and for each cache its bytes, entries, hits and misses: plain data, ready for JSON."""
