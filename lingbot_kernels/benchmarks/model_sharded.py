@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lingbot_kernels.benchmarks import timeline
 from lingbot_kernels.benchmarks.model import ModelBench, Session, free, timed
 from lingbot_kernels.benchmarks.rows import GREEN, RED
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
@@ -33,17 +36,20 @@ class ShardedModelBench(ModelBench):
         self.case = self.case.removesuffix("-1gpu") + f"-{ranks}gpu"
         torch.manual_seed(1)  # the same text, noise and camera again
         session = Session(self, model)
-        shared, first_shared = self._chunks(session)
+        session.fill()
+        replay, shared, floor = self._shard_floor(session), [], []
+        for _ in range(self.plan.chunks):  # in turns, so that clocks and temperature are the same for both
+            shared.append(session.chunk())
+            for _ in range(5):
+                dist.barrier(group)
+                floor.append(timed(replay))
+        assert session.first is not None
+        first_shared = session.first
         error = float((first_shared.double() - first.double()).norm() / first.double().norm())
         gate: dict[str, Any] = {"gate": GREEN if error < 0.05 else RED, "error": error}
-        replay = self._shard_floor(session)
-        floor = []
-        for _ in range(8):
-            dist.barrier(group)
-            floor.append(timed(replay))
         ceiling = statistics.median(floor)
         exchange = self._exchange_ms(session)
-        step = statistics.median(ms for times in shared for ms in times.denoise)
+        step = statistics.median(ms for times in shared for ms in times.denoise[1:])
         one, many = (statistics.median(t.total for t in times) for times in (alone, shared))
         scaling = one / (ranks * many)
         note = (
@@ -53,11 +59,9 @@ class ShardedModelBench(ModelBench):
             f"graphs {session.state.graphs.captures} captured"
         )
         self.report_times("bare_floor", "library", floor, ceiling, gate=GREEN, note="products, attention of a shard")
-        self.report_times(
-            "denoise_step", "lingbot_kernels", [ms for t in shared for ms in t.denoise], ceiling, note=note, **gate
-        )
-        self.report_times("context_update", "lingbot_kernels", [t.context for t in shared], ceiling, note=note, **gate)
-        self.report_times("chunk", "lingbot_kernels", [t.total for t in shared], ceiling, note=note, **gate)
+        self.report_chunks(shared, ceiling, note, **gate)
+        if self.plan.timeline_path is not None:
+            self._timeline(session, replay, self.plan.timeline_path)
         return gate["gate"] == GREEN
 
     def _chunks(self, session: Session) -> tuple[list[Any], Tensor]:
@@ -66,6 +70,14 @@ class ShardedModelBench(ModelBench):
         times = [session.chunk() for _ in range(self.plan.chunks)]
         assert session.first is not None
         return times, session.first
+
+    def _timeline(self, session: Session, replay_floor: Callable[[], None], path: Path) -> None:
+        """Record floor and step on every rank; rank 0 prints and writes what it saw."""
+        calls = {"floor": replay_floor, "step": session.repeated_step()}
+        report, table = timeline.compare(calls, self.config.num_layers, self.device, groups=5)
+        if dist.get_rank(self.group) == 0:
+            path.write_text(json.dumps({"case": self.case, **report}) + "\n", encoding="utf-8")
+            self.say(table)
 
     def _shard_floor(self, session: Session) -> Callable[[], None]:
         """The graph of this rank's products and attention alone: its tokens, and its heads over all tokens."""

@@ -110,12 +110,18 @@ class Timeline:
 def kind(name: str) -> str:
     """What a kernel is for, by its name: attention, products, the library's own passes, or other."""
     low = name.lower()
+    if _is_clearing(name):
+        return PRODUCTS  # cuBLAS clears its counters before some products; nothing else in a step fills memory so
     if any(part in low for part in ("flash", "fmha", "sdpa", "attention")):
         return ATTENTION
     if any(part in low for part in ("nvjet", "gemm", "gemv", "cutlass", "cublas", "splitk", "xmma")):
         return PRODUCTS
     own = "lingbot" in low or re.fullmatch(r"[a-z_]+_kernel(_\w+)?", low) is not None
     return PASSES if own else OTHER
+
+
+def _is_clearing(name: str) -> bool:
+    return name.lower().startswith("memset")
 
 
 def short_name(name: str) -> str:
@@ -248,7 +254,7 @@ def _labels(layer: Sequence[Placed], cross: int) -> list[str]:
                 previous = _product_label(seen, products, names, attention)
                 seen += 1
                 labels.append(previous)
-            elif item.kernel.kind == PRODUCTS:  # the reduction that a split product ends with
+            elif item.kernel.kind == PRODUCTS and not _is_clearing(item.kernel.name):  # a split product's reduction
                 labels.append(previous)
             else:
                 labels.append(f"{short_name(item.kernel.name)} after {previous}")
@@ -256,7 +262,8 @@ def _labels(layer: Sequence[Placed], cross: int) -> list[str]:
 
 
 def _is_product(item: Placed) -> bool:
-    return item.kernel.kind == PRODUCTS and "reduce" not in item.kernel.name.lower()
+    name = item.kernel.name
+    return item.kernel.kind == PRODUCTS and "reduce" not in name.lower() and not _is_clearing(name)
 
 
 def _product_label(index: int, count: int, names: Sequence[str], attention: str) -> str:
@@ -280,13 +287,20 @@ def record(call: Callable[[], Any], times: int) -> list[Kernel]:
 
 
 def compare(
-    calls: Mapping[str, Callable[[], Any]], layers: int, device: torch.device, *, replays: int = 5, seconds: float = 1.5
+    calls: Mapping[str, Callable[[], Any]],
+    layers: int,
+    device: torch.device,
+    *,
+    replays: int = 5,
+    seconds: float = 1.5,
+    groups: int | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Time, sample and record each call for itself, each a replay of `layers` layers: (report, table).
 
     The report has, for each name, unprofiled_ms (median between events, without the profiler), clocks (medians while
     those ran), timeline (see `Timeline`, or error: why there is none) and kernels, all that was recorded: [index into
-    names, start, duration], microseconds.
+    names, start, duration], microseconds. With `groups` each call is timed in so many groups, not for `seconds`: ranks
+    that exchange something must call alike.
     """
     report: dict[str, Any] = {"layers": layers, "replays": replays, "graphs": {}}
     timelines: dict[str, Timeline] = {}
@@ -294,7 +308,7 @@ def compare(
     for name, call in calls.items():
         call()
         with ClockSampler(device) as clocks:
-            times = event_times(call, seconds)
+            times = event_times(call, seconds, groups)
         record(call, 1)  # the profiler's first use sets it up
         kernels = record(call, replays)
         names = list(dict.fromkeys(kernel.name for kernel in kernels))
@@ -320,11 +334,11 @@ def compare(
     return report, "\n".join([table, *said])
 
 
-def event_times(call: Callable[[], Any], seconds: float) -> list[float]:
+def event_times(call: Callable[[], Any], seconds: float, groups: int | None = None) -> list[float]:
     """Milliseconds of calls queued in groups, so that the GPU does not wait for the host between most of them."""
     times: list[float] = []
     stop = time.monotonic() + seconds
-    while time.monotonic() < stop:
+    while time.monotonic() < stop if groups is None else len(times) < 4 * groups:
         events = [torch.cuda.Event(enable_timing=True)]
         events[0].record()
         for _ in range(4):

@@ -32,7 +32,7 @@ from lingbot_kernels.commands._click import output_path
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture, a PNG.")
 @click.option(
     "--timeline", "timeline_path", type=output_path(".json"),
-    help="Write floor and step, kernel by kernel, as JSON, and print a layer of both; one GPU.",
+    help="Write floor and step, kernel by kernel, as JSON, and print a layer of both.",
 )  # fmt: skip
 def command(
     preset: str,
@@ -79,9 +79,8 @@ def command(
     from lingbot_kernels.benchmarks.rows import Environment, Row, append_rows, default_path
     from lingbot_kernels.config import PRESETS
 
-    for option, given in (("--timeline", timeline_path is not None), ("--compile", compiled)):
-        if gpus > 1 and given:
-            raise click.BadParameter(f"is of one GPU, not of {gpus}.", param_hint=option)
+    if gpus > 1 and compiled:
+        raise click.BadParameter(f"is of one GPU, not of {gpus}.", param_hint="--compile")
     if preset not in PRESETS:
         raise click.BadParameter(f"no {preset!r}; there are {', '.join(PRESETS)}.", param_hint="--preset")
     if height % 16 or width % 16:
@@ -113,7 +112,7 @@ def command(
         if group is None:
             green = ModelBench(plan, where, report, click.echo).run()
         else:
-            green = ShardedModelBench(plan, where, report).run_sharded(group)
+            green = ShardedModelBench(plan, where, report, click.echo).run_sharded(group)
     if not launch.is_main():
         return
     click.echo(f"{len(rows)} rows appended to {path}")

@@ -147,7 +147,7 @@ def test_a_trace_s_gpu_events_are_read_in_order() -> None:
         ("residual_norm_modulate_kernel", "fused_passes", "residual_norm_modulate_kernel"),
         (CAST, "other", "unrolled_elementwise_kernel"),
         ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float> >(int)", "other", "reduce_kernel"),
-        ("Memset (Device)", "other", "Memset "),
+        ("Memset (Device)", "products", "Memset "),
     ],
 )  # fmt: skip
 def test_kernels_are_told_by_their_names(name: str, kind: str, short: str | None) -> None:
