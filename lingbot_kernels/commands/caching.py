@@ -37,7 +37,7 @@ from lingbot_kernels.commands.session import (
 )
 from lingbot_kernels.commands.timed_rollout import RolloutOptions, cache_bytes, describe_model, settings
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
-from lingbot_kernels.stages.causal_denoising import CONTEXT_STEP_INDEX, CausalDenoisingStage
+from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 
 TIMES = ("total_ms", "denoise_step_ms", "context_ms")
 
@@ -45,19 +45,8 @@ TIMES = ("total_ms", "denoise_step_ms", "context_ms")
 class FullContextStage(CausalDenoisingStage):
     """The context update as a whole forward at t = 0, its output thrown away: what `update_cache_only` saves."""
 
-    def _update_causal_context_cache(
-        self, state: RealtimeCausalDiTState, chunk: Tensor, condition: Tensor, text: Tensor, camera: Tensor | None
-    ) -> None:
-        with self.observe("context", CONTEXT_STEP_INDEX):
-            self.model(
-                torch.cat([chunk.to(condition.dtype), condition], dim=1),
-                text,
-                0.0,
-                state=state,
-                start_frame=state.chunk_start_frame,
-                camera=camera,
-                step_index=CONTEXT_STEP_INDEX,
-            )
+    def _update_causal_context_cache(self, *arguments: Any, **options: Any) -> None:
+        super()._update_causal_context_cache(*arguments, **{**options, "update_cache_only": False})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ the ring stands, so one capture serves every later chunk. Latents and time embed
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ class SessionGraphs:
     """The graphs of one session, by kind (denoise step, context update) and shape of the latents.
 
     Both kinds share one private memory pool: about the activations of one forward, held until `clear`. They must not be
-    replayed concurrently, so a session's forwards belong to one stream at a time.
+    replayed concurrently: a forward waits for a context update that still runs on another stream.
 
     Attributes:
         captures, replays: counts since the session began.
@@ -81,6 +81,12 @@ class SessionGraphs:
         found.graph.replay()
         self.replays += 1
         return None if found.out is None else found.out.clone()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The graphs' own inputs."""
+        for captured in self._captured.values():
+            yield captured.inputs.latents
+            yield from captured.inputs.time.layers
 
     def _capture(self, run: Run, inputs: Any, kv_cache: KVCache, position: Any, update_cache_only: bool) -> _Captured:
         time = type(inputs.time)(*(layer.clone() for layer in inputs.time.layers))
