@@ -131,7 +131,8 @@ def _preparations(cfg: LingBotConfig, dtype: torch.dtype, batch: int, own_tokens
     wide = torch.promote_types(dtype, torch.float32).itemsize
     time = 6 * d * (d if wide != e else 0) * wide + 3 * (6 * cfg.num_layers + 6) * d * wide  # weights widened
     text = batch * cfg.text_len * (2 * cfg.text_dim + 5 * d) * e
-    rays = batch * own_tokens * (3 * cfg.camera_channels * cfg.patch_volume + 5 * d) * e if camera else 0
+    channels = cfg.camera_channels * cfg.patch_volume
+    rays = batch * own_tokens * max(2 * channels, channels + 5 * d) * e if camera else 0
     return max(time, text, rays)
 
 
