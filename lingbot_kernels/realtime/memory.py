@@ -34,7 +34,7 @@ class MemoryPlan:
         weights: the model's parameters.
         kv_cache, camera_modulation, text, time_embeddings, rope: what the session keeps, exactly; the names are those
             of `RealtimeCausalDiTState.stats`.
-        forward: what comes and goes within a forward, at most, library workspaces included.
+        forward: what comes and goes within a chunk, at most: its inputs, a forward's activations, library workspaces.
         cuda_graphs: the graphs' private pool, at most: one forward's activations, held until the session ends.
     """
 
@@ -99,14 +99,18 @@ def session_memory(
     modulation = (6 * layers + 2) * d * wide  # of one timestep
     graphed = cuda_graphs and text_cache and (camera_cache or not camera)
     activations = _activations(cfg, dtype, batch * own_tokens, ranks, camera and not camera_cache)
-    latents = batch * chunk_tokens * cfg.patch_volume * (3 * cfg.in_channels * element + 8 * cfg.out_channels * wide)
+    positions = batch * chunk_tokens * cfg.patch_volume
+    latents = positions * (3 * cfg.in_channels * element + 8 * cfg.out_channels * wide)
+    rays = (
+        2 * positions * cfg.camera_channels * wide if camera else 0
+    )  # this chunk's, and the one that a key still holds
     return MemoryPlan(
         kv_cache=2 * layers * batch * cfg.window_frames * frame_tokens * d // ranks * element,
         camera_modulation=2 * layers * batch * own_tokens * d * element if camera and camera_cache else 0,
         text=2 * layers * batch * cfg.text_len * d * element if text_cache else 0,
         time_embeddings=time_entries * modulation if time_cache else 0,
         rope=own_tokens * cfg.head_dim * 4 if rope_cache else 0,
-        forward=latents + max(activations, _preparations(cfg, dtype, batch, own_tokens, camera)) + WORKSPACE,
+        forward=latents + rays + max(activations, _preparations(cfg, dtype, batch, own_tokens, camera)) + WORKSPACE,
         cuda_graphs=latents + activations + 2 * modulation + WORKSPACE if graphed else 0,
     )
 

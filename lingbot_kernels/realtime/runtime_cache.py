@@ -102,7 +102,7 @@ class Store:
                 return compute()
         evicted = None
         while len(self._entries) >= self.max_entries:
-            _, evicted = self._entries.popitem(last=False)
+            evicted = self._entries.popitem(last=False)[1]  # and let go of the key, which may hold a large tensor
         with self.observe():
             value = None if evicted is None or refill is None else refill(evicted)
             del evicted

@@ -149,7 +149,8 @@ class CausalDenoisingStage:
             chunk: what `denoise_chunk(update_context=False)` returned; the rest as it was given there.
             stream: a CUDA stream to run on, after all that the current stream was given so far; the session's next
                 forward waits for it on the device. Bits and memory safety are as without it: the arguments may be
-                dropped, `chunk` may be overwritten (by later work of the current stream). One of a CPU changes nothing.
+                dropped, `chunk` may be overwritten (by later work of the current stream). Without CUDA graphs the
+                forward's activations are kept for each stream apart. A stream of the CPU changes nothing.
 
         Raises:
             ValueError, TypeError: the session has no current chunk, or an argument doesn't fit.

@@ -86,7 +86,6 @@ def test_the_report_has_every_documented_field(invoke, tmp_path):
         "kv_cache",
         "by cpu",
         "windowed_attention",
-        "planned memory",
         "ms of step 0",
     ):
         assert words in result.stdout
@@ -298,6 +297,17 @@ def test_without_a_camera_or_its_cache_there_is_no_camera_time(invoke, tmp_path)
         report, result = report_of(invoke, tmp_path, "--chunks", 2, argument)
         assert report["summary"]["camera_ms"] is None and "ms of step 0" not in result.stdout
         assert "camera_modulation" not in report["summary"]["memory"]["planned"]
+
+
+def test_a_gpu_s_memory_is_shown_by_phase(invoke, tmp_path):
+    report, result = report_of(invoke, tmp_path, "--chunks", 2)
+    assert "planned memory" not in result.stdout
+    report["summary"]["memory"] |= {"weights_bytes": 10**9, "first_chunk_bytes": 2 * 10**9, "steady_chunk_bytes": 3e9}
+    with (tmp_path / "gpu.txt").open("w") as file:
+        tables.print_rollout(Console(file=file, width=200), report)
+    text = (tmp_path / "gpu.txt").read_text()
+    assert "weights 1.0 GB, first chunk 2.0 GB, steady chunk 3.0 GB" in text
+    assert "planned memory" in text and "forward" in text
 
 
 def test_what_can_not_fit_is_said_in_a_line(invoke, monkeypatch):

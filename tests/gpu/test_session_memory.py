@@ -54,7 +54,7 @@ def test_the_plan_bounds_what_a_session_takes(
     peak = torch.cuda.max_memory_allocated() - allocated
     assert state.nbytes() < peak <= plan.total, f"peak {peak / GIB:.3f} GiB, planned {plan}"
     kept = torch.cuda.memory_reserved() - reserved
-    assert kept <= 1.1 * plan.total, f"kept by the allocator {kept / GIB:.3f} GiB, planned {plan}"
+    assert kept <= 1.2 * plan.total, f"kept by the allocator {kept / GIB:.3f} GiB, planned {plan}"
     stats = state.stats()
     for name in ("kv_cache", "camera_modulation", "text", "time_embeddings", "rope"):
         assert getattr(plan, name) == stats[name]["bytes"], name
@@ -101,7 +101,7 @@ def test_weights_that_can_not_fit_are_refused_before_they_are_allocated(
             lambda: CausalLingBotTransformer.from_pretrained(tmp_path, device="cuda"),
             lambda: CausalLingBotTransformer(CONFIG, device="cuda", dtype=torch.bfloat16),
         ):
-            with pytest.raises(NotEnoughMemory, match="weights: needs .* on cuda"):
+            with pytest.raises(NotEnoughMemory, match=r"weights: needs .* on cuda"):
                 make()
     assert torch.cuda.max_memory_allocated() == before
     loaded = CausalLingBotTransformer.from_pretrained(tmp_path, device="cuda")

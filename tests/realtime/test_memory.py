@@ -121,7 +121,7 @@ def test_a_forward_stays_below_the_plan_and_near_it(camera_cache: bool, residual
         gc.collect()
         with Live() as live:
             stage.denoise_chunk(state, inputs.noise[i], **inputs.chunk(i))
-        peaks.append(live.peak)
+        peaks.append(live.peak + 2 * inputs.camera[i].nbytes)  # which are there already
     plan = session_memory(cfg, (8, 12), torch.bfloat16, **state.switches)
     forward = plan.forward - memory.WORKSPACE
     assert 0.6 * forward < peaks[1] < forward
