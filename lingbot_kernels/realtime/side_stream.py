@@ -24,8 +24,10 @@ def check_stream(name: str, stream: torch.Stream | None, device: torch.device) -
     where = stream.device
     if where.type != device.type or (device.type == "cuda" and where != device):
         raise ValueError(f"{name}: got one of {where}, must be of the model's device, {device}")
-    if device.type != "cuda" or isinstance(stream, torch.cuda.Stream):
-        return stream if isinstance(stream, torch.cuda.Stream) else None
+    if device.type != "cuda":
+        return None
+    if isinstance(stream, torch.cuda.Stream):
+        return stream
     return torch.cuda.Stream(
         stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
     )
