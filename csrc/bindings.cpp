@@ -39,6 +39,15 @@ template <class V> void fields(V& visit, QkNormRopePackParams& p) {
 template <class V> void fields(V& visit, QkvUnpackKvWriteParams& p) {
   FIELDS(p.packed, p.parts, p.k_cache, p.v_cache, p.ring, p.batch, p.tokens, p.heads, p.head_dim, p.dtype);
 }
+template <class V> void fields(V& visit, QkNormRopePushParams& p) {
+  FIELDS(p.q, p.k, p.v, p.q_weight, p.k_weight, p.cos_sin, p.addresses, p.q_batch_stride, p.q_token_stride,
+         p.k_batch_stride, p.k_token_stride, p.v_batch_stride, p.v_token_stride, p.ring, p.first_token, p.batch,
+         p.tokens, p.heads, p.head_dim, p.ranks, p.dtype, p.eps);
+}
+template <class V> void fields(V& visit, AttentionOutputPushParams& p) {
+  FIELDS(p.attended, p.addresses, p.ends, p.batch_strides, p.token_stride, p.column, p.batch, p.tokens, p.width,
+         p.ranks, p.dtype);
+}
 template <class V> void fields(V& visit, RmsNormParams& p) {
   FIELDS(p.x, p.weight, p.y, p.batch, p.tokens, p.dim, p.dtype, p.eps);
 }
@@ -62,6 +71,8 @@ template <class V> void fields(V& visit, GatedResidualParams& p) {
   X(backend, qk_norm_rope_kv_write)          \
   X(backend, qk_norm_rope_pack)              \
   X(backend, qkv_unpack_kv_write)            \
+  X(backend, qk_norm_rope_push)              \
+  X(backend, attention_output_push)          \
   X(backend, rms_norm)                       \
   X(backend, layer_norm_modulate)            \
   X(backend, residual_norm_modulate)         \

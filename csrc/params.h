@@ -11,6 +11,7 @@ namespace lingbot {
 enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 constexpr int kMaxRotaryPairs = 128;  // head_dim <= 256
+constexpr int kMaxRanks = 64;         // of one exchange
 
 // A [batch, tokens, D] operand whose tokens lie `token_stride` apart; a null pointer means "absent".
 struct Rows {
@@ -96,6 +97,39 @@ struct QkvUnpackKvWriteParams {
   Dtype dtype;
 };
 
+// The same norm and rotation, each rank's heads written straight to that rank: q to its rows, k and v to its ring. Token i
+// of this shard is token first_token + i of the chunk.
+struct QkNormRopePushParams {
+  Rows q, k, v;
+  const void* q_weight;
+  const void* k_weight;
+  const float* cos_sin;
+  // In host memory: addresses of each rank's Q [batch, chunk tokens, heads / ranks, head_dim] (not read where q.ptr is
+  // null), then of each rank's K ring, then of each rank's V ring; 3 * ranks of them.
+  const int64_t* addresses;
+  int64_t q_batch_stride, q_token_stride, k_batch_stride, k_token_stride, v_batch_stride, v_token_stride;
+  Ring ring;
+  int64_t first_token;
+  int64_t batch, tokens;
+  int32_t heads, head_dim, ranks;
+  Dtype dtype;
+  float eps;
+};
+
+// Attention's [batch, tokens, width] of this rank's heads to the ranks that own the tokens: the first ends[0] tokens to
+// rank 0, those up to ends[1] to rank 1 and so on, into columns [column, column + width) of their rows.
+struct AttentionOutputPushParams {
+  Rows attended;
+  const int64_t* addresses;      // in host memory, a rank each: its rows, all heads of a token contiguous
+  const int64_t* ends;           // in host memory, a rank each
+  const int64_t* batch_strides;  // in host memory, a rank each: of its rows
+  int64_t token_stride;          // of every rank's rows
+  int64_t column;
+  int64_t batch, tokens;
+  int32_t width, ranks;
+  Dtype dtype;
+};
+
 // y = rms_norm(x) * weight over the whole row, rounded to T twice: after the normalisation and after the weight.
 struct RmsNormParams {
   Rows x;
@@ -174,6 +208,8 @@ Status rope_cos_sin(const RopeCosSinParams&, int threads);
 Status qk_norm_rope_kv_write(const QkNormRopeKvWriteParams&, int threads);
 Status qk_norm_rope_pack(const QkNormRopePackParams&, int threads);
 Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams&, int threads);
+Status qk_norm_rope_push(const QkNormRopePushParams&, int threads);
+Status attention_output_push(const AttentionOutputPushParams&, int threads);
 Status rms_norm(const RmsNormParams&, int threads);
 Status layer_norm_modulate(const LayerNormModulateParams&, int threads);
 Status residual_norm_modulate(const ResidualNormModulateParams&, int threads);
@@ -186,6 +222,8 @@ Status rope_cos_sin(const RopeCosSinParams&, void* stream);
 Status qk_norm_rope_kv_write(const QkNormRopeKvWriteParams&, void* stream);
 Status qk_norm_rope_pack(const QkNormRopePackParams&, void* stream);
 Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams&, void* stream);
+Status qk_norm_rope_push(const QkNormRopePushParams&, void* stream);
+Status attention_output_push(const AttentionOutputPushParams&, void* stream);
 Status rms_norm(const RmsNormParams&, void* stream);
 Status layer_norm_modulate(const LayerNormModulateParams&, void* stream);
 Status residual_norm_modulate(const ResidualNormModulateParams&, void* stream);

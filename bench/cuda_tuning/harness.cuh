@@ -122,7 +122,7 @@ class Gate {
  public:
   Gate() { check(cudaMalloc(&device_, sizeof(Mismatch)), "cudaMalloc"); }
   ~Gate() { cudaFree(device_); }
-  void clear() { check(cudaMemset(device_, 0, sizeof(Mismatch)), "cudaMemset"), elements_ = 0; }
+  void clear() { check(cudaMemset(device_, 0, sizeof(Mismatch)), "cudaMemset"), elements_ = 0, unequal_ = 0; }
   template <typename T>
   void rows(const T* out, int64_t row_stride, const int64_t* slot, const double* ref, int64_t rows, int64_t dim) {
     compare_rows<T><<<1024, 256>>>(out, row_stride, slot, ref, rows, dim, device_);
@@ -131,19 +131,21 @@ class Gate {
   void untouched(const void* cache, int64_t row_bytes, int64_t rows, const unsigned char* named) {
     count_touched<<<1024, 256>>>(static_cast<const unsigned char*>(cache), row_bytes, rows, named, device_);
   }
+  // Rows of a pure copy that the caller found unlike what they should be.
+  void unequal(int64_t rows) { unequal_ += rows; }
   // True where all is finite, untouched slots kept their bits, 16-bit elements equal the rounded reference in all but
   // `share`, and float32 ones are within 2e-6.
   bool passed(double share = 3e-4) {
     check(cudaMemcpy(&last, device_, sizeof(Mismatch), cudaMemcpyDeviceToHost), "compare");
     const bool close = last.wrong_bits <= share * elements_ + 2 && last.worst[0] < 0.03 && last.worst[1] < 2e-6;
-    return last.not_finite == 0 && last.touched == 0 && close;
+    return last.not_finite == 0 && last.touched == 0 && unequal_ == 0 && close;
   }
   double wrong_share() const { return elements_ ? static_cast<double>(last.wrong_bits) / elements_ : 0.0; }
   Mismatch last = {};
 
  private:
   Mismatch* device_ = nullptr;
-  int64_t elements_ = 0;
+  int64_t elements_ = 0, unequal_ = 0;
 };
 
 using Run = std::function<Status(int set, cudaStream_t stream)>;

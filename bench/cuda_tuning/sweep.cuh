@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #include "row_cases.cuh"
 
@@ -86,6 +87,8 @@ struct Sweep {
           NormRopeProblem<T> packed(arena, c, 1, 99 + mode);
           one("qk_norm_rope_pack " + name + " ranks " + std::to_string(ranks), packed, share<T>(),
               [&] { return lingbot::cuda::qk_norm_rope_pack(packed.pack[0], stream); });
+          one("qk_norm_rope_push " + name + " ranks " + std::to_string(ranks), packed, share<T>(),
+              [&] { return push_like_pack<T>(packed.pack[0]); });
         }
       }
     }
@@ -96,6 +99,84 @@ struct Sweep {
           UnpackProblem<T> p(arena, 2, 33, heads, heads == 1 ? 6 : 128, parts, offset, 30, 7, 50, 1, 5);
           one("qkv_unpack_kv_write parts " + std::to_string(parts), p, 0.0,
               [&] { return lingbot::cuda::qkv_unpack_kv_write(p.params[0], stream); });
+        }
+      }
+    }
+  }
+
+  // The push, into the buffer of the pack: rank g's Q rows and rings are the places that the pack has for them.
+  template <typename T>
+  Status push_like_pack(const QkNormRopePackParams& a) {
+    const int64_t width = int64_t{a.heads} * a.head_dim / a.ranks, parts = a.q.ptr ? 3 : 2;
+    const int64_t of_token = a.batch * parts * width, of_rank = a.tokens * of_token;
+    std::vector<int64_t> addresses(3 * a.ranks);
+    for (int64_t part = 3 - parts; part < 3; ++part) {
+      for (int64_t g = 0; g < a.ranks; ++g) {
+        addresses[part * a.ranks + g] =
+            reinterpret_cast<int64_t>(static_cast<T*>(a.out) + g * of_rank + (part - 3 + parts) * width);
+      }
+    }
+    const Ring ring = {0, nullptr, 0, a.tokens};
+    return lingbot::cuda::qk_norm_rope_push(
+        {a.q, a.k, a.v, a.q_weight, a.k_weight, a.cos_sin, addresses.data(), parts * width, of_token, parts * width,
+         of_token, parts * width, of_token, ring, 0, a.batch, a.tokens, a.heads, a.head_dim, a.ranks, a.dtype, a.eps},
+        stream);
+  }
+
+  // Rows of all ranks' heads, each rank's columns from a buffer of its own; the reference is the row's index.
+  template <typename T>
+  struct OutputPush {
+    int64_t batch, width, ranks;
+    std::vector<int64_t> ends, strides, addresses;
+    T *in, *out;
+    int64_t tokens() const { return ends.back(); }
+
+    void poison() { check(cudaMemset(out, kPoison, batch * tokens() * ranks * width * sizeof(T)), "poison"); }
+
+    void compare(Gate& g, Arena& scratch) {
+      const int64_t dim = ranks * width;
+      std::vector<T> got(batch * tokens() * dim), want(batch * tokens() * width);
+      check(cudaMemcpy(got.data(), out, got.size() * sizeof(T), cudaMemcpyDeviceToHost), "outputs");
+      check(cudaMemcpy(want.data(), in, want.size() * sizeof(T), cudaMemcpyDeviceToHost), "inputs");
+      for (int64_t r = 0, begin = 0; r < ranks; begin = ends[r++]) {
+        const T* rows = got.data() + begin * batch * dim;
+        for (int64_t b = 0; b < batch; ++b) {
+          for (int64_t t = begin; t < ends[r]; ++t) {
+            const T* row = rows + (b * (ends[r] - begin) + t - begin) * dim;
+            for (int64_t c = 0; c < ranks; ++c) {
+              g.unequal(std::memcmp(row + c * width, want.data() + (b * tokens() + t) * width, width * sizeof(T)) != 0);
+            }
+          }
+        }
+      }
+    }
+  };
+
+  template <typename T>
+  void outputs() {
+    constexpr Dtype kDtype = dtype_of<T>();
+    for (int64_t width : {1280, 6, 128}) {
+      for (int64_t batch : {1, 2}) {
+        for (const std::vector<int64_t>& ends : {std::vector<int64_t>{37}, {19, 37}, {5, 5, 6, 11}}) {
+          arena.reset();
+          OutputPush<T> p = {batch, width, static_cast<int64_t>(ends.size()), ends, {}, {}, nullptr, nullptr};
+          const int64_t dim = p.ranks * width;
+          p.in = arena.take<T>(batch * p.tokens() * width), p.out = arena.take<T>(batch * p.tokens() * dim);
+          randomise(p.in, batch * p.tokens() * width, 7);
+          for (int64_t r = 0, begin = 0; r < p.ranks; begin = ends[r++]) {
+            p.strides.push_back((ends[r] - begin) * dim);
+            p.addresses.push_back(reinterpret_cast<int64_t>(p.out + begin * batch * dim));
+          }
+          one("attention_output_push width " + std::to_string(width) + " ranks " + std::to_string(p.ranks), p, 0.0, [&] {
+            Status status = nullptr;
+            for (int64_t r = 0; r < p.ranks && !status; ++r) {
+              const AttentionOutputPushParams a = {
+                  {p.in, p.tokens() * width, width}, p.addresses.data(), ends.data(), p.strides.data(), dim, r * width,
+                  batch, p.tokens(), static_cast<int32_t>(width), static_cast<int32_t>(p.ranks), kDtype};
+              status = lingbot::cuda::attention_output_push(a, stream);
+            }
+            return status;
+          });
         }
       }
     }
@@ -173,6 +254,8 @@ inline int sweep(Arena& arena, Gate& gate, cudaStream_t stream) {
   s.norm_rope<__nv_bfloat16>();
   s.norm_rope<__half>();
   s.norm_rope<float>();
+  s.outputs<__nv_bfloat16>();
+  s.outputs<float>();
   s.rows<__nv_bfloat16, __nv_bfloat16>();
   s.rows<__nv_bfloat16, float>();
   s.rows<__half, __half>();

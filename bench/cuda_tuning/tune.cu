@@ -10,7 +10,9 @@
 #include "../../csrc/cuda/gated_residual_camera_norm.cu"
 #include "../../csrc/cuda/layer_norm_modulate.cu"
 #include "../../csrc/cuda/qk_norm_rope_kv_write.cu"
+#include "../../csrc/cuda/attention_output_push.cu"
 #include "../../csrc/cuda/qk_norm_rope_pack.cu"
+#include "../../csrc/cuda/qk_norm_rope_push.cu"
 #include "../../csrc/cuda/qkv_unpack_kv_write.cu"
 #include "../../csrc/cuda/residual_norm_modulate.cu"
 #include "../../csrc/cuda/rms_norm.cu"
@@ -78,19 +80,20 @@ std::string shape_name(int64_t tokens, int64_t dim, const char* extra = "") {
   return "S=" + std::to_string(tokens) + " D=" + std::to_string(dim) + extra;
 }
 
-using NormRopeSets = std::vector<NormRopeParams>;
+template <bool kGroups>
+using NormRopeSets = std::vector<NormRopeParamsOf<kGroups>>;
 
 template <int kVecs, int kThreads, int kMinBlocks, LoadHint kLoad = NA, StoreHint kStore = WB, bool kGroups = false>
-Run rows_variant(const NormRopeSets& sets) {
+Run rows_variant(const NormRopeSets<kGroups>& sets) {
   return [=](int set, cudaStream_t s) {
-    const NormRopeParams& p = sets[set];
+    const NormRopeParamsOf<kGroups>& p = sets[set];
     return launch(norm_rope_rows<B, 8, kVecs, kThreads, kMinBlocks, kGroups, kLoad, kStore>, dim3(p.tokens * p.parts),
                   dim3(kThreads), 0, s, true, p);
   };
 }
 
-template <bool kGroups = false>
-std::vector<Variant> norm_rope_variants(const NormRopeSets& s) {
+template <bool kGroups>
+std::vector<Variant> norm_rope_variants(const NormRopeSets<kGroups>& s) {
   switch (s[0].dim) {
     case 5120:
       return {{"rows_160x4", rows_variant<4, 160, 8, NA, WB, kGroups>(s)},
@@ -121,12 +124,12 @@ void time_norm_rope(int64_t tokens, int64_t dim, bool q) {
   const CopyTimes copy = copy_times(*arena, bytes, stream);
   const int sets = sets_for(bytes);
   NormRopeProblem<B> problem(*arena, c, sets, 1000);
-  NormRopeSets params;
+  NormRopeSets<false> params;
   for (const auto& a : problem.write) params.push_back(kernel_params(a));
   std::vector<Variant> variants = {{"shipped", [&](int set, cudaStream_t s) {
                                       return lingbot::cuda::qk_norm_rope_kv_write(problem.write[set], s);
                                     }}};
-  for (const Variant& v : norm_rope_variants(params)) variants.push_back(v);
+  for (const Variant& v : norm_rope_variants<false>(params)) variants.push_back(v);
   time_variants(q ? "qk_norm_rope_kv_write" : "k_norm_rope_kv_write", shape_name(tokens, dim), problem, sets, copy,
                 variants);
 }
@@ -139,7 +142,7 @@ void time_pack(int64_t tokens, int64_t dim) {
   const CopyTimes copy = copy_times(*arena, bytes, stream);
   const int sets = sets_for(bytes);
   NormRopeProblem<B> problem(*arena, c, sets, 2000);
-  NormRopeSets params;
+  NormRopeSets<true> params;
   for (const auto& a : problem.pack) params.push_back(kernel_params(a));
   std::vector<Variant> variants = {{"shipped", [&](int set, cudaStream_t s) {
                                       return lingbot::cuda::qk_norm_rope_pack(problem.pack[set], s);

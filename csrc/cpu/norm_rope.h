@@ -20,6 +20,13 @@ struct NormRopeRow {
   T* out;  // head h at out + h / heads_per_group * group_stride + h % heads_per_group * head_dim
   int64_t group_stride;
   int heads_per_group;
+  const int64_t* groups = nullptr;  // where given, the groups' addresses; out is then an offset from each
+  int64_t offset = 0;
+
+  LINGBOT_INLINE T* head(int h, int head_dim) const {
+    T* group = groups ? reinterpret_cast<T*>(groups[h / heads_per_group]) + offset : out + h / heads_per_group * group_stride;
+    return group + int64_t{h % heads_per_group} * head_dim;
+  }
 };
 
 template <class T>
@@ -64,8 +71,7 @@ LINGBOT_INLINE void norm_rope(const NormRopeRow<T>* rows, int num_rows, const Ro
         const int64_t channel = int64_t{head} * rope.head_dim + first;
         const T* x = row.x + channel;
         const T* weight = row.weight + channel;
-        T* out = row.out + head / row.heads_per_group * row.group_stride +
-                 int64_t{head % row.heads_per_group} * rope.head_dim + first;
+        T* out = row.head(head, rope.head_dim) + first;
         each_block(width, [&](int i, int count) LINGBOT_LAMBDA {
           const Lanes v = normalise(x + i, weight + i, inverse[r], count);
           const Lanes rotated = v * load(cosine + i, count) + swap_pairs(v) * load(sine + i, count);

@@ -7,6 +7,8 @@
   X(qk_norm_rope_kv_write, QkNormRopeKvWriteParams)             \
   X(qk_norm_rope_pack, QkNormRopePackParams)                    \
   X(qkv_unpack_kv_write, QkvUnpackKvWriteParams)                \
+  X(qk_norm_rope_push, QkNormRopePushParams)                    \
+  X(attention_output_push, AttentionOutputPushParams)           \
   X(rms_norm, RmsNormParams)                                    \
   X(layer_norm_modulate, LayerNormModulateParams)               \
   X(residual_norm_modulate, ResidualNormModulateParams)         \

@@ -1,5 +1,5 @@
-// Full-width RMSNorm, rotary embedding and the write to where attention reads: ring slots, q, or an all-to-all buffer.
-// Device code of qk_norm_rope_kv_write and qk_norm_rope_pack.
+// Full-width RMSNorm, rotary embedding and the write to where attention reads: ring slots, q, an all-to-all buffer, or
+// other ranks' memory. Device code of qk_norm_rope_kv_write, qk_norm_rope_pack and qk_norm_rope_push.
 #pragma once
 
 #include "block.cuh"
@@ -24,11 +24,18 @@ struct NormRopeParams {
   NormRopePart part[3];  // [q], k, [v]
   const float* cos_sin;  // [tokens, head_dim]
   DeviceRing ring;
-  int64_t group_jump;    // between the end of a group of heads and the next group's start
-  uint32_t group_width;  // elements of a group of heads; the whole row where there is one group
   uint32_t tokens, parts, dim, head_dim;
   float inv_dim, eps;
 };
+
+// A row's heads go out in groups, one a rank: element e of group g lies jump[part][g] + e elements behind the part's row.
+struct GroupedNormRopeParams : NormRopeParams {
+  uint32_t group_width, groups;  // elements of a group
+  int64_t jump[3][kMaxRanks];
+};
+
+template <bool kGroups>
+using NormRopeParamsOf = std::conditional_t<kGroups, GroupedNormRopeParams, NormRopeParams>;
 
 __device__ __forceinline__ int64_t out_offset(const NormRopeParams& p, const NormRopePart& part, uint32_t batch,
                                               uint32_t token) {
@@ -36,10 +43,10 @@ __device__ __forceinline__ int64_t out_offset(const NormRopeParams& p, const Nor
   return batch * part.out_batch + row * part.out_token;
 }
 
-// Element e of a row, counted from the row's start in the output.
+// Element e of a row of a part, counted from the row's start in the output.
 template <bool kGroups>
-__device__ __forceinline__ int64_t group_offset(const NormRopeParams& p, int e) {
-  if constexpr (kGroups) return e + (static_cast<uint32_t>(e) / p.group_width) * p.group_jump;
+__device__ __forceinline__ int64_t group_offset(const NormRopeParamsOf<kGroups>& p, uint32_t part, int e) {
+  if constexpr (kGroups) return e + p.jump[part][static_cast<uint32_t>(e) / p.group_width];
   return e;
 }
 
@@ -99,12 +106,13 @@ __device__ __forceinline__ void load_cos_sin(const NormRopeParams& p, uint32_t t
 // where kVecs > 1: a thread then meets one set of angles.
 template <typename T, int V, int kVecs, int kThreads, int kMinBlocks, bool kGroups, LoadHint kLoad, StoreHint kStore>
 __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks)
-    norm_rope_rows(const __grid_constant__ NormRopeParams p) {
+    norm_rope_rows(const __grid_constant__ NormRopeParamsOf<kGroups> p) {
   __shared__ float shared[1][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
   const uint32_t token = p.parts == 3 ? blockIdx.x / 3 : p.parts == 2 ? blockIdx.x / 2 : blockIdx.x;
-  const NormRopePart& part = p.part[blockIdx.x - token * p.parts];
+  const uint32_t which = blockIdx.x - token * p.parts;
+  const NormRopePart& part = p.part[which];
   const uint32_t batch = blockIdx.y;
 
   const T* in = static_cast<const T*>(part.in) + batch * part.in_batch + token * part.in_token;
@@ -119,7 +127,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int e = row_element<V, kThreads>(i);
-      if (in_row<kThreads>(e, p.dim)) store_vec<kStore>(out + group_offset<kGroups>(p, e), x[i]);
+      if (in_row<kThreads>(e, p.dim)) store_vec<kStore>(out + group_offset<kGroups>(p, which, e), x[i]);
     }
     return;
   }
@@ -148,22 +156,22 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
     if (!in_row<kThreads>(e, p.dim)) continue;
     keep_packed(x[i]);
     const Vec<T, V> scale = kHoldWeights ? w[kHoldWeights ? i : 0] : load_cached<V>(weight + e);
-    store_vec<kStore>(out + group_offset<kGroups>(p, e), norm_rotate(x[i], scale, inv_rms, cos, sin));
+    store_vec<kStore>(out + group_offset<kGroups>(p, which, e), norm_rotate(x[i], scale, inv_rms, cos, sin));
   }
 }
 
 // The same for any even head_dim, any width, any alignment: a row is read twice, element by element.
-template <typename T>
-__global__ void __launch_bounds__(256) norm_rope_any(const __grid_constant__ NormRopeParams p) {
+template <typename T, bool kGroups>
+__global__ void __launch_bounds__(256) norm_rope_any(const __grid_constant__ NormRopeParamsOf<kGroups> p) {
   __shared__ float shared[1][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
-  const uint32_t token = blockIdx.x / p.parts, batch = blockIdx.y;
-  const NormRopePart& part = p.part[blockIdx.x - token * p.parts];
+  const uint32_t token = blockIdx.x / p.parts, which = blockIdx.x - token * p.parts, batch = blockIdx.y;
+  const NormRopePart& part = p.part[which];
   const T* in = static_cast<const T*>(part.in) + batch * part.in_batch + token * part.in_token;
   T* out = static_cast<T*>(part.out) + out_offset(p, part, batch, token);
   if (!part.weight) {
-    for (uint32_t e = threadIdx.x; e < p.dim; e += blockDim.x) out[group_offset<true>(p, e)] = in[e];
+    for (uint32_t e = threadIdx.x; e < p.dim; e += blockDim.x) out[group_offset<kGroups>(p, which, e)] = in[e];
     return;
   }
   const T* weight = static_cast<const T*>(part.weight);
@@ -177,7 +185,7 @@ __global__ void __launch_bounds__(256) norm_rope_any(const __grid_constant__ Nor
     float b = round_to<T>(round_to<T>(to_float(in[e + 1]) * inv_rms) * to_float(weight[e + 1]));
     const uint32_t pair = e % p.head_dim / 2;
     rotate(a, b, cos_sin[pair], cos_sin[p.head_dim / 2 + pair]);
-    T* at = out + group_offset<true>(p, e);
+    T* at = out + group_offset<kGroups>(p, which, e);
     at[0] = from_float<T>(a), at[1] = from_float<T>(b);
   }
 }
@@ -189,7 +197,8 @@ inline NormRopePart norm_rope_part(const Rows& in, void* out, int64_t out_batch,
 }
 
 // Elements of a vector that every operand allows: 16 bytes, or 1.
-inline int norm_rope_width(const NormRopeParams& p, int size) {
+template <bool kGroups>
+int norm_rope_width(const NormRopeParamsOf<kGroups>& p, int size) {
   const int width = 16 / size;
   bool ok = p.dim % width == 0 && p.head_dim % width == 0 && aligned(p.cos_sin, 16);
   for (uint32_t n = 0; n < p.parts; ++n) {
@@ -197,7 +206,13 @@ inline int norm_rope_width(const NormRopeParams& p, int size) {
          rows_aligned(p.part[n].out, p.part[n].out_batch, p.part[n].out_token, size, 16) &&
          aligned(p.part[n].weight, 16);
   }
-  return ok && p.group_jump * size % 16 == 0 ? width : 1;
+  if constexpr (kGroups) {
+    ok = ok && p.group_width % width == 0;
+    for (uint32_t n = 0; n < p.parts; ++n) {
+      for (uint32_t g = 0; g < p.groups; ++g) ok = ok && p.jump[n][g] % width == 0;
+    }
+  }
+  return ok ? width : 1;
 }
 
 // What a kernel reads of a shape, checked against what 32-bit indices and the grid can hold.
@@ -211,18 +226,18 @@ inline Status norm_rope_shape(int64_t batch, int64_t tokens, int32_t heads, int3
 }
 
 template <bool kGroups>
-Status launch_norm_rope(const NormRopeParams& p, int64_t batch, Dtype dtype, void* stream) {
+Status launch_norm_rope(const NormRopeParamsOf<kGroups>& p, int64_t batch, Dtype dtype, void* stream) {
   DeviceInfo device = {};
   if (Status s = device_info(&device)) return s;
   const bool overlap = device.capability >= 90;
-  const RowConfig config = norm_rope_config(p.dim, p.head_dim, norm_rope_width(p, element_size(dtype)));
+  const RowConfig config = norm_rope_config(p.dim, p.head_dim, norm_rope_width<kGroups>(p, element_size(dtype)));
   const dim3 grid(p.tokens * p.parts, static_cast<uint32_t>(batch)), block(config.threads);
   return with_type(dtype, [&](auto tag) -> Status {
     using T = typename decltype(tag)::type;
     return with_row_shape<T, T>(config, [&](auto shape) -> Status {
       using Shape = decltype(shape);
       if constexpr (Shape::V == 1) {
-        return launch(norm_rope_any<T>, grid, block, 0, stream, overlap, p);
+        return launch(norm_rope_any<T, kGroups>, grid, block, 0, stream, overlap, p);
       } else {
         constexpr int kMinBlocks = Shape::kThreads == 160 ? 8 : 1;
         // Streamed: attention reads the outputs once, together with far more than the L2 holds.
@@ -233,5 +248,8 @@ Status launch_norm_rope(const NormRopeParams& p, int64_t batch, Dtype dtype, voi
     });
   });
 }
+
+// Rows in groups; defined once, in qk_norm_rope_pack.cu.
+Status launch_grouped_norm_rope(const GroupedNormRopeParams& p, int64_t batch, Dtype dtype, void* stream);
 
 }  // namespace lingbot::cuda

@@ -18,7 +18,6 @@ inline NormRopeParams kernel_params(const QkNormRopeKvWriteParams& a) {
   }
   p.cos_sin = a.cos_sin;
   p.ring = device_ring(a.ring);
-  p.group_width = p.dim;
   p.tokens = static_cast<uint32_t>(a.tokens);
   p.head_dim = a.head_dim;
   p.inv_dim = 1.f / static_cast<float>(p.dim);

@@ -4,8 +4,8 @@
 
 namespace lingbot::cuda {
 
-inline NormRopeParams kernel_params(const QkNormRopePackParams& a) {
-  NormRopeParams p = {};
+inline GroupedNormRopeParams kernel_params(const QkNormRopePackParams& a) {
+  GroupedNormRopeParams p = {};
   p.dim = static_cast<uint32_t>(a.heads) * a.head_dim;
   p.parts = a.q.ptr ? 3 : 2;
   const int64_t width = p.dim / a.ranks, out_batch = p.parts * width, out_token = a.batch * out_batch;
@@ -17,7 +17,10 @@ inline NormRopeParams kernel_params(const QkNormRopePackParams& a) {
   p.part[n] = norm_rope_part(a.v, out + n * part_bytes, out_batch, out_token, nullptr, false);
   p.cos_sin = a.cos_sin;
   p.group_width = static_cast<uint32_t>(width);
-  p.group_jump = a.tokens * out_token - width;
+  p.groups = a.ranks;
+  for (uint32_t part = 0; part < p.parts; ++part) {
+    for (int g = 0; g < a.ranks; ++g) p.jump[part][g] = g * (a.tokens * out_token - width);
+  }
   p.tokens = static_cast<uint32_t>(a.tokens);
   p.head_dim = a.head_dim;
   p.inv_dim = 1.f / static_cast<float>(p.dim);
@@ -25,12 +28,17 @@ inline NormRopeParams kernel_params(const QkNormRopePackParams& a) {
   return p;
 }
 
+Status launch_grouped_norm_rope(const GroupedNormRopeParams& p, int64_t batch, Dtype dtype, void* stream) {
+  return launch_norm_rope<true>(p, batch, dtype, stream);
+}
+
 Status qk_norm_rope_pack(const QkNormRopePackParams& a, void* stream) {
   if (Status s = norm_rope_shape(a.batch, a.tokens, a.heads, a.head_dim)) return s;
   if (a.ranks < 1 || a.heads % a.ranks != 0) return "ranks must divide heads";
+  if (a.ranks > kMaxRanks) return "ranks must be at most 64";
   if (a.batch == 0 || a.tokens == 0) return nullptr;
   if (!a.v.ptr) return "v must be given";
-  return launch_norm_rope<true>(kernel_params(a), a.batch, a.dtype, stream);
+  return launch_grouped_norm_rope(kernel_params(a), a.batch, a.dtype, stream);
 }
 
 }  // namespace lingbot::cuda

@@ -14,8 +14,8 @@
 namespace lingbot::cuda {
 
 struct DeviceRing {
-  const int32_t* cursor;  // where not null, replaces start
-  uint32_t start;         // chunk_start, reduced into [0, capacity): the slots are the same
+  const int32_t* cursor;  // where not null, what it points to is added to start
+  uint32_t start;         // position of token 0, reduced as far as the slots stay the same
   uint32_t sink;
   uint32_t period;  // capacity - sink
 };
@@ -27,8 +27,8 @@ LINGBOT_HOST_DEVICE uint32_t ring_slot(uint32_t position, uint32_t sink, uint32_
 
 #ifdef __CUDACC__
 __device__ __forceinline__ uint32_t ring_slot(const DeviceRing& ring, uint32_t token) {
-  const uint32_t start = ring.cursor ? static_cast<uint32_t>(*ring.cursor) : ring.start;
-  return ring_slot(start + token, ring.sink, ring.period);
+  const uint32_t start = ring.cursor ? static_cast<uint32_t>(*ring.cursor) : 0u;
+  return ring_slot(start + ring.start + token, ring.sink, ring.period);
 }
 #endif
 
@@ -43,11 +43,12 @@ inline Status ring_problem(const Ring& ring, int64_t tokens) {
   return tokens - in_sink > period ? "chunk is larger than capacity - sink" : nullptr;
 }
 
-inline DeviceRing device_ring(const Ring& ring) {
+// Token 0 of a kernel is token `first` of the chunk.
+inline DeviceRing device_ring(const Ring& ring, int64_t first = 0) {
   const int64_t period = ring.capacity - ring.sink;
-  const int64_t start =
-      ring.chunk_start < ring.sink ? ring.chunk_start : ring.sink + (ring.chunk_start - ring.sink) % period;
-  return {ring.cursor, ring.cursor ? 0u : static_cast<uint32_t>(start), static_cast<uint32_t>(ring.sink),
+  const int64_t position = ring.chunk_start + first;
+  const int64_t start = position < ring.sink ? position : ring.sink + (position - ring.sink) % period;
+  return {ring.cursor, static_cast<uint32_t>(ring.cursor ? first : start), static_cast<uint32_t>(ring.sink),
           static_cast<uint32_t>(period)};
 }
 

@@ -122,6 +122,8 @@ def ulps(table: Tensor, oracle: Tensor) -> float:
 def _changed_slots(inputs: Inputs, before: Inputs) -> str:
     """Which cache changed outside the chunk's slots, bit for bit; "" where none did."""
     for name in CACHES:
+        if name not in inputs:
+            continue
         cache = inputs[name]
         bits = _BITS[cache.element_size()]
         others = torch.ones(cache.shape[1], dtype=torch.bool, device=cache.device)

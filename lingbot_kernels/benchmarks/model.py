@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lingbot_kernels.benchmarks import flashdreams_peer
+from lingbot_kernels import ops
+from lingbot_kernels.benchmarks import flashdreams_peer, model_compiled, timeline
+from lingbot_kernels.benchmarks.model_compiled import relative_error
 from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row
 from lingbot_kernels.commands.measure import ChunkTimer, ChunkTimes, percentiles
 from lingbot_kernels.config import LingBotConfig
@@ -41,6 +46,8 @@ class ModelPlan:
         peer: also run FlashDreams' network, where it is installed; its K/V window comes on top of ours in memory.
         camera_cache: as in `RealtimeCausalDiTState`.
         residual_dtype: None for the preset's own.
+        timeline_path: also record the floor, kernel by kernel beside the step, and write both here as JSON.
+        compiled: also time the step with its blocks compiled by torch.compile.
     """
 
     preset: str = "lingbot-world-14b"
@@ -50,6 +57,8 @@ class ModelPlan:
     peer: bool = True
     camera_cache: bool = True
     residual_dtype: str | None = None
+    timeline_path: Path | None = None
+    compiled: bool = False
 
     def config(self, **overrides: Any) -> LingBotConfig:
         if self.layers is not None:
@@ -60,10 +69,16 @@ class ModelPlan:
 
 
 class ModelBench:
-    """One run of a plan on a CUDA device; `report` is given each row as soon as it is there."""
+    """One run of a plan on a CUDA device; `report` is given each row as soon as it is there, `say` what is no row."""
 
-    def __init__(self, plan: ModelPlan, device: torch.device, report: Callable[[Row], None]) -> None:
-        self.plan, self.device, self.report = plan, device, report
+    def __init__(
+        self,
+        plan: ModelPlan,
+        device: torch.device,
+        report: Callable[[Row], None],
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.plan, self.device, self.report, self.say = plan, device, report, say
         self.config = plan.config()
         _, ph, pw = self.config.patch_size
         self.grid = (plan.latent_size[0] // ph, plan.latent_size[1] // pw)
@@ -73,12 +88,12 @@ class ModelBench:
         camera = "" if plan.camera_cache else "-no-camera-cache"
         residual = "" if plan.residual_dtype is None else f"-{plan.residual_dtype}-residual"
         self.case = f"{plan.preset}{layers}-s{self.tokens}-kv{self.window}{camera}{residual}-1gpu"
-        self.memory: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
 
     @torch.no_grad()
     def run(self) -> bool:
         """Measure; whether every gate was green."""
-        gate, error, plain_error = self.gate()
+        gate, error, plain_error, compiled_error = self.gate()
         gated: dict[str, Any] = {"gate": gate, "error": error, "plain_error": plain_error}
         if gate != GREEN:
             self.report(self._row("denoise_step", "lingbot_kernels", [], **gated, note="the gate failed: no times"))
@@ -87,14 +102,19 @@ class ModelBench:
         model = CausalLingBotTransformer(self.config, device=self.device, dtype=torch.bfloat16)
         self._remember("weights")
         session = Session(self, model)
-        first, steady = session.fill(), []
-        self._remember("full window")
+        first, steady = session.fill(lambda: self._remember("session")), []
+        self._remember("graphs")
+        torch.cuda.reset_peak_memory_stats(self.device)
+        session.chunk()
+        self._remember("steady peak", torch.cuda.max_memory_allocated(self.device))
+        free, total = torch.cuda.mem_get_info(self.device)
+        self._remember("in use on the GPU", total - free)
+        self._report_memory(gated)
         replay_floor = self.floor(session)
         floor: list[float] = []
         for _ in range(self.plan.chunks):  # in turns, so that clocks and temperature are the same for both
             steady.append(session.chunk())
             floor += [timed(replay_floor) for _ in range(5)]
-        self._remember("peak")
         ceiling = statistics.median(floor)
         note = self._note(session)
         steps = [ms for times in steady for ms in times.denoise]
@@ -103,17 +123,58 @@ class ModelBench:
         self.report_times("context_update", "lingbot_kernels", [t.context for t in steady], ceiling, **gated, note=note)
         self.report_times("chunk", "lingbot_kernels", [t.total for t in steady], ceiling, **gated, note=note)
         self.report_times("first_chunk", "lingbot_kernels", [first.total], ceiling, **gated, note="window not full")
-        for phase, ms in session.breakdown().items():
-            self.report_times(f"step_phase_{phase}", "lingbot_kernels", [ms], ceiling, **gated, note="eager, by kernel")
-        busy = session.busy()
-        self.report(dataclasses.replace(
-            self._row("gpu_busy", "lingbot_kernels", [], **gated), ratio=busy, note="kernel time / time of a step"
-        ))  # fmt: skip
-        return self.peer(session, ceiling) if self.plan.peer else True
+        self.step_by_kernel(session, ceiling, gated)
+        if self.plan.timeline_path is not None:
+            self.timelines(session, replay_floor, self.plan.timeline_path)
+        green = self.peer(session, ceiling) if self.plan.peer else True
+        if compiled_error is not None:
+            green &= model_compiled.measure(self, session, ceiling, compiled_error, plain_error)
+        return green
 
-    def gate(self) -> tuple[str, float, float]:
-        """Two layers of this width over 7 chunks on a small grid: ours and the plain bfloat16 formulation, against
-        float64.
+    def step_by_kernel(self, session: Session, ceiling_ms: float, gated: dict[str, Any]) -> None:
+        """Rows of where a replayed step's time goes, of how busy the GPU is, and of the launches a block."""
+        replays = 5
+        step = session.repeated_step()
+        step()
+        placed = timeline.place(timeline.record(step, replays))
+        if not placed:
+            self.say("torch.profiler recorded no kernel of a step: no times by kernel")
+            return
+        times = timeline.own_times(placed)
+        times["gaps"] = sum(item.gap for item in placed)
+        for phase, us in times.items():
+            self.report_times(
+                f"step_phase_{phase}", "lingbot_kernels", [us / replays / 1e3], ceiling_ms, **gated,
+                note="replayed, by kernel; of overlapping kernels the later has what remains after the earlier",
+            )  # fmt: skip
+        busy = 1 - times["gaps"] / sum(times.values())
+        self.report(dataclasses.replace(
+            self._row("gpu_busy", "lingbot_kernels", [], **gated), ratio=busy, note="1 - gaps / time of replayed steps"
+        ))  # fmt: skip
+        try:
+            held = timeline.analyse([item.kernel for item in placed], self.config.num_layers, replays)
+        except ValueError as error:
+            self.report(self._row("launches_per_block", "lingbot_kernels", [], **gated, note=f"not told: {error}"))
+            return
+        launches = held.launches_per_block
+        own = launches[timeline.PASSES] + launches[timeline.OTHER]
+        note = f"{own:.2f} outside products and attention; " + ", ".join(f"{k} {v:.2f}" for k, v in launches.items())
+        row = self._row("launches_per_block", "lingbot_kernels", [], **gated, note=note)
+        self.report(dataclasses.replace(row, calls=round(own)))
+
+    def timelines(self, session: Session, replay_floor: Callable[[], None], path: Path) -> None:
+        """Record the floor, the floor with the products' epilogues, and the step; print a table, write JSON."""
+        assert session.state.kv_cache is not None and session.state.crossattn_cache is not None
+        rings, texts = session.state.kv_cache.layers, session.state.crossattn_cache.layers
+        with_epilogues = self.floor_graph(session, rings, texts, self.tokens, self.config.num_heads, epilogues=True)
+        calls = {"floor": replay_floor, "floor, epilogues": with_epilogues, "step": session.repeated_step()}
+        report, table = timeline.compare(calls, self.config.num_layers, self.device)
+        path.write_text(json.dumps({"case": self.case, **report}) + "\n", encoding="utf-8")
+        self.say(table)
+
+    def gate(self) -> tuple[str, float, float, float | None]:
+        """Two layers of this width over 7 chunks on a small grid: ours, the plain bfloat16 formulation and, where the
+        plan wants it, the compiled model, against float64.
         """
         overrides = {"num_layers": 2, "window_frames": 12}
         torch.manual_seed(0)
@@ -123,10 +184,15 @@ class ModelBench:
         got = _small_rollout(model)
         with use_backend("reference"):
             plain, truth = _small_rollout(model), _small_rollout(exact)
+        error, plain_error = relative_error(got, truth), relative_error(plain, truth)
+        compiled_error = None
+        if self.plan.compiled:
+            model.cuda_graphs = False
+            with model_compiled.compiled(model.blocks):
+                compiled_error = relative_error(_small_rollout(model), truth)
         del model, exact
         free()
-        error, plain_error = (float((a.double() - truth).norm() / truth.norm()) for a in (got, plain))
-        return (GREEN if error <= 1.25 * plain_error else RED), error, plain_error
+        return (GREEN if error <= 1.25 * plain_error else RED), error, plain_error, compiled_error
 
     def floor(self, session: Session) -> Callable[[], None]:
         """A graph of every layer's products and attention on its own weights and K/V, with random activations."""
@@ -141,24 +207,37 @@ class ModelBench:
         texts: Sequence[tuple[Tensor, Tensor]],
         own_tokens: int,
         own_heads: int,
+        *,
+        epilogues: bool = False,
     ) -> Callable[[], None]:
-        """The floor's graph for a rank with `own_tokens` of the chunk outside self-attention, `own_heads` inside."""
+        """The floor's graph for a rank with `own_tokens` of the chunk outside self-attention, `own_heads` inside.
+
+        With `epilogues` the products add their bias and apply the MLP's activation, as the model's do.
+        """
         cfg, library = self.config, session.library
         factory: dict[str, Any] = {"device": self.device, "dtype": torch.bfloat16}
         x, hidden = torch.randn(own_tokens, cfg.dim, **factory), torch.randn(own_tokens, cfg.ffn_dim, **factory)
         q = torch.randn(1, self.tokens, own_heads, cfg.head_dim, **factory)
         q_text = torch.randn(1, own_tokens, cfg.num_heads, cfg.head_dim, **factory)
 
+        def product(operand: Tensor, layer: Any, activated: bool = False) -> None:
+            if not epilogues:
+                torch.mm(operand, layer.weight.t())
+            elif activated:
+                ops.linear_gelu(operand, layer.weight, layer.bias)
+            else:
+                F.linear(operand, layer.weight, layer.bias)
+
         def run() -> None:
             for block, ring, text in zip(session.model.blocks, rings, texts, strict=True):
-                torch.mm(x, block.self_attn.qkv.weight.t())
+                product(x, block.self_attn.qkv)
                 _attend(q, *ring, library, False)
-                torch.mm(x, block.self_attn.o.weight.t())
-                torch.mm(x, block.cross_attn.q.weight.t())
+                product(x, block.self_attn.o)
+                product(x, block.cross_attn.q)
                 _attend(q_text, *text, library, False)
-                torch.mm(x, block.cross_attn.o.weight.t())
-                torch.mm(x, block.ffn[0].weight.t())  # type: ignore[operator]
-                torch.mm(hidden, block.ffn[2].weight.t())  # type: ignore[operator]
+                product(x, block.cross_attn.o)
+                product(x, block.ffn[0], activated=True)
+                product(hidden, block.ffn[2])
 
         run()
         torch.cuda.synchronize(self.device)
@@ -186,22 +265,31 @@ class ModelBench:
         )
         return gate == GREEN
 
-    def _remember(self, phase: str) -> None:
+    def _remember(self, phase: str, held: int | None = None) -> None:
+        """Bytes of a phase: allocated by torch now, where not given."""
         torch.cuda.synchronize(self.device)
-        self.memory[phase] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.memory[phase] = torch.cuda.memory_allocated(self.device) if held is None else held
+
+    def _report_memory(self, gated: dict[str, Any]) -> None:
+        notes = {
+            "weights": "allocated after the weights",
+            "session": "allocated after the first chunk: ring, text and camera caches on top",
+            "graphs": "allocated with a full window and both graphs captured",
+            "steady peak": "most allocated within a steady chunk",
+            "in use on the GPU": "of everyone, context and libraries included, after a steady chunk",
+        }
+        for phase, held in self.memory.items():
+            op = "memory_" + phase.replace(" on the GPU", "").replace(" ", "_")
+            row = self._row(op, "lingbot_kernels", [], **gated, note=f"{held / 2**30:.2f} GiB: {notes[phase]}")
+            self.report(dataclasses.replace(row, bytes=held, method=""))
 
     def _note(self, session: Session) -> str:
-        free, total = torch.cuda.mem_get_info(self.device)
-        phases = ", ".join(f"{phase} {gib:.1f}" for phase, gib in self.memory.items())
-        reserved = torch.cuda.max_memory_reserved(self.device) / 2**30
+        phases = ", ".join(f"{phase} {held / 2**30:.1f}" for phase, held in self.memory.items())
         whole = LingBotConfig.preset(self.plan.preset).num_layers
         scaled = (
             "" if self.plan.layers in (None, whole) else f"; {self.plan.layers} of {whole} layers, not extrapolated"
         )
-        return (
-            f"{session.library} attention; GiB allocated: {phases}; reserved {reserved:.1f}, on the GPU "
-            f"{(total - free) / 2**30:.1f}; graphs {session.state.graphs.captures} captured{scaled}"
-        )
+        return f"{session.library} attention; GiB: {phases}; graphs {session.state.graphs.captures} captured{scaled}"
 
     def report_times(self, op: str, backend: str, times_ms: Sequence[float], ceiling_ms: float, **fields: Any) -> None:
         row = self._row(op, backend, times_ms, **fields)
@@ -256,45 +344,32 @@ class Session:
         batch, _, *rest = self.latents
         return torch.randn(batch, self.model.config.camera_channels, *rest, device=self.bench.device)
 
-    def fill(self) -> ChunkTimes:
-        """Run until the window is full and graphs are captured; the first chunk's times."""
+    def fill(self, begun: Callable[[], None] = lambda: None) -> ChunkTimes:
+        """Run until the window is full and graphs are captured; the first chunk's times. `begun` is called after it."""
         cfg = self.model.config
         first = self.chunk()
+        begun()
         for _ in range(-(-cfg.window_frames // cfg.frames_per_chunk) + 1):
             self.chunk()
         return first
 
-    def step(self, camera: Tensor) -> None:
+    def new_latents(self) -> Tensor:
+        """What a forward reads: noisy latents and image condition."""
+        return torch.randn(1, self.model.config.in_channels, *self.latents[2:], device=self.bench.device)
+
+    def step(self, camera: Tensor, latents: Tensor | None = None) -> Tensor:
         """One more denoise step of the current chunk."""
-        channels = self.model.config.in_channels
-        self.model(
-            torch.randn(1, channels, *self.latents[2:], device=self.bench.device),
+        flow = self.model(
+            self.new_latents() if latents is None else latents,
             self.text, 1000.0, state=self.state, start_frame=self.state.chunk_start_frame, camera=camera,
         )  # fmt: skip
+        assert isinstance(flow, Tensor)
+        return flow
 
-    def breakdown(self) -> dict[str, float]:
-        """Milliseconds of an eager step by kind of kernel: attention, products, ours, the rest."""
+    def repeated_step(self) -> Callable[[], Tensor]:
+        """`step` on one camera: what repeats within a chunk, a graph's replay once the window is full."""
         camera = self.new_camera()
-        self.model.cuda_graphs = False
-        self.step(camera)
-        times = dict.fromkeys(("attention", "products", "fused_passes", "other"), 0.0)
-        for name, microseconds in _kernel_times(lambda: self.step(camera)):
-            times[_kind(name)] += microseconds / 1e3
-        self.model.cuda_graphs = True
-        return times
-
-    def busy(self) -> float:
-        """Share of a replayed step's time in which the GPU runs a kernel, over ten steps."""
-        camera = self.new_camera()
-        self.step(camera)
-
-        def steps() -> None:
-            for _ in range(10):
-                self.step(camera)
-
-        elapsed = timed(steps)
-        kernels = sum(us for _, us in _kernel_times(steps)) / 1e3
-        return min(kernels / elapsed, 1.0)
+        return lambda: self.step(camera)
 
     def run_peer(self) -> tuple[float, list[float]]:
         """(Relative difference of the first chunk's flow from ours, milliseconds of its steps at a full window)."""
@@ -341,26 +416,6 @@ def timed(call: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
-
-
-def _kernel_times(call: Callable[[], Any]) -> list[tuple[str, float]]:
-    """(name, microseconds) of every kernel, copy and fill that the call runs."""
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        call()
-        torch.cuda.synchronize()
-    return [(e.key, e.self_device_time_total) for e in recorded.key_averages() if e.self_device_time_total > 0]
-
-
-def _kind(kernel: str) -> str:
-    name = kernel.lower()
-    if "flash" in name or "fmha" in name or "cudnn" in name or "attention" in name:
-        return "attention"
-    if any(part in name for part in ("nvjet", "gemm", "cutlass", "cublas", "splitk")):
-        return "products"
-    return "fused_passes" if "lingbot" in name or name.endswith("_kernel") else "other"
 
 
 def free() -> None:

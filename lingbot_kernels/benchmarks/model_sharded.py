@@ -13,6 +13,7 @@ from torch import Tensor
 from lingbot_kernels.benchmarks.model import ModelBench, Session, free, timed
 from lingbot_kernels.benchmarks.rows import GREEN, RED
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
+from lingbot_kernels.ops import RingPosition
 
 
 class ShardedModelBench(ModelBench):
@@ -21,7 +22,7 @@ class ShardedModelBench(ModelBench):
     @torch.no_grad()
     def run_sharded(self, group: dist.ProcessGroup) -> bool:
         """Measure one GPU, then all; whether the ranks' result agrees with one GPU's."""
-        ranks = dist.get_world_size(group)
+        ranks, self.group = dist.get_world_size(group), group
         torch.manual_seed(0)
         model = CausalLingBotTransformer(self.config, device=self.device, dtype=torch.bfloat16)
         torch.manual_seed(1)
@@ -47,7 +48,8 @@ class ShardedModelBench(ModelBench):
         scaling = one / (ranks * many)
         note = (
             f"{session.library} attention; one GPU {one:.1f} ms a chunk in the same run, scaling {scaling:.3f}; "
-            f"exchanges {exchange:.2f} ms of a step, {exchange / step:.3f} of it; "
+            f"norms, ring writes and exchanges by {model.shard_group.exchange} take {exchange:.2f} ms alone, "
+            f"{exchange / step:.3f} of a step; "
             f"graphs {session.state.graphs.captures} captured"
         )
         self.report_times("bare_floor", "library", floor, ceiling, gate=GREEN, note="products, attention of a shard")
@@ -76,17 +78,20 @@ class ShardedModelBench(ModelBench):
         )
 
     def _exchange_ms(self, session: Session) -> float:
-        """Milliseconds of a step's exchanges when nothing else runs, the passes that lay out their results included."""
-        cfg, shard = self.config, session.model.shard_group.shard(self.tokens)
-        own = cfg.num_heads // shard.ranks
-        packed = torch.randn(
-            shard.ranks, shard.num_tokens, 1, 3, own, cfg.head_dim, device=self.device, dtype=torch.bfloat16
-        )
-        attended = torch.randn(1, self.tokens, own * cfg.head_dim, device=self.device, dtype=torch.bfloat16)
+        """Milliseconds of a step's norms, ring writes and exchanges when nothing else runs."""
+        cfg, state = self.config, session.state
+        assert state.kv_cache is not None
+        shard = session.model.shard_group.shard(self.tokens, state.kv_cache)
+        rings, ring = state.kv_cache.layers, RingPosition(0, state.kv_cache.ring.sink)
+        like: dict[str, Any] = {"device": self.device, "dtype": torch.bfloat16}
+        q, k, v = torch.randn(1, shard.num_tokens, 3 * cfg.dim, **like).chunk(3, dim=-1)
+        attended = torch.randn(1, self.tokens, cfg.dim // shard.ranks, **like)
+        weight = torch.ones(cfg.dim, **like)
+        cos_sin = torch.randn(shard.num_tokens, cfg.head_dim, device=self.device)
 
         def run() -> None:
-            for _ in range(cfg.num_layers):
-                shard.exchange_qkv(packed)
+            for k_cache, v_cache in rings:
+                shard.qk_norm_rope_kv_write(q, k, v, weight, weight, cos_sin, k_cache, v_cache, ring, cfg.eps)
                 shard.exchange_output(attended)
 
         run()
@@ -94,4 +99,8 @@ class ShardedModelBench(ModelBench):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
-        return statistics.median(timed(graph.replay) for _ in range(7))
+        times = []
+        for _ in range(7):
+            dist.barrier(self.group)
+            times.append(timed(graph.replay))
+        return statistics.median(times)

@@ -115,6 +115,7 @@ def _qkv(case: Case, device: torch.device, dtype: torch.dtype, caches: bool = Tr
 
 _FULL = ("q", "k", "v", "q_weight", "k_weight", "cos_sin", *CACHES, "ring")
 _WRITE = ("k", "v", "k_weight", "cos_sin", *CACHES, "ring")
+_WRITTEN = ("out", "outs", "q_outs", "k_caches", "v_caches")
 _PACK = ("q", "k", "v", "q_weight", "k_weight", "cos_sin")
 
 
@@ -165,6 +166,8 @@ def _ring_problems(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
         _op(ops.k_norm_rope_kv_write, _WRITE, EPS), _plain(reference.k_norm_rope_kv_write, _WRITE, EPS),
         bytes=4 * tokens * dim * width,
     )  # fmt: skip
+    if not case.wrap:
+        yield from _push_problems(case, dtype)
     heads, chunk = case.heads // case.ranks, case.ranks * tokens
     names = ("packed", *CACHES, "ring")
 
@@ -176,6 +179,54 @@ def _ring_problems(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
         "qkv_unpack_kv_write", case.name, (chunk, 1, 3, heads, case.head_dim), dtype, chunk, heads * case.head_dim,
         packed, _op(ops.qkv_unpack_kv_write, names), _plain(reference.qkv_unpack_kv_write, names),
         bytes=4 * chunk * heads * case.head_dim * width,
+    )  # fmt: skip
+
+
+def _push_problems(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
+    """Both pushes of one rank, every rank's memory being this device's own: what the kernels need without the links."""
+    tokens, dim, width, ranks = case.tokens, case.dim, dtype.itemsize, case.ranks
+    heads, first = case.heads // ranks, (ranks - 1) * tokens
+
+    def make(device: torch.device) -> Inputs:
+        caches = _caches(case, ranks * tokens, ranks * heads, device, dtype)
+        shape = (ranks, 1, caches["k_cache"].shape[1], heads, case.head_dim)
+        stacked = {f"{name}s": caches[name].view(shape) for name in CACHES}
+        q_outs = _randn(ranks, 1, ranks * tokens, heads, case.head_dim, device=device, dtype=dtype)
+        return {**_qkv(case, device, dtype, caches=False), **stacked, "q_outs": q_outs, "ring": caches["ring"]}
+
+    def push(function: Callable[..., None], inputs: Inputs, **options: Any) -> Outputs:
+        stacks = [list(inputs[name]) for name in ("q_outs", "k_caches", "v_caches")]
+        function(*[inputs[name] for name in _PACK], *stacks, inputs["ring"], first, EPS, **options)
+        return ()
+
+    def written(inputs: Inputs, _: Outputs) -> Outputs:
+        caches = inputs["k_caches"], inputs["v_caches"]
+        slots = inputs["ring"].slots(first + tokens, caches[0].shape[2], caches[0].device)[first:]
+        return (inputs["q_outs"][:, :, first:], *(cache[:, :, slots] for cache in caches))
+
+    common = (case.name, (1, tokens, dim), dtype, tokens, dim)
+    yield Problem(
+        "qk_norm_rope_push", *common, make,
+        lambda inputs, backend: partial(push, ops.qk_norm_rope_push, inputs, backend=backend),
+        lambda inputs: push(reference.qk_norm_rope_push, inputs),
+        bytes=6 * tokens * dim * width, backends=("cuda", "cpu", "reference"), judged=written,
+    )  # fmt: skip
+    column = (ranks - 1) * heads * case.head_dim
+
+    def output(function: Callable[..., None], inputs: Inputs, **options: Any) -> Outputs:
+        function(inputs["attended"], list(inputs["outs"]), column, **options)
+        return ()
+
+    yield Problem(
+        "attention_output_push", *common,
+        lambda device: {
+            "attended": _randn(1, ranks * tokens, heads * case.head_dim, device=device, dtype=dtype),
+            "outs": _randn(ranks, 1, tokens, dim, device=device, dtype=dtype),
+        },
+        lambda inputs, backend: partial(output, ops.attention_output_push, inputs, backend=backend),
+        lambda inputs: output(reference.attention_output_push, inputs),
+        bytes=2 * tokens * dim * width, backends=("cuda", "cpu", "reference"),
+        judged=lambda inputs, _: (inputs["outs"][..., column:],),
     )  # fmt: skip
 
 
@@ -325,5 +376,5 @@ def widened(inputs: Inputs) -> Inputs:
 
 def poisoned(inputs: Inputs) -> Inputs:
     """The same inputs, with what the op writes (the ring's caches, or the buffer it fills) apart and full of NaN."""
-    written = (*CACHES, "out") if "ring" in inputs or "out" in inputs else ()
+    written = (*CACHES, *_WRITTEN) if "ring" in inputs or not inputs.keys().isdisjoint(_WRITTEN) else ()
     return {**inputs, **{name: torch.full_like(inputs[name], torch.nan) for name in written if name in inputs}}

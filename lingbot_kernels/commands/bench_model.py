@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from lingbot_kernels.commands._click import output_path
+
 
 @click.command("model")
 @click.option("--preset", default="lingbot-world-14b", show_default=True, help="Shape of the network, random weights.")
@@ -16,6 +18,7 @@ import click
 @click.option("--width", type=click.IntRange(min=16), default=832, show_default=True, help="Pixels of the video.")
 @click.option("--chunks", type=click.IntRange(min=1), default=6, show_default=True, help="Steady chunks to time.")
 @click.option("--peer/--no-peer", default=True, show_default=True, help="Run FlashDreams' network as well.")
+@click.option("--compile", "compiled", is_flag=True, help="Also a step with torch.compile'd blocks; one GPU.")
 @click.option("--camera-cache/--no-camera-cache", default=True, show_default=True, help="Keep the camera modulation.")
 @click.option("--residual-dtype", type=click.Choice(["bfloat16", "float32"]), help="Of the residual stream.")
 @click.option(
@@ -27,6 +30,10 @@ import click
     help="Append the rows here.  [default: bench/results/model-<gpu>.jsonl]",
 )  # fmt: skip
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture, a PNG.")
+@click.option(
+    "--timeline", "timeline_path", type=output_path(".json"),
+    help="Write floor and step, kernel by kernel, as JSON, and print a layer of both; one GPU.",
+)  # fmt: skip
 def command(
     preset: str,
     layers: int | None,
@@ -34,12 +41,14 @@ def command(
     width: int,
     chunks: int,
     peer: bool,
+    compiled: bool,
     camera_cache: bool,
     residual_dtype: str | None,
     gpus: int,
     device: str,
     json_path: Path | None,
     plot_path: Path | None,
+    timeline_path: Path | None,
 ) -> None:
     """Measure a full-window rollout against the bare floor: the same products and attention, nothing else.
 
@@ -50,7 +59,8 @@ def command(
     \b
     Examples:
       lingbot-kernels bench model
-      lingbot-kernels bench model --layers 8 --plot step.png
+      lingbot-kernels bench model --layers 8 --plot step.png --timeline step.json
+      lingbot-kernels bench model --layers 8 --compile --no-peer
       lingbot-kernels bench model --preset lingbot-world-1.3b --height 480
       lingbot-kernels bench model --gpus 4
     """
@@ -69,6 +79,9 @@ def command(
     from lingbot_kernels.benchmarks.rows import Environment, Row, append_rows, default_path
     from lingbot_kernels.config import PRESETS
 
+    for option, given in (("--timeline", timeline_path is not None), ("--compile", compiled)):
+        if gpus > 1 and given:
+            raise click.BadParameter(f"is of one GPU, not of {gpus}.", param_hint=option)
     if preset not in PRESETS:
         raise click.BadParameter(f"no {preset!r}; there are {', '.join(PRESETS)}.", param_hint="--preset")
     if height % 16 or width % 16:
@@ -77,7 +90,9 @@ def command(
         raise click.ClickException("bench model needs a CUDA device, and torch sees none")
     if not launch.launched():
         torch.cuda.set_device(torch.device(device).index or 0)
-    plan = ModelPlan(preset, layers, (height // 8, width // 8), chunks, peer, camera_cache, residual_dtype)
+    plan = ModelPlan(
+        preset, layers, (height // 8, width // 8), chunks, peer, camera_cache, residual_dtype, timeline_path, compiled
+    )
     environment = Environment.collect(torch.device("cuda"))
     path = json_path or default_path(environment, "model")
     if launch.is_main():
@@ -96,7 +111,7 @@ def command(
     with launch.process_group("cuda") as group:
         where = torch.device("cuda", torch.cuda.current_device())
         if group is None:
-            green = ModelBench(plan, where, report).run()
+            green = ModelBench(plan, where, report, click.echo).run()
         else:
             green = ShardedModelBench(plan, where, report).run_sharded(group)
     if not launch.is_main():

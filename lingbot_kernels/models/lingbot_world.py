@@ -33,7 +33,7 @@ from lingbot_kernels.parallel.sequence_shard import SequenceShard
 from lingbot_kernels.parallel.shard_group import ShardGroup
 from lingbot_kernels.realtime import memory
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
-from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPosition, CrossAttentionCache
+from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPosition, CrossAttentionCache, RingMemory
 from lingbot_kernels.realtime.runtime_cache import TensorIdentity
 
 WHOLE = SequenceShard()
@@ -287,7 +287,8 @@ class CausalLingBotTransformer(nn.Module):
         """Share every later chunk among the ranks of `group`, the default process group where None.
 
         Called on every rank, with the same weights; from then on each rank calls forward with the same arguments and
-        gets the same result. Sessions begun before must start again.
+        gets the same result. Sessions begun before must start again. GPUs of one host that reach each other's memory
+        write to it; otherwise the exchanges are all-to-all collectives, and `shard_group.exchange` says why.
 
         Raises:
             ValueError, RuntimeError: on every rank alike, as `ShardGroup.join` says.
@@ -350,14 +351,14 @@ class CausalLingBotTransformer(nn.Module):
         batch, _, frames, height, width = latents.shape
         _, ph, pw = self.config.patch_size
         layout = self.cache_layout(batch, (height // ph, width // pw))
-        shard = self.shard_group.shard(frames * layout.frame_tokens)
         plan = state.plan_chunk(
             self._weights, layout, start_frame, frames,
-            lambda: self._check_memory(state, layout, frames, camera is not None),
+            lambda layout: self._ring_memory(state, layout, frames, camera is not None),
         )  # fmt: skip
         state.wait_for_context()
         kv_cache = state.kv_cache
         assert kv_cache is not None
+        shard = self.shard_group.shard(plan.tokens, kv_cache)
         with nvtx.range("embeddings"):
             inputs = ChunkInputs(
                 latents.to(self.dtype),
@@ -371,7 +372,10 @@ class CausalLingBotTransformer(nn.Module):
         graphs = state.graphs if self.cuda_graphs and self.device.type == "cuda" else None
         if graphs is not None and graphs.ready(inputs, kv_cache, plan, update_cache_only):
             return graphs.run(self._run, inputs, kv_cache, plan, update_cache_only)
-        return self._run(inputs, kv_cache.layers, kv_cache.position(plan), update_cache_only)
+        # A warm-up sees the ring as the capture will: compiled blocks then have nothing new to compile.
+        warming = graphs is not None and graphs.warming
+        position = kv_cache.device_position(plan) if warming else kv_cache.position(plan)
+        return self._run(inputs, kv_cache.layers, position, update_cache_only)
 
     def _run(
         self, inputs: ChunkInputs, layers: Sequence[KeyValue], position: ChunkPosition, update_cache_only: bool
@@ -414,18 +418,24 @@ class CausalLingBotTransformer(nn.Module):
             cfg.sink_frames, self.dtype, self.device,
         )  # fmt: skip
 
-    def _check_memory(self, state: RealtimeCausalDiTState, layout: CacheLayout, frames: int, camera: bool) -> None:
-        """Raise NotEnoughMemory where the session that begins can't fit; where one rank is short, all ranks raise."""
-        if torch.compiler.is_compiling():
-            return
-        plan = memory.session_memory(
-            self.config, layout.grid, self.dtype, batch=layout.batch, frames=frames, ranks=self.shard_group.ranks,
-            camera=camera, cuda_graphs=self.cuda_graphs, **state.switches,
-        )  # fmt: skip
-        error = memory.shortage("session", plan, self.device, memory.savings(plan, self.config))
-        self.shard_group.agree({"memory": "enough" if error is None else str(error)})
-        if error is not None:
-            raise error
+    def _ring_memory(
+        self, state: RealtimeCausalDiTState, layout: CacheLayout, frames: int, camera: bool
+    ) -> RingMemory | None:
+        """What the rings of a session that begins lie in, once all of the session is known to fit.
+
+        Raises:
+            NotEnoughMemory, ValueError: it can't fit, here or on another rank; every rank raises.
+        """
+        if not torch.compiler.is_compiling():
+            plan = memory.session_memory(
+                self.config, layout.grid, self.dtype, batch=layout.batch, frames=frames, ranks=self.shard_group.ranks,
+                camera=camera, cuda_graphs=self.cuda_graphs, **state.switches,
+            )  # fmt: skip
+            error = memory.shortage("session", plan, self.device, memory.savings(plan, self.config))
+            self.shard_group.agree({"memory": "enough" if error is None else str(error)})
+            if error is not None:
+                raise error
+        return self.shard_group.ring_memory(layout)
 
     def _prepare_cached_rope_for_sequence_shard(
         self, state: RealtimeCausalDiTState, num_tokens: int, token_start: int

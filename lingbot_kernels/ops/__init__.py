@@ -4,6 +4,7 @@ Tensors are token-major: x [B, S, D] with the heads inside D; K/V caches are [B,
 """
 
 from lingbot_kernels.ops._dispatch import BACKENDS, BackendUnavailable, use_backend
+from lingbot_kernels.ops.attention_output_push import attention_output_push
 from lingbot_kernels.ops.gated_residual import gated_residual
 from lingbot_kernels.ops.gated_residual_camera_norm import gated_residual_camera_norm
 from lingbot_kernels.ops.k_norm_rope_kv_write import k_norm_rope_kv_write
@@ -11,6 +12,7 @@ from lingbot_kernels.ops.layer_norm_modulate import layer_norm_modulate
 from lingbot_kernels.ops.linear_gelu import linear_gelu
 from lingbot_kernels.ops.qk_norm_rope_kv_write import qk_norm_rope_kv_write
 from lingbot_kernels.ops.qk_norm_rope_pack import qk_norm_rope_pack
+from lingbot_kernels.ops.qk_norm_rope_push import qk_norm_rope_push
 from lingbot_kernels.ops.qkv_unpack_kv_write import qkv_unpack_kv_write
 from lingbot_kernels.ops.residual_norm_modulate import residual_norm_modulate
 from lingbot_kernels.ops.ring import RingPosition
@@ -22,6 +24,7 @@ __all__ = [
     "BACKENDS",
     "BackendUnavailable",
     "RingPosition",
+    "attention_output_push",
     "gated_residual",
     "gated_residual_camera_norm",
     "k_norm_rope_kv_write",
@@ -29,6 +32,7 @@ __all__ = [
     "linear_gelu",
     "qk_norm_rope_kv_write",
     "qk_norm_rope_pack",
+    "qk_norm_rope_push",
     "qkv_unpack_kv_write",
     "residual_norm_modulate",
     "rms_norm",

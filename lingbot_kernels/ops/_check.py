@@ -76,6 +76,17 @@ def contiguous(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got strides {x.stride()} for shape {list(x.shape)}, must be contiguous")
 
 
+def alike(name: str, xs: Sequence[Tensor]) -> None:
+    """Every tensor must have the first one's shape, strides, dtype and device."""
+    first = xs[0]
+    for x in xs[1:]:
+        if (x.shape, x.stride(), x.dtype, x.device) != (first.shape, first.stride(), first.dtype, first.device):
+            raise ValueError(
+                f"{name}: got {describe(x)} with strides {x.stride()}, must be like the first, {describe(first)} with "
+                f"strides {first.stride()}"
+            )
+
+
 def caches(k_cache: Tensor, v_cache: Tensor, like: Tensor) -> None:
     """Both caches must be [B, capacity, heads, head_dim] of like's dtype and device, a token's heads contiguous,
     apart in memory.

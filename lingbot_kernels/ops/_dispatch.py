@@ -29,6 +29,7 @@ class OpHomes:
     absent: Mapping[str, str] = field(default_factory=dict)
 
 
+_PACKED = "one launch writes to a list of tensors, which Triton can't take; its exchange is the packed one"
 _LIBRARY = "left to a library, which is better at it"
 OPS: dict[str, OpHomes] = {
     op.name: op
@@ -38,6 +39,8 @@ OPS: dict[str, OpHomes] = {
         OpHomes("k_norm_rope_kv_write"),
         OpHomes("qk_norm_rope_pack"),
         OpHomes("qkv_unpack_kv_write"),
+        OpHomes("qk_norm_rope_push", {"triton": _PACKED}),
+        OpHomes("attention_output_push", {"triton": _PACKED}),
         OpHomes("rms_norm"),
         OpHomes("layer_norm_modulate"),
         OpHomes("residual_norm_modulate"),

@@ -28,6 +28,17 @@ def _flash_attention_4() -> Callable[..., tuple[Tensor, Tensor]] | str:
     return flash_attn_func
 
 
+@torch.compiler.assume_constant_result  # torch.compile can trace neither an import that fails nor cuDNN's question
+def _not_installed(library: str) -> str | None:
+    """What this machine lacks for "cudnn" or "fa4"."""
+    if library == "cudnn":
+        return None if torch.backends.cudnn.is_available() else "torch was built without cuDNN"
+    if torch.cuda.get_device_capability()[0] < 9:
+        return "flash-attn-4 needs compute capability 9.0 or more"
+    found = _flash_attention_4()
+    return found if isinstance(found, str) else None
+
+
 def why_not(library: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """None where this attention library can serve, else what is missing."""
     if library in ("sdpa", "reference"):
@@ -38,12 +49,7 @@ def why_not(library: str, device_type: str, dtype: torch.dtype, head_dim: int) -
         return f"serves bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if head_dim % 8 or head_dim > 128:
         return f"serves head_dim up to 128, a multiple of 8, not {head_dim}"
-    if library == "cudnn":
-        return None if torch.backends.cudnn.is_available() else "torch was built without cuDNN"
-    if torch.cuda.get_device_capability()[0] < 9:
-        return "flash-attn-4 needs compute capability 9.0 or more"
-    found = _flash_attention_4()
-    return found if isinstance(found, str) else None
+    return _not_installed(library)
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,10 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lingbot_kernels.parallel import peer_memory
+from lingbot_kernels.parallel.peer_exchange import PeerSession, PeerShard
 from lingbot_kernels.parallel.sequence_shard import SequenceShard, all_gather, sequence_splits
+from lingbot_kernels.realtime.kv_cache import CacheLayout, KVCache
 from lingbot_kernels.realtime.runtime_cache import TensorIdentity
 
 LAYOUTS = ("ulysses",)
+PEER_MEMORY = "peer memory"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -26,6 +30,7 @@ class ShardGroup:
 
     Attributes:
         rank, ranks: this rank's index and their number.
+        exchange: how tokens become heads: "peer memory", or "all-to-all" and why; "" on a single rank.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, control: dist.ProcessGroup | None = None) -> None:
@@ -34,6 +39,7 @@ class ShardGroup:
         self._control = control
         self._shards: dict[int, SequenceShard] = {}
         self._weights: tuple[object, str] = (None, "")
+        self.exchange = ""
 
     @classmethod
     def join(cls, group: dist.ProcessGroup | None, layout: str, model: Any) -> ShardGroup:
@@ -73,13 +79,27 @@ class ShardGroup:
                 f"group: got one for {', '.join(facts['backends'])} tensors, must be able to exchange the model's, on "
                 f"{model.device.type}"
             )
+        if joined.ranks > 1:
+            assert joined._control is not None
+            reason = peer_memory.why_not(group, joined._control, model.device)
+            joined.exchange = PEER_MEMORY if reason is None else f"all-to-all ({reason})"
         return joined
 
-    def shard(self, total: int) -> SequenceShard:
-        """This rank's part of a chunk of `total` tokens."""
+    def shard(self, total: int, kv_cache: KVCache | None = None) -> SequenceShard:
+        """This rank's part of a chunk of `total` tokens, for the session of `kv_cache` where given."""
         if total not in self._shards:
             self._shards[total] = SequenceShard(sequence_splits(total, self.ranks), self.rank, self._group)
-        return self._shards[total]
+        shard = self._shards[total]
+        if kv_cache is not None and isinstance(kv_cache.memory, PeerSession):
+            return PeerShard(shard.splits, shard.rank, shard.group, session=kv_cache.memory)
+        return shard
+
+    def ring_memory(self, layout: CacheLayout) -> PeerSession | None:
+        """What a new session's rings lie in: memory shared with the other ranks where they exchange through it."""
+        if self.exchange != PEER_MEMORY or layout.dtype not in peer_memory.DTYPES:
+            return None
+        assert self._group is not None
+        return PeerSession(self._group, layout)
 
     def agree(self, facts: Mapping[str, object]) -> None:
         """Return where every rank has the same facts; waits for the other ranks, not for a device.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels.realtime.graphs import SessionGraphs
-from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPlan, CrossAttentionCache, KVCache
+from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPlan, CrossAttentionCache, KVCache, RingMemory
 from lingbot_kernels.realtime.runtime_cache import RuntimeCache, Store, TensorIdentity, tensors_in
 
 
@@ -78,12 +78,12 @@ class RealtimeCausalDiTState:
         layout: CacheLayout,
         start_frame: int,
         frames: int,
-        check_memory: Callable[[], None] = lambda: None,
+        make_memory: Callable[[CacheLayout], RingMemory | None] = lambda layout: None,
     ) -> ChunkPlan:
         """Check a forward of `frames` latent frames from `start_frame` and say what it does to the ring.
 
-        Allocates the ring at the first call, after `check_memory`, which may raise. A refusal leaves the session as it
-        was.
+        Allocates the ring at the first call, in what `make_memory` gives, which may refuse by an error of its own. A
+        refusal leaves the session as it was.
 
         Raises:
             ValueError: the session belongs to another model or was made for another layout, or the position is one
@@ -101,8 +101,7 @@ class RealtimeCausalDiTState:
         ring = layout.empty_ring() if self.kv_cache is None else self.kv_cache.ring
         plan = ring.plan(start_frame * layout.frame_tokens, frames * layout.frame_tokens)
         if self.kv_cache is None:
-            check_memory()
-            self.kv_cache = KVCache(layout)
+            self.kv_cache = KVCache(layout, make_memory(layout))
         self._owner = owner
         return plan
 
@@ -123,7 +122,8 @@ class RealtimeCausalDiTState:
     def nbytes(self) -> int:
         """Bytes of device and host memory that the session's caches hold now."""
         kv = 0 if self.kv_cache is None else self.kv_cache.nbytes()
-        return kv + self.runtime_cache.nbytes()
+        memory = None if self.kv_cache is None else self.kv_cache.memory
+        return kv + (0 if memory is None else memory.nbytes()) + self.runtime_cache.nbytes()
 
     def stats(self) -> dict[str, Any]:
         """Position, and for each cache its bytes, entries, hits and misses: plain data, ready for JSON."""

@@ -38,6 +38,7 @@ class SessionGraphs:
     Attributes:
         captures, replays: counts since the session began.
         reason: why the last forward ran eagerly; "" where it replayed a graph.
+        warming: whether the last forward ran eagerly so that the next of its kind can be captured.
     """
 
     def __init__(self) -> None:
@@ -50,10 +51,12 @@ class SessionGraphs:
         self.captures = 0
         self.replays = 0
         self.reason = "nothing has run yet"
+        self.warming = False
 
     def ready(self, inputs: Any, kv_cache: KVCache, plan: ChunkPlan, update_cache_only: bool) -> bool:
         """Whether this forward can replay (or capture) a graph; otherwise `reason` says why it runs eagerly."""
         key = (update_cache_only, inputs.latents.shape)
+        self.warming = False
         if plan.num_visible < kv_cache.ring.capacity:
             self.reason = "the window is not full yet"
         elif not isinstance(inputs.text_kv, list):
@@ -63,6 +66,7 @@ class SessionGraphs:
         elif torch.cuda.is_current_stream_capturing() or torch.compiler.is_compiling():
             self.reason = "the caller is capturing or compiling"
         elif key not in self._warm:
+            self.warming = True
             self._warm.add(key)  # libraries compile and pick their kernels in this eager forward
             self.reason = "the first forward with a full window warms up"
         else:

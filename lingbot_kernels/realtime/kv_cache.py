@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -158,17 +159,28 @@ class CacheLayout:
         ]
 
 
-def _empty(layout: CacheLayout) -> Tensor:
-    return torch.empty(layout.shape, dtype=layout.dtype, device=layout.device)
+class RingMemory(Protocol):
+    """Memory that a session's rings lie in where it is not plain device memory."""
+
+    def empty(self) -> Tensor:
+        """One layer's K or V, of the layout's shape."""
+
+    def nbytes(self) -> int:
+        """Bytes held besides the rings."""
 
 
 class KVCache:
-    """Keys (after RoPE) and values of every layer's window: one K and one V buffer a layer, never rolled or copied."""
+    """Keys (after RoPE) and values of every layer's window: one K and one V buffer a layer, never rolled or copied.
 
-    def __init__(self, layout: CacheLayout) -> None:
+    Attributes:
+        memory: what the buffers lie in; None for plain device memory.
+    """
+
+    def __init__(self, layout: CacheLayout, memory: RingMemory | None = None) -> None:
         self.layout = layout
+        self.memory = memory
         self.ring = layout.empty_ring()
-        self.layers = [(_empty(layout), _empty(layout)) for _ in range(layout.num_layers)]
+        self.layers = [(self._empty(), self._empty()) for _ in range(layout.num_layers)]
         self._cursor: Tensor | None = None
 
     def position(self, plan: ChunkPlan) -> ChunkPosition:
@@ -193,6 +205,11 @@ class KVCache:
 
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
+
+    def _empty(self) -> Tensor:
+        if self.memory is not None:
+            return self.memory.empty()
+        return torch.empty(self.layout.shape, dtype=self.layout.dtype, device=self.layout.device)
 
 
 class CrossAttentionCache:

@@ -34,6 +34,7 @@ class MemoryPlan:
         weights: the model's parameters.
         kv_cache, camera_modulation, text, time_embeddings, rope: what the session keeps, exactly; the names are those
             of `RealtimeCausalDiTState.stats`.
+        exchange: where Q and attention's output arrive from the other ranks, where these write to each other's memory.
         forward: what comes and goes within a chunk, at most: its inputs, a forward's activations, library workspaces.
         cuda_graphs: the graphs' private pool, at most: one forward's activations, held until the session ends.
     """
@@ -44,6 +45,7 @@ class MemoryPlan:
     text: int = 0
     time_embeddings: int = 0
     rope: int = 0
+    exchange: int = 0
     forward: int = 0
     cuda_graphs: int = 0
 
@@ -110,6 +112,7 @@ def session_memory(
         text=2 * layers * batch * cfg.text_len * d * element if text_cache else 0,
         time_embeddings=time_entries * modulation if time_cache else 0,
         rope=own_tokens * cfg.head_dim * 4 if rope_cache else 0,
+        exchange=2 * batch * own_tokens * d * element if ranks > 1 else 0,
         forward=latents + rays + max(activations, _preparations(cfg, dtype, batch, own_tokens, camera)) + WORKSPACE,
         cuda_graphs=latents + activations + 2 * modulation + WORKSPACE if graphed else 0,
     )

@@ -3,6 +3,7 @@
 Arithmetic is float64 for float64 inputs, else float32; in bf16 and f16 it rounds where the official formulation does.
 """
 
+from lingbot_kernels.reference.attention_output_push import attention_output_push
 from lingbot_kernels.reference.gated_residual import gated_residual
 from lingbot_kernels.reference.gated_residual_camera_norm import gated_residual_camera_norm
 from lingbot_kernels.reference.k_norm_rope_kv_write import k_norm_rope_kv_write
@@ -10,6 +11,7 @@ from lingbot_kernels.reference.layer_norm_modulate import layer_norm_modulate
 from lingbot_kernels.reference.linear_gelu import linear_gelu
 from lingbot_kernels.reference.qk_norm_rope_kv_write import qk_norm_rope_kv_write
 from lingbot_kernels.reference.qk_norm_rope_pack import qk_norm_rope_pack
+from lingbot_kernels.reference.qk_norm_rope_push import qk_norm_rope_push
 from lingbot_kernels.reference.qkv_unpack_kv_write import qkv_unpack_kv_write
 from lingbot_kernels.reference.residual_norm_modulate import residual_norm_modulate
 from lingbot_kernels.reference.rms_norm import rms_norm
@@ -18,6 +20,7 @@ from lingbot_kernels.reference.windowed_attention import windowed_attention, win
 
 __all__ = [
     "apply_rope",
+    "attention_output_push",
     "gated_residual",
     "gated_residual_camera_norm",
     "k_norm_rope_kv_write",
@@ -25,6 +28,7 @@ __all__ = [
     "linear_gelu",
     "qk_norm_rope_kv_write",
     "qk_norm_rope_pack",
+    "qk_norm_rope_push",
     "qkv_unpack_kv_write",
     "residual_norm_modulate",
     "rms_norm",

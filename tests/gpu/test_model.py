@@ -53,6 +53,20 @@ def test_graphs_leave_the_bits() -> None:
     assert replayed.graphs.replays >= 5 * 6 - 2
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_compiled_blocks_within_graphs() -> None:
+    model, exact, replayed = make_model(), make_model(dtype=torch.float64), RealtimeCausalDiTState()
+    exact.load_state_dict(model.state_dict())
+    with use_backend("reference"):
+        plain, truth = run(model, 12), run(exact, 12)
+    for block in model.blocks:
+        block.compile(fullgraph=True)
+    got = run(model, 12, replayed)
+    assert replayed.graphs.captures == 2 and replayed.graphs.replays >= 5 * 6 - 2
+    for a, b, c in zip(got, plain, truth, strict=True):
+        assert relative_error(a, c) <= 1.25 * relative_error(b, c)
+
+
 def test_a_reused_state_and_interleaved_sessions() -> None:
     model = make_model()
     alone = run(model, 10)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +107,23 @@ def test_inductor_writes_the_caches_in_place() -> None:
     assert not [line for line in allocations if cache in line]
     assert "clone" not in code and "copy_" not in code.split("def call")[1]
     run_both(compiled)
+
+
+def test_the_attention_library_is_chosen_while_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that has no flash-attn-4, whose import then fails."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    attention = importlib.import_module("lingbot_kernels.ops.windowed_attention")
+    attention._flash_attention_4.cache_clear()
+
+    def name(x: Tensor) -> Tensor:
+        return x + len(attention.resolve_library.__wrapped__("auto", "cuda", torch.bfloat16, 128))
+
+    try:
+        got = torch.compile(name, fullgraph=True, backend="eager")(torch.zeros(1))
+    finally:
+        attention._flash_attention_4.cache_clear()
+    assert got.item() == len("cudnn" if torch.backends.cudnn.is_available() else "sdpa")
 
 
 def test_a_ring_position_by_cursor_needs_no_new_graph() -> None:

@@ -8,14 +8,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lingbot_kernels import CausalDenoisingStage, CausalLingBotTransformer, LingBotConfig, RealtimeCausalDiTState
-from lingbot_kernels.parallel import launch
+from lingbot_kernels.ops import RingPosition
+from lingbot_kernels.parallel import launch, peer_memory
+from lingbot_kernels.parallel.peer_exchange import PeerSession, PeerShard
 from lingbot_kernels.parallel.sequence_shard import SequenceShard, sequence_splits
+from lingbot_kernels.realtime.kv_cache import CacheLayout
 
 GRIDS = {"even": (8, 12), "uneven": (6, 10)}  # 72 and 45 tokens a chunk
 CHUNKS = 9
@@ -65,18 +69,31 @@ def microseconds(function: Callable[[], Any], repeats: int = 50) -> float:
     return sorted(times)[4]
 
 
-def time_exchanges(group: torch.distributed.ProcessGroup, tokens: int = 4524, heads: int = 40) -> dict[str, float]:
+def time_exchanges(group: torch.distributed.ProcessGroup, tokens: int = 4524, heads: int = 40) -> dict[str, Any]:
+    """Microseconds of a layer's norm, exchange and ring write, and of the output's exchange, both ways."""
     rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    shard = SequenceShard(sequence_splits(tokens, ranks), rank, group)
-    packed = torch.randn(ranks, shard.num_tokens, 1, 3, heads // ranks, 128, device="cuda").bfloat16()
-    attended = torch.randn(1, tokens, heads // ranks * 128, device="cuda").bfloat16()
-    keys_values = packed[:, :, :, :2].contiguous()
-    return {
-        "qkv": microseconds(lambda: shard.exchange_qkv(packed)),
-        "kv": microseconds(lambda: shard.exchange_qkv(keys_values)),
-        "output": microseconds(lambda: shard.exchange_output(attended)),
-        "sent_megabytes_a_layer": (ranks - 1) / ranks * (packed.nbytes + attended.nbytes) / 1e6,
-    }
+    dim, own, capacity = heads * 128, heads // ranks, 6 * tokens
+    splits = sequence_splits(tokens, ranks)
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
+    layout = CacheLayout(1, 1, own, 128, (1, tokens // 3), 18, 3, dtype, device)
+    session = PeerSession(group, layout)
+    q, k, v = torch.randn(1, splits[rank], 3 * dim, device=device, dtype=dtype).chunk(3, dim=-1)
+    attended = torch.randn(1, tokens, own * 128, device=device, dtype=dtype)
+    weight = torch.ones(dim, device=device, dtype=dtype)
+    cos_sin = torch.randn(splits[rank], 128, device=device)
+    found: dict[str, Any] = {}
+    kinds = (SequenceShard(splits, rank, group), PeerShard(splits, rank, group, session=session))
+    for name, shard in zip(("all-to-all", "peer memory"), kinds, strict=True):
+        caches = [session.empty(), session.empty()] if isinstance(shard, PeerShard) else [
+            torch.empty(1, capacity, own, 128, device=device, dtype=dtype) for _ in range(2)
+        ]  # fmt: skip
+        rest = (cos_sin, *caches, RingPosition(0, tokens), 1e-6)
+        found[name] = {
+            "qkv": microseconds(partial(shard.qk_norm_rope_kv_write, q, k, v, weight, weight, *rest)),
+            "kv": microseconds(partial(shard.k_norm_rope_kv_write, k, v, weight, *rest)),
+            "output": microseconds(partial(shard.exchange_output, attended)),
+        }
+    return found
 
 
 def main(folder: str | None) -> None:
@@ -85,7 +102,7 @@ def main(folder: str | None) -> None:
         if folder is None:
             times = time_exchanges(group)
             if launch.is_main():
-                print({name: round(value, 1) for name, value in times.items()})
+                print(times)
             return
         found: dict[str, Any] = {}
         if launch.is_main():
@@ -96,6 +113,13 @@ def main(folder: str | None) -> None:
         found["one"] = {name: run(model, grid)[0] for name, grid in GRIDS.items()}
         model.shard_sequence(group)
         found["graphs"] = {name: run(model, grid) for name, grid in GRIDS.items()}
+        found["exchange"] = model.shard_group.exchange
+        os.environ[peer_memory.SWITCH] = "0"
+        model.shard_sequence(group)
+        found["collectives"] = {name: run(model, grid)[0] for name, grid in GRIDS.items()}
+        found["collective exchange"] = model.shard_group.exchange
+        del os.environ[peer_memory.SWITCH]
+        model.shard_sequence(group)
         model.cuda_graphs = False
         found["eager"] = {name: run(model, grid)[0] for name, grid in GRIDS.items()}
         torch.save(found, os.path.join(folder, f"{os.environ['RANK']}.pt"))

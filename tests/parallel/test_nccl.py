@@ -48,6 +48,10 @@ def test_ranks(found: list[dict[str, Any]], splits: str) -> None:
         for i, chunk in enumerate(first):
             assert torch.equal(chunk, each["graphs"][splits][0][i]), f"chunk {i}: rank {rank} has another"
             assert torch.equal(chunk, each["eager"][splits][i]), f"chunk {i}, rank {rank}: graphs change the bits"
+    for i, chunk in enumerate(first):
+        assert torch.equal(chunk, found[0]["collectives"][splits][i]), f"chunk {i}: collectives give other bits"
+    assert found[0]["exchange"] == "peer memory" or found[0]["exchange"].startswith("all-to-all (rank")
+    assert found[0]["collective exchange"] == "all-to-all (rank 0: LINGBOT_KERNELS_PEER_MEMORY=0)"
     for i, (chunk, plain, truth) in enumerate(zip(first, one, exact, strict=True)):
         error, allowed = relative_error(chunk, truth), 1.25 * relative_error(plain, truth)
         assert error <= allowed, f"chunk {i}: {error:.3e}, allowed {allowed:.3e}"

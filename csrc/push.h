@@ -1,0 +1,34 @@
+// What the launchers that write to several ranks' memory refuse, on the CPU and on GPUs alike.
+#pragma once
+
+#include "params.h"
+
+namespace lingbot {
+
+inline Status push_problem(int64_t ranks, int64_t heads, int64_t first_token) {
+  if (ranks < 1 || heads % ranks != 0) return "ranks must divide heads";
+  if (ranks > kMaxRanks) return "ranks must be at most 64";
+  if (first_token < 0) return "first_token must not be negative";
+  return nullptr;
+}
+
+inline Status addresses_problem(const int64_t* addresses, int64_t count, Dtype dtype) {
+  if (addresses == nullptr) return "addresses must not be null";
+  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+  for (int64_t i = 0; i < count; ++i) {
+    if (addresses[i] == 0 || addresses[i] % size != 0) return "addresses must be those of elements, none null";
+  }
+  return nullptr;
+}
+
+// Ends of the ranks' tokens: in order, the last one `tokens`.
+inline Status ends_problem(const int64_t* ends, int64_t ranks, int64_t tokens) {
+  if (ends == nullptr) return "ends must not be null";
+  int64_t before = 0;
+  for (int64_t r = 0; r < ranks; before = ends[r++]) {
+    if (ends[r] < before) return "ends must not decrease";
+  }
+  return before == tokens ? nullptr : "ends must end with tokens";
+}
+
+}  // namespace lingbot

@@ -1,0 +1,174 @@
+"""The model bench's flow without a GPU: clock, allocator, graphs and profiler are stood in for, model and sessions are
+real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.utils.flop_counter import FlopCounterMode
+
+from lingbot_kernels.benchmarks import model, model_compiled, timeline
+from lingbot_kernels.benchmarks.rows import Row
+from lingbot_kernels.cli import main
+
+LAYERS = 2
+
+
+class ClockEvent:
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: ClockEvent) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class Replayed:
+    def replay(self) -> None:
+        time.sleep(1e-4)
+
+
+def recorded(call: Callable[[], Any], times: int) -> list[timeline.Kernel]:
+    """What a step of two layers might show: 100 us a kernel, one of the library's overlapping by 20, gaps of 1."""
+    for _ in range(times):
+        call()
+    layer = ["nvjet_qkv", "lingbot::norm_rope_rows", "flash_self", "nvjet_o", "nvjet_q", "flash_cross", "nvjet_o",
+             "nvjet_up", "nvjet_down"]  # fmt: skip
+    kernels, reached = [], 0.0
+    for name in layer * LAYERS * times:
+        start = reached + (-20 if "lingbot" in name else 1)
+        kernels.append(timeline.Kernel(name, start, start + 100))
+        reached = start + 100
+    return kernels
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def capture(graph: Replayed, **options: Any) -> Iterator[None]:
+        yield
+
+    cuda = {
+        "synchronize": lambda device=None: None, "Event": ClockEvent, "CUDAGraph": Replayed, "graph": capture,
+        "memory_allocated": lambda device=None: 3 * 2**30, "max_memory_allocated": lambda device=None: 5 * 2**30,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "mem_get_info": lambda device=None: (20 * 2**30, 80 * 2**30),
+        "get_device_properties": lambda device: type("Properties", (), {"uuid": "0"}),
+    }  # fmt: skip
+    for name, stand_in in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(timeline, "record", recorded)
+
+
+def run(plan: model.ModelPlan) -> tuple[bool, dict[str, Row], list[str]]:
+    rows: list[Row] = []
+    said: list[str] = []
+    green = model.ModelBench(plan, torch.device("cpu"), rows.append, said.append).run()
+    return green, {f"{row.op} {row.backend}": row for row in rows}, said
+
+
+def small_plan(**options: Any) -> model.ModelPlan:
+    return model.ModelPlan("tiny", LAYERS, (8, 12), 1, peer=False, **options)
+
+
+def test_rows_of_a_run(no_gpu: None, tmp_path: Path) -> None:
+    path = tmp_path / "timeline.json"
+    green, rows, said = run(small_plan(timeline_path=path))
+    assert green
+    ours = "lingbot_kernels"
+    for op in ("denoise_step", "context_update", "chunk", "first_chunk"):
+        assert rows[f"{op} {ours}"].p50_us is not None and rows[f"{op} {ours}"].ceiling == "bare floor"
+    phases = {kind: rows[f"step_phase_{kind} {ours}"].p50_us for kind in (*timeline.KINDS, "gaps")}
+    assert phases == pytest.approx(
+        {"attention": 400, "products": 1200, "fused_passes": 160, "other": 0, "gaps": 16 - 1 / 5}
+    )
+    assert rows[f"gpu_busy {ours}"].ratio == pytest.approx(1760 / (1760 + 16 - 1 / 5))
+    assert rows[f"launches_per_block {ours}"].calls == 1
+    memory = {op.split()[0]: row.bytes / 2**30 for op, row in rows.items() if op.startswith("memory_")}
+    assert memory == {
+        "memory_weights": 3, "memory_session": 3, "memory_graphs": 3, "memory_steady_peak": 5, "memory_in_use": 60,
+    }  # fmt: skip
+    assert "steady peak 5.0, in use on the GPU 60.0" in rows[f"denoise_step {ours}"].note
+    report = json.loads(path.read_text())
+    assert report["case"] == "tiny-2layers-s72-kv432-1gpu" and report["layers"] == LAYERS
+    assert list(report["graphs"]) == ["floor", "floor, epilogues", "step"]
+    step = report["graphs"]["step"]
+    assert step["timeline"]["layer_us"] == pytest.approx(888) and step["unprofiled_ms"] > 0
+    assert len(step["kernels"]) == 5 * 9 * LAYERS and step["names"][step["kernels"][2][0]] == "flash_self"
+    assert "self_attn.qkv" in said[0] and "unprofiled" in said[0]
+
+
+def test_a_trace_that_does_not_fit_leaves_the_rest(
+    no_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(timeline, "record", lambda call, times: recorded(call, times)[:-9])
+    green, rows, said = run(small_plan(timeline_path=tmp_path / "t.json"))
+    assert green and "got 18 attention calls, must be 20" in rows["launches_per_block lingbot_kernels"].note
+    assert "must be 20" in said[0] and "error" in json.loads((tmp_path / "t.json").read_text())["graphs"]["step"]
+
+
+def test_no_kernels_are_said_to_be_none(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeline, "record", lambda call, times: [])
+    green, rows, said = run(small_plan())
+    assert green and "no kernel" in said[0] and "gpu_busy lingbot_kernels" not in rows
+
+
+def test_a_floor_with_epilogues_runs_the_same_products(no_gpu: None) -> None:
+    bench = model.ModelBench(small_plan(), torch.device("cpu"), lambda row: None)
+    session = model.Session(bench, model.CausalLingBotTransformer(bench.config, dtype=torch.bfloat16))
+    session.fill()
+    assert session.state.kv_cache is not None and session.state.crossattn_cache is not None
+    caches = session.state.kv_cache.layers, session.state.crossattn_cache.layers
+    arguments = (session, *caches, bench.tokens, bench.config.num_heads)
+    flops: dict[bool, int] = {}
+    for epilogues in (False, True):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            bench.floor_graph(*arguments, epilogues=epilogues)
+        flops[epilogues] = counter.get_total_flops()
+    assert flops[False] == flops[True] > 0
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_a_compiled_step_is_gated_and_leaves_the_model_as_it_was(no_gpu: None) -> None:
+    green, rows, _ = run(small_plan(compiled=True))
+    assert green
+    eager, compiled = rows["denoise_step lingbot_kernels, no graphs"], rows["denoise_step torch.compile"]
+    for row in (eager, compiled):
+        assert row.p50_us is not None and row.gate == "green" and row.ratio is not None
+        assert float(row.note.rsplit(" ", 1)[-1]) < 0.01
+    assert compiled.error is not None and 0 < compiled.error <= 1.25 * (compiled.plain_error or 0)
+    replayed = rows["denoise_step torch.compile, graphs"]
+    assert replayed.gate == "failed" and "no graph was replayed" in replayed.note  # there are none on a CPU
+
+
+def test_a_failure_to_compile_is_a_row(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(block: torch.nn.Module, **options: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    bench = model.ModelBench(small_plan(), torch.device("cpu"), (rows := []).append)
+    session = model.Session(bench, model.CausalLingBotTransformer(bench.config, dtype=torch.bfloat16))
+    session.fill()
+    monkeypatch.setattr(torch.nn.Module, "compile", refuse)
+    assert not model_compiled.measure(bench, session, 1.0, 0.001, 0.001)
+    assert rows[-1].gate == "failed" and rows[-1].note == "RuntimeError: no compiler" and rows[-1].p50_us is None
+    assert session.model.cuda_graphs
+
+
+def test_options_are_checked() -> None:
+    for arguments, message in ((["--gpus", "1", "--height", "40"], "--height"), (["--preset", "huge"], "--preset")):
+        result = CliRunner().invoke(main, ["bench", "model", *arguments])
+        assert result.exit_code == 2 and message in result.output
