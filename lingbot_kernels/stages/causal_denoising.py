@@ -148,9 +148,10 @@ class CausalDenoisingStage:
         Args:
             chunk: what `denoise_chunk(update_context=False)` returned; the rest as it was given there.
             stream: a CUDA stream to run on, after all that the current stream was given so far; the session's next
-                forward waits for it on the device. Bits and memory safety are as without it: the arguments may be
-                dropped, `chunk` may be overwritten (by later work of the current stream). Without CUDA graphs the
-                forward's activations are kept for each stream apart. A stream of the CPU changes nothing.
+                forward waits for it on the device. The bits are those of the plain order. The arguments may be dropped,
+                and `chunk` and `condition` overwritten, by later work of the current stream; `text` and `camera` are
+                still read. Without CUDA graphs each stream keeps memory for a forward's activations of its own. A
+                stream of the CPU changes nothing.
 
         Raises:
             ValueError, TypeError: the session has no current chunk, or an argument doesn't fit.

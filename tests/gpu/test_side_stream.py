@@ -144,14 +144,15 @@ def test_the_caller_s_stream_goes_on_and_the_next_forward_waits(model: CausalLin
         there = torch.cuda.Event()
         there.record()
         there.synchronize()
-        assert not side.query(), "the chunk was there only after its context update"
+        updated = state.context_update
+        assert updated is not None and not updated.query(), "the chunk was there only after its context update"
 
         following = stage.denoise_chunk(state, starts[1], **given[1])
         done = torch.cuda.Event()
         done.record()
-        assert not done.query() and not side.query(), "the next chunk did not wait for the context update"
+        assert not done.query() and not updated.query(), "the next chunk did not wait for the context update"
         done.synchronize()
-        assert side.query()
+        assert updated.query()
         assert torch.equal(shown, chunks[2]) and torch.equal(following, chunks[3])
     finally:
         model.cuda_graphs = True
@@ -168,12 +169,14 @@ def test_memory_is_not_handed_out_while_the_side_stream_works_with_it(stage: Cau
             chunk = stage.denoise_chunk(state, noise(i), **given, renoise=renoise(i), update_context=False)
             if i == 7:
                 torch.cuda.synchronize()
-                delay(side, LONG // 8)
+                delay(side, LONG // 4)
             stage.update_context(state, chunk, **given, stream=side)
         shapes = [x.shape for layer in state.kv_cache.layers for x in layer] if state.kv_cache is not None else []
+        updated = state.context_update
+        assert updated is not None and not updated.query()
         if how == "disposed":
             state.dispose()
-            assert side.query(), "dispose waits for the context update"
+            assert updated.query(), "dispose waits for the context update"
         del state, chunk, given
         gc.collect()
         made = [torch.full(shape, math.nan, device="cuda", dtype=torch.bfloat16) for shape in shapes] + poison()
