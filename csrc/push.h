@@ -12,10 +12,12 @@ inline Status push_problem(int64_t ranks, int64_t heads, int64_t first_token) {
   return nullptr;
 }
 
-inline Status addresses_problem(const int64_t* addresses, int64_t count, Dtype dtype) {
+// `ends`, where given: a rank without tokens needs no address.
+inline Status addresses_problem(const int64_t* addresses, int64_t count, Dtype dtype, const int64_t* ends = nullptr) {
   if (addresses == nullptr) return "addresses must not be null";
   const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
   for (int64_t i = 0; i < count; ++i) {
+    if (ends != nullptr && ends[i] == (i == 0 ? 0 : ends[i - 1])) continue;
     if (addresses[i] == 0 || addresses[i] % size != 0) return "addresses must be those of elements, none null";
   }
   return nullptr;

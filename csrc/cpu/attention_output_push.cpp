@@ -10,7 +10,7 @@ Status attention_output_push(const AttentionOutputPushParams& p, int threads) {
   if (Status status = push_problem(p.ranks, p.ranks, 0)) return status;
   if (p.attended.ptr == nullptr || p.batch_strides == nullptr) return "attended and batch_strides must not be null";
   if (Status status = ends_problem(p.ends, p.ranks, p.tokens)) return status;
-  if (Status status = addresses_problem(p.addresses, p.ranks, p.dtype)) return status;
+  if (Status status = addresses_problem(p.addresses, p.ranks, p.dtype, p.ends)) return status;
   return with_dtype(p.dtype, [&](auto t) -> Status {
     using T = decltype(t);
     const int64_t bytes = sizeof(T) * p.width;

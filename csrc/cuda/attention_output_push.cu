@@ -63,7 +63,7 @@ Status attention_output_push(const AttentionOutputPushParams& a, void* stream) {
   if (a.width < 0 || a.width > 1 << 24) return "width must be in [0, 2^24]";
   if (Status s = ends_problem(a.ends, a.ranks, a.tokens)) return s;
   if (a.batch == 0 || a.tokens == 0 || a.width == 0) return nullptr;
-  if (Status s = addresses_problem(a.addresses, a.ranks, a.dtype)) return s;
+  if (Status s = addresses_problem(a.addresses, a.ranks, a.dtype, a.ends)) return s;
   DeviceInfo device = {};
   if (Status s = device_info(&device)) return s;
 

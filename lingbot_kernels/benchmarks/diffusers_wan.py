@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels.benchmarks.gate import ERROR_FACTOR
-from lingbot_kernels.benchmarks.rows import GREEN, RED, Row
+from lingbot_kernels.benchmarks.rows import FAILED, GREEN, RED, Row
 from lingbot_kernels.commands.measure import percentiles
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.integrations.diffusers import KVWindow, accelerate, restore, wan
+from lingbot_kernels.ops.windowed_attention import resolve_library
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 
 _SAMPLES_PER_VARIANT = 3
@@ -85,41 +86,73 @@ class WanBench:
 
     @torch.no_grad()
     def run(self) -> bool:
-        """Measure; whether the gate was green."""
+        """Measure; whether the gate was green and every variant of ours ran."""
         gate, error, plain_error = self.gate()
         gated: dict[str, Any] = {"gate": gate, "error": error, "plain_error": plain_error}
         if gate != GREEN:
             self.report(self._row("lingbot_kernels", [], note="the gate failed: no times", **gated))
             return False
         plain = self.make(self.plan.layers)
-        fast = copy.copy(plain)  # one set of weights: only the modules that accelerate changes are copied
-        fast.__dict__ = {**plain.__dict__, "_modules": dict(plain._modules)}
-        fast.rope = copy.deepcopy(plain.rope)
-        fast.blocks = torch.nn.ModuleList(_shallow_block(block) for block in plain.blocks)
-        accelerate(fast, KVWindow(self.plan.window_frames, self.plan.sink_frames) if self.plan.window_frames else None)
+        window = KVWindow(self.plan.window_frames, self.plan.sink_frames) if self.plan.window_frames else None
+        fast = _twin(plain)
+        accelerate(fast, window)
         values = self.inputs(self.plan.frames, self.plan.latent_size)
         calls: dict[str, Callable[[], Any]] = {
             "diffusers": lambda: plain(**values, return_dict=False),
             "lingbot_kernels": lambda: fast(**values, return_dict=False),
         }
-        if self.plan.compiled:
-            compiled = {"diffusers": torch.compile(plain), "lingbot_kernels": torch.compile(fast)}
+        if self.device.type == "cuda":
+            cudnn = _twin(plain)
+            for block in cudnn.blocks:
+                for attention in (block.attn1, block.attn2):
+                    attention.processor._attention_backend = "_native_cudnn"
+            calls["diffusers cudnn"] = lambda: cudnn(**values, return_dict=False)
+        if self.plan.compiled:  # block by block, as diffusers advises: whole, a deep model compiles for minutes
+            compiled = {"diffusers": _twin(plain), "lingbot_kernels": _twin(plain)}
+            accelerate(compiled["lingbot_kernels"])
+            for module in compiled.values():
+                module.compile_repeated_blocks(fullgraph=True)
             calls["diffusers compiled"] = lambda: compiled["diffusers"](**values, return_dict=False)
             calls["lingbot_kernels compiled"] = lambda: compiled["lingbot_kernels"](**values, return_dict=False)
         if self.plan.window_frames:
             calls["lingbot_kernels causal"] = self._causal(fast, values)
+        green, notes, want = True, self._notes(), calls["diffusers"]()[0]
+        for name, call in list(calls.items()):
+            try:
+                for _ in range(3):
+                    out = call()[0]
+                if not name.endswith("causal"):  # which sees other frames
+                    difference = float((out.double() - want.double()).norm() / want.double().norm())
+                    if not difference < 0.05:
+                        raise ArithmeticError(f"differs from plain diffusers by {difference:.2g}, must be below 0.05")
+                    notes[name] += f"; differs from plain by {difference:.2g}"
+            except Exception as failure:  # of one variant: a row of its own, not the end of the others
+                if name == "diffusers":
+                    raise
+                note = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
+                self.report(self._row(name, [], note=note, **{**gated, "gate": FAILED}))
+                del calls[name]
+                green &= not name.startswith("lingbot_kernels")
         times: dict[str, list[float]] = {name: [] for name in calls}
-        for call in calls.values():
-            for _ in range(3):
-                call()
         for _ in range(self.plan.rounds):  # in turns, so that clocks and temperature are the same for all
             for name, call in calls.items():
                 times[name] += [self._timed(call) for _ in range(_SAMPLES_PER_VARIANT)]
         ceiling = statistics.median(times["diffusers"])
         for name, taken in times.items():
-            note = f"causal: sees {self.plan.window_frames} frames" if name.endswith("causal") else ""
-            self.report(self._row(name, taken, ceiling, note=note, **gated))
-        return True
+            self.report(self._row(name, taken, ceiling, note=notes[name], **gated))
+        return green
+
+    def _notes(self) -> dict[str, str]:
+        library = resolve_library(None, self.device.type, torch.bfloat16, self.config.head_dim)
+        compiled = "compile_repeated_blocks(fullgraph=True)"
+        return {
+            "diffusers": "torch's own choice of attention",
+            "diffusers cudnn": "cuDNN attention",
+            "diffusers compiled": f"torch's own choice of attention, {compiled}",
+            "lingbot_kernels": f"{library} attention",
+            "lingbot_kernels compiled": f"{library} attention, {compiled}",
+            "lingbot_kernels causal": f"{library} attention, sees {self.plan.window_frames} frames",
+        }
 
     def gate(self) -> tuple[str, float, float]:
         """Errors of two blocks in bfloat16, accelerated and plain, against float64 on the same weights."""
@@ -177,6 +210,15 @@ class WanBench:
             ceiling="plain diffusers, eager", method="events" if self.device.type == "cuda" else "clock", calls=1,
             samples=len(times_ms), note=note, **gated, **spread,
         )  # fmt: skip
+
+
+def _twin(model: Any) -> Any:
+    """The model over the same parameters; modules that `accelerate` changes or `compile` marks are its own."""
+    twin = copy.copy(model)
+    twin.__dict__ = {**model.__dict__, "_modules": dict(model._modules)}
+    twin.rope = copy.deepcopy(model.rope)
+    twin.blocks = torch.nn.ModuleList(_shallow_block(block) for block in model.blocks)
+    return twin
 
 
 def _shallow_block(block: Any) -> Any:

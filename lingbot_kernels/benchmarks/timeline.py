@@ -27,7 +27,7 @@ from lingbot_kernels.benchmarks.clocks import ClockSampler
 ATTENTION, PRODUCTS, PASSES, OTHER = "attention", "products", "fused_passes", "other"
 SELF, CROSS = "self-attention", "cross-attention"
 KINDS = (ATTENTION, PRODUCTS, PASSES, OTHER)
-_ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _AFTER_SELF = ("self_attn.o", "cross_attn.q")
 _AFTER_CROSS = ("cross_attn.o", "ffn.0", "ffn.2", "self_attn.qkv")
 
@@ -129,7 +129,7 @@ def read_kernels(trace: Mapping[str, Any]) -> list[Kernel]:
     found = [
         Kernel(event["name"], float(event["ts"]), float(event["ts"]) + float(event["dur"]))
         for event in trace["traceEvents"]
-        if event.get("ph") == "X" and event.get("cat") in _ON_GPU
+        if event.get("ph") == "X" and event.get("cat") in ON_GPU
     ]
     return sorted(found, key=lambda kernel: (kernel.start, kernel.end))
 
@@ -344,10 +344,10 @@ def side_by_side(timelines: Mapping[str, Timeline]) -> str:
     labels = list(dict.fromkeys(label for name in reversed(names) for label in shown[name]))
     width = max(len(label) for label in [*labels, "everything outside of the layers, a replay"]) + 2
     columns = [*names, "gap before", f"less {names[0]}"]
-    head = f"{'us a layer':{width}}" + "".join(f"{name:>16}" for name in columns)
+    head = f"{'us a layer':{width}}" + "".join(f"{name:>18}" for name in columns)
 
     def row(label: str, values: Sequence[float | None]) -> str:
-        cells = "".join(f"{'' if value is None else f'{value:.2f}':>16}" for value in values)
+        cells = "".join(f"{'' if value is None else f'{value:.2f}':>18}" for value in values)
         return f"{label:{width}}{cells}"
 
     lines = [head]
@@ -370,7 +370,9 @@ def side_by_side(timelines: Mapping[str, Timeline]) -> str:
     summary("a layer", lambda t: t.layer_us)
     summary("everything outside of the layers, a replay", lambda t: t.outside_us)
     summary("a replay", lambda t: t.span_us)
-    launches = timelines[step].launches_per_block
+    layer, whole = held[-1].layer_us / held[0].layer_us, held[-1].span_us / held[0].span_us
+    lines.append(f"{step} / {names[0]}: a layer {layer:.4f}, a replay {whole:.4f}")
+    launches = held[-1].launches_per_block
     lines.append(
         f"launches a block outside products and attention: {launches[PASSES] + launches[OTHER]:.1f}; gaps a replay: "
         + ", ".join(f"{name} {t.gaps:.0f} (median {t.median_gap_us:.2f} us)" for name, t in timelines.items())

@@ -6,7 +6,8 @@ The report (`--json`) is one object:
 - phases: name -> calls, host_us, gpu_us, launches: forwards of the chunk, then the parts of a forward over all of them.
 - ops: a list of op, phase, calls, host_us, gpu_us, launches (totals), bytes (of a call: activations read and written
   once) and tbps (achieved, by GPU time, on a CPU by the host's; None where there is none).
-- launches_per_block: all and own, means; None without a GPU.
+- launches_per_block: all, own (of the library's ops), outside (neither products nor attention), means; None without a
+  GPU.
 - gpu_idle_share: of the recorded chunks; gpu_idle_share_graphs: of chunks that replay graphs; None without a GPU.
 """
 
@@ -294,8 +295,8 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     if report["launches_per_block"] is not None:
         each = report["launches_per_block"]
         console.print(
-            f"launches a block: {each['all']:.1f}, of which {each['own']:.1f} are the library's own, outside products "
-            "and attention"
+            f"launches a block: {each['all']:.1f}, of which {each['outside']:.1f} are neither products nor attention, "
+            f"{each['own']:.1f} of these the library's own"
         )
     if gpu:
         console.print(f"GPU idle: {report['gpu_idle_share']:.1%} of the recorded time, launching every kernel")

@@ -1,6 +1,7 @@
 """What a Chrome trace of torch.profiler says of the library's ranges: host time, GPU time, launches, idle share.
 
-Works on the trace file alone: kernels are attributed to the ranges that were open when they were launched.
+Works on the trace file alone: kernels are attributed to the ranges that were open when they were launched. Kernels
+launched programmatically start while the one before still runs; the time that both take is the earlier one's.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lingbot_kernels.benchmarks.timeline import ATTENTION, ON_GPU, PRODUCTS, Kernel, kind, place, read_kernels
 from lingbot_kernels.nvtx import DOMAIN
 
 _PREFIX = f"{DOMAIN}:"
-_ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHING = ("cuda_runtime", "cuda_driver")
 
 
@@ -27,12 +28,14 @@ class Range:
         host_us: time between its ends on the host.
         gpu_us: sum of the kernels, copies and fills launched within it; 0 without a GPU.
         launches: how many these are.
+        outside: how many of these are neither products nor attention, by their names.
     """
 
     path: tuple[str, ...]
     host_us: float
     gpu_us: float = 0.0
     launches: int = 0
+    outside: int = 0
 
     @property
     def name(self) -> str:
@@ -61,14 +64,11 @@ def read_ranges(trace: dict[str, Any]) -> list[Range]:
         ValueError: the trace holds none of them (ranges were off).
     """
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    device_us: dict[Any, list[float]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") in _ON_GPU and "correlation" in event.get("args", {}):
-            device_us[event["args"]["correlation"]].append(float(event["dur"]))
+    launched = _by_launch(events)
     threads: dict[Any, list[tuple[float, float, dict[str, Any]]]] = defaultdict(list)
     for event in events:
         own = event.get("cat") == "user_annotation" and event["name"].startswith(_PREFIX)
-        launch = event.get("cat") in _LAUNCHING and event.get("args", {}).get("correlation") in device_us
+        launch = event.get("cat") in _LAUNCHING and event.get("args", {}).get("correlation") in launched
         if own or launch:
             # An outer range that begins with an inner one comes first.
             threads[event["pid"], event["tid"]].append((float(event["ts"]), -float(event.get("dur", 0)), event))
@@ -79,10 +79,12 @@ def read_ranges(trace: dict[str, Any]) -> list[Range]:
             while opened and opened[-1][0] <= start:
                 opened.pop()
             if event.get("cat") in _LAUNCHING:
-                durations = device_us[event["args"]["correlation"]]
+                # The runtime's call may hold the driver's: both are in the trace, the outer one comes first.
+                kernels = launched.pop(event["args"]["correlation"], [])
                 for _, enclosing in opened:
-                    enclosing.gpu_us += sum(durations)
-                    enclosing.launches += len(durations)
+                    enclosing.gpu_us += sum(us for _, us in kernels)
+                    enclosing.launches += len(kernels)
+                    enclosing.outside += sum(kind(name) not in (PRODUCTS, ATTENTION) for name, _ in kernels)
                 continue
             path = (*(opened[-1][1].path if opened else ()), event["name"].removeprefix(_PREFIX))
             opened.append((start - minus_duration, Range(path, -minus_duration)))
@@ -92,20 +94,28 @@ def read_ranges(trace: dict[str, Any]) -> list[Range]:
     return [item for _, item in sorted(found, key=lambda pair: pair[0])]
 
 
+def _by_launch(events: Iterable[dict[str, Any]]) -> dict[Any, list[tuple[str, float]]]:
+    """Correlation of a launch -> (name, own microseconds) of what it ran: one kernel, or all of a replayed graph."""
+    on_gpu = [
+        (Kernel(event["name"], float(event["ts"]), float(event["ts"]) + float(event["dur"])), event)
+        for event in events
+        if event.get("cat") in ON_GPU
+    ]
+    on_gpu.sort(key=lambda pair: (pair[0].start, pair[0].end))
+    launched: dict[Any, list[tuple[str, float]]] = defaultdict(list)
+    for item, (_, event) in zip(place(kernel for kernel, _ in on_gpu), on_gpu, strict=True):
+        if "correlation" in event.get("args", {}):
+            launched[event["args"]["correlation"]].append((item.kernel.name, item.own))
+    return launched
+
+
 def idle_share(trace: dict[str, Any]) -> float | None:
     """Share of the time from the first to the last GPU activity in which the GPU ran nothing; None without any."""
-    spans = sorted(
-        (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
-        for event in trace["traceEvents"]
-        if event.get("ph") == "X" and event.get("cat") in _ON_GPU
-    )
-    if not spans:
+    placed = place(read_kernels(trace))
+    if not placed:
         return None
-    busy, reached = 0.0, spans[0][0]
-    for start, stop in spans:
-        busy += max(0.0, stop - max(start, reached))
-        reached = max(reached, stop)
-    return 1 - busy / (reached - spans[0][0])
+    gaps, own = sum(item.gap for item in placed), sum(item.own for item in placed)
+    return gaps / (gaps + own) if gaps + own else None
 
 
 def phases(ranges: Sequence[Range]) -> dict[str, Sum]:
@@ -122,8 +132,9 @@ def phases(ranges: Sequence[Range]) -> dict[str, Sum]:
 
 
 def block_launches(ranges: Sequence[Range], ops: Iterable[str], libraries: Iterable[str]) -> dict[str, float] | None:
-    """Mean launches a whole block: "all", and "own", those of the library's ops, `libraries` (products and attention
-    that it leaves to others) left out. None where no block ran or nothing was launched.
+    """Mean launches a whole block: "all"; "own", those of the library's ops, `libraries` (products and attention that
+    it leaves to others) left out; "outside", whatever is neither a product nor attention by its name. None where no
+    block ran or nothing was launched.
     """
     blocks = [r for r in ranges if re.fullmatch(r"block \d+", r.name)]
     # The context update's last block ends with its K/V write.
@@ -137,7 +148,8 @@ def block_launches(ranges: Sequence[Range], ops: Iterable[str], libraries: Itera
     own = sum(
         r.launches for r in ranges if r.name in own_names and any(r.path[:i] in inside for i in range(len(r.path)))
     )
-    return {"all": total / len(blocks), "own": own / len(blocks)}
+    outside = sum(r.outside for r in blocks)
+    return {"all": total / len(blocks), "own": own / len(blocks), "outside": outside / len(blocks)}
 
 
 def op_sums(ranges: Sequence[Range], ops: Iterable[str]) -> dict[tuple[str, str], Sum]:

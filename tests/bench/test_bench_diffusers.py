@@ -35,12 +35,44 @@ def test_rows(tmp_path):
     assert rows[0]["ratio"] == 1
 
 
+def test_compiled_twins_are_compiled_alone(tmp_path, monkeypatch):
+    compiled = []
+    right = torch.nn.Module.compile
+
+    def compile_block(block, **options):
+        compiled.append(block)
+        right(block, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
+    path = tmp_path / "rows.jsonl"
+    bench("--no-causal", "--json", str(path))
+    rows = {row["backend"]: row for row in read_rows(path)}
+    assert list(rows) == ["diffusers", "lingbot_kernels", "diffusers compiled", "lingbot_kernels compiled"]
+    assert all(row["gate"] == "green" and row["p50_us"] for row in rows.values())
+    plain, fast = compiled
+    assert type(plain) is diffusers_wan.wan.WanTransformerBlock and type(fast) is not type(plain)
+    assert all(a is b for a, b in zip(plain.parameters(), fast.parameters(), strict=True))
+
+
 def test_a_wrong_op_fails_the_gate_and_has_no_times(tmp_path, monkeypatch):
     path, right = tmp_path / "rows.jsonl", ops.gated_residual
     monkeypatch.setattr(ops, "gated_residual", lambda x, delta, gate, **named: right(x, delta, 1.1 * gate, **named))
     bench("--no-compiled", "--json", str(path), code=1)
     (row,) = read_rows(path)
     assert row["gate"] == "red" and row["p50_us"] is None
+
+
+def test_a_variant_that_fails_is_a_row(tmp_path, monkeypatch):
+    def refuse():
+        raise RuntimeError("out of tokens")
+
+    monkeypatch.setattr(diffusers_wan.WanBench, "_causal", lambda bench, fast, values: refuse)
+    path = tmp_path / "rows.jsonl"
+    bench("--no-compiled", "--json", str(path), code=1)
+    rows = {row["backend"]: row for row in read_rows(path)}
+    assert rows["lingbot_kernels causal"]["gate"] == "failed" and rows["lingbot_kernels causal"]["p50_us"] is None
+    assert rows["lingbot_kernels causal"]["note"] == "RuntimeError: out of tokens"
+    assert rows["lingbot_kernels"]["gate"] == "green"
 
 
 def test_both_formulations_share_their_weights():

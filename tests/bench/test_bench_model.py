@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
-from lingbot_kernels.benchmarks import model, model_compiled, timeline
+from lingbot_kernels.benchmarks import model, model_compiled, model_plot, timeline
 from lingbot_kernels.benchmarks.rows import Row
 from lingbot_kernels.cli import main
 
@@ -166,6 +166,21 @@ def test_a_failure_to_compile_is_a_row(no_gpu: None, monkeypatch: pytest.MonkeyP
     assert not model_compiled.measure(bench, session, 1.0, 0.001, 0.001)
     assert rows[-1].gate == "failed" and rows[-1].note == "RuntimeError: no compiler" and rows[-1].p50_us is None
     assert session.model.cuda_graphs
+
+
+def test_a_picture_of_the_step_adds_up(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    times = {"denoise_step": 330, "bare_floor": 309, "step_phase_attention": 158, "step_phase_products": 152,
+             "step_phase_fused_passes": 14, "step_phase_other": 0.1, "step_phase_gaps": 3}  # fmt: skip
+    rows = [
+        {"op": op, "backend": "library" if op == "bare_floor" else "lingbot_kernels", "p50_us": 1e3 * ms, "case": "c",
+         "gpu": "g", "date": "2026-01-01T00:00:00Z"}
+        for op, ms in times.items()
+    ]  # fmt: skip
+    model_plot.plot(rows, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no timed denoise step"):
+        model_plot.plot(rows[1:], tmp_path / "q.png")
 
 
 def test_options_are_checked() -> None:

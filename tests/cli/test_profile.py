@@ -13,6 +13,10 @@ from lingbot_kernels import nvtx
 from lingbot_kernels.commands import profiling, trace_report
 from lingbot_kernels.ops._dispatch import OPS
 
+GEMM, FLASH = "nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", "flash_fwd_sm90"
+ROWS = "void lingbot::cuda::(anonymous namespace)::rows<Shape<8> >(lingbot::cuda::Params)"
+COPY = "void at::native::elementwise_kernel<128, 4, at::native::copy(int)>(int)"
+
 
 def span(name: str, start: float, stop: float, cat: str = "user_annotation", **args: Any) -> dict[str, Any]:
     prefix = "lingbot_kernels:" if cat == "user_annotation" else ""
@@ -31,20 +35,20 @@ def made_trace() -> dict[str, Any]:
         events.append(span(f"block {index}", start, start + 40))
         events.append(span("self_attn", start, start + 20))
         events.append(span("qk_norm_rope_kv_write" if whole else "k_norm_rope_kv_write", start + 5, start + 10))
-        launches.extend([start + 2, start + 6])  # a product, then the op's own kernel
+        launches.extend([(start + 2, GEMM), (start + 6, ROWS)])  # a product, then the op's own kernel
         if whole:
             events.append(span("windowed_attention", start + 11, start + 15))
             events.append(span("ffn", start + 20, start + 40))
             events.append(span("gated_residual", start + 30, start + 35))
-            launches.extend([start + 12, start + 31])
+            launches.extend([(start + 12, FLASH), (start + 31, ROWS)])
 
     for index, start, whole in ((0, 5, True), (1, 50, True), (0, 105, True), (1, 148, False)):
         block(index, start, whole)
-    for i, at in enumerate(launches):
+    for i, (at, name) in enumerate(launches):
         events.append(span("cudaLaunchKernel", at, at + 1, "cuda_runtime", correlation=i))
         # 7 us each, but the first two overlap by 3 us, and 10 us apart from the third on
         start = 1000 + (4 * i if i < 2 else 10 * i)
-        events.append(span(f"kernel {i}", start, start + 7, "kernel", correlation=i) | {"tid": 7})
+        events.append(span(name, start, start + 7, "kernel", correlation=i) | {"tid": 7})
     events += [span("someone else's", 1, 2, "cpu_op"), span("elsewhere", 3, 4, "cuda_runtime", correlation=999)]
     events += [{"ph": "M", "name": "process_name", "pid": 1}]
     return {"traceEvents": events[::-1]}  # in any order
@@ -56,20 +60,21 @@ def test_a_trace_s_ranges_nest_and_own_their_launches():
     assert paths[:4] == [
         ("chunk",), ("chunk", "step 0"), ("chunk", "step 0", "block 0"), ("chunk", "step 0", "block 0", "self_attn"),
     ]  # fmt: skip
-    assert ranges[0].launches == 14 and ranges[0].gpu_us == 98 and ranges[0].host_us == 200
+    assert ranges[0].launches == 14 and ranges[0].gpu_us == 95 and ranges[0].host_us == 200
     found = trace_report.phases(ranges)
     assert list(found) == ["step 0", "context", "self_attn", "ffn"]
-    assert found["step 0"] == trace_report.Sum(1, 100, 56, 8)
+    assert found["step 0"] == trace_report.Sum(1, 100, 53, 8)
     assert found["context"] == trace_report.Sum(1, 90, 42, 6)
-    assert found["self_attn"] == trace_report.Sum(4, 80, 77, 11)
+    assert found["self_attn"] == trace_report.Sum(4, 80, 74, 11)
 
 
 def test_launches_are_those_of_whole_blocks():
     ranges = trace_report.read_ranges(made_trace())
     got = trace_report.block_launches(ranges, OPS, profiling.LEFT_TO_LIBRARIES)
-    assert got == {"all": 4.0, "own": 2.0}  # the write and the residual; not the product, not attention
+    # the write and the residual; not the product, not attention
+    assert got == {"all": 4.0, "own": 2.0, "outside": 2.0}
     sums = trace_report.op_sums(ranges, OPS)
-    assert sums["qk_norm_rope_kv_write", "self_attn"] == trace_report.Sum(3, 15, 21, 3)
+    assert sums["qk_norm_rope_kv_write", "self_attn"] == trace_report.Sum(3, 15, 18, 3)
     assert sums["k_norm_rope_kv_write", "self_attn"].calls == 1
     assert sums["windowed_attention", "self_attn"].gpu_us == 21
 
@@ -78,6 +83,46 @@ def test_idle_share_is_of_the_union():
     # 11 us of the first two, then 12 kernels of 7 us; from 1000 to 1137.
     assert trace_report.idle_share(made_trace()) == pytest.approx(1 - (11 + 12 * 7) / 137)
     assert trace_report.idle_share({"traceEvents": [span("chunk", 0, 1)]}) is None
+
+
+def cuda_trace() -> dict[str, Any]:
+    """What torch.profiler writes of CUDA: launches by runtime and driver, nested ones too, copies, a replayed graph,
+    annotations of the GPU's own, arrows and counters.
+    """
+    events = [
+        span("step 0", 0, 100), span("block 0", 10, 60), span("self_attn", 10, 40), span("rms_norm", 30, 36),
+        span("ffn", 45, 60),
+        span("aten::linear", 11, 20, "cpu_op"),
+        span("cudaLaunchKernelExC", 12, 18, "cuda_runtime", correlation=1),
+        span("cuLaunchKernelEx", 13, 17, "cuda_driver", correlation=1),
+        span("cuLaunchKernelEx", 31, 33, "cuda_driver", correlation=2),
+        span("cudaMemcpyAsync", 48, 50, "cuda_runtime", correlation=3),
+        span("cudaLaunchKernel", 52, 54, "cuda_runtime", correlation=4),
+        span("cudaGraphLaunch", 70, 75, "cuda_runtime", correlation=5),
+        span("cudaDeviceSynchronize", 95, 99, "cuda_runtime", correlation=6),
+        span(GEMM, 1000, 1100, "kernel", correlation=1, stream=7),
+        span(ROWS, 1090, 1150, "kernel", correlation=2, stream=7),
+        span("Memcpy DtoD (Device -> Device)", 1152, 1162, "gpu_memcpy", correlation=3, stream=7),
+        span(COPY, 1162, 1172, "kernel", correlation=4, stream=7),
+        span(ROWS, 1180, 1190, "kernel", correlation=5, stream=7),
+        span(FLASH, 1188, 1198, "kernel", correlation=5, stream=7),
+    ]  # fmt: skip
+    events += [span("lingbot_kernels:step 0", 1000, 1198, "gpu_user_annotation") | {"tid": 7}]
+    events += [span("Context Sync", 1000, 1300, "cuda_sync")]
+    events += [{"ph": "s", "id": 1, "cat": "ac2g", "name": "ac2g", "ts": 12, "pid": 1, "tid": 1}]
+    return {"schemaVersion": 1, "deviceProperties": [{"name": "NVIDIA H100"}], "traceEvents": events}
+
+
+def test_a_trace_of_cuda_is_read_as_the_profiler_writes_it():
+    ranges = {r.name: r for r in trace_report.read_ranges(cuda_trace())}
+    assert (ranges["self_attn"].launches, ranges["self_attn"].gpu_us) == (2, 150)
+    assert (ranges["rms_norm"].launches, ranges["rms_norm"].gpu_us) == (1, 50)  # of 60, 10 are the product's
+    assert (ranges["ffn"].launches, ranges["ffn"].gpu_us, ranges["ffn"].outside) == (2, 20, 2)
+    step = ranges["step 0"]
+    assert (step.launches, step.gpu_us, step.outside) == (6, 150 + 20 + 18, 4)
+    assert trace_report.idle_share(cuda_trace()) == pytest.approx((2 + 8) / 198)
+    got = trace_report.block_launches(list(ranges.values()), OPS, profiling.LEFT_TO_LIBRARIES)
+    assert got == {"all": 4.0, "own": 1.0, "outside": 3.0}
 
 
 def test_a_trace_without_ranges_is_refused():

@@ -1,0 +1,102 @@
+"""The exchange through shared memory, with ranks that are threads: the same bits as one rank, layer after layer."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lingbot_kernels import ops
+from lingbot_kernels.ops import RingPosition
+from lingbot_kernels.parallel.peer_exchange import Arrivals, PeerShard
+from lingbot_kernels.parallel.sequence_shard import sequence_splits
+
+HEADS, HEAD_DIM, SINK, CAPACITY = 12, 8, 3, 20
+DIM = HEADS * HEAD_DIM
+
+
+class ThreadMemory:
+    """What `PeerMemory` is, where the ranks are threads: every rank's tensors by name, and a barrier."""
+
+    nbytes = 0
+
+    def __init__(self, barrier: threading.Barrier) -> None:
+        self._barrier = barrier
+
+    def barrier(self) -> None:
+        self._barrier.wait(timeout=20)
+
+
+class ThreadSession:
+    """`PeerSession` of one rank, over buffers that all ranks see."""
+
+    def __init__(self, rank: int, rings: list[list[Tensor]], arrivals: Arrivals) -> None:
+        self._rank, self._rings, self._arrivals = rank, rings, arrivals
+
+    def everywhere(self, cache: Tensor) -> tuple[Tensor, ...]:
+        index = next(i for i, own in enumerate(self._rings[self._rank]) if own is cache)
+        return tuple(ring[index] for ring in self._rings)
+
+    def arrivals(self, splits: tuple[int, ...]) -> Arrivals:
+        assert splits == tuple(out.shape[1] for out in self._arrivals.outs)
+        return self._arrivals
+
+
+def make_shards(tokens: int, ranks: int, batch: int, dtype: torch.dtype) -> tuple[list[PeerShard], list[list[Tensor]]]:
+    splits, barrier = sequence_splits(tokens, ranks), threading.Barrier(ranks)
+    own: dict[str, Any] = {"dtype": dtype}
+    rings = [[torch.zeros(batch, CAPACITY, HEADS // ranks, HEAD_DIM, **own) for _ in "kv"] for _ in range(ranks)]
+    qs = tuple(torch.full((batch, tokens, HEADS // ranks, HEAD_DIM), torch.nan, **own) for _ in range(ranks))
+    outs = tuple(torch.full((batch, max(splits), DIM), torch.nan, **own)[:, :count] for count in splits)
+    shards = []
+    for rank in range(ranks):
+        arrivals = Arrivals(ThreadMemory(barrier), qs[rank], qs, outs)  # type: ignore[arg-type]
+        session: Any = ThreadSession(rank, rings, arrivals)
+        shards.append(PeerShard(splits, rank, None, session=session))
+    return shards, rings
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("ranks", "tokens"), [(2, 8), (3, 7), (4, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_do_together_what_one_does_alone(dtype: torch.dtype, ranks: int, tokens: int, batch: int) -> None:
+    torch.manual_seed(0)
+    shards, rings = make_shards(tokens, ranks, batch, dtype)
+    alone = [torch.zeros(batch, CAPACITY, HEADS, HEAD_DIM, dtype=dtype) for _ in "kv"]
+    weights = [torch.randn(DIM).to(dtype) for _ in range(2)]
+    forwards = [torch.randn(batch, tokens, 3 * DIM).to(dtype) for _ in range(6)]
+
+    def position(forward: int) -> RingPosition:
+        return RingPosition(forward * tokens, SINK)  # wraps
+
+    def run(rank: int) -> list[Tensor]:
+        shard, results = shards[rank], []
+        for i, qkv in enumerate(forwards):
+            q, k, v = qkv[:, shard.tokens].chunk(3, dim=-1)
+            table = ops.rope_cos_sin(shard.num_tokens, i * tokens + shard.start, 4, 2, HEAD_DIM, 1e4, "cpu")
+            if i == 3:  # a context update's last block
+                shard.k_norm_rope_kv_write(k, v, weights[1], table, *rings[rank], position(i), 1e-6)
+                continue
+            q = shard.qk_norm_rope_kv_write(q, k, v, *weights, table, *rings[rank], position(i), 1e-6)
+            results.append(shard.exchange_output(q.flatten(2) + rings[rank][0][:, :tokens].flatten(2)).clone())
+        return results
+
+    with ThreadPoolExecutor(ranks) as pool:
+        shared = list(pool.map(run, range(ranks)))
+    expected = []
+    for i, qkv in enumerate(forwards):
+        q, k, v = qkv.chunk(3, dim=-1)
+        table = ops.rope_cos_sin(tokens, i * tokens, 4, 2, HEAD_DIM, 1e4, "cpu")
+        if i == 3:
+            ops.k_norm_rope_kv_write(k, v, weights[1], table, *alone, position(i), 1e-6)
+            continue
+        q = ops.qk_norm_rope_kv_write(q, k, v, *weights, table, *alone, position(i), 1e-6)
+        expected.append(q + alone[0][:, :tokens].flatten(2))
+    for i, want in enumerate(expected):
+        assert torch.equal(torch.cat([results[i] for results in shared], dim=1), want), f"forward {i}"
+    for part in range(2):
+        assert torch.equal(torch.cat([ring[part] for ring in rings], dim=2), alone[part])
