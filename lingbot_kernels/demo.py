@@ -27,7 +27,9 @@ from lingbot_kernels.commands.session import (
 )
 from lingbot_kernels.commands.timed_rollout import (
     RolloutOptions,
+    allocated,
     describe_model,
+    planned_memory,
     record,
     settings,
     summary,
@@ -69,13 +71,14 @@ def run(folder: Path, chunks: int = CHUNKS) -> dict[str, Any]:
         video_size(options, model.config),
         make_camera(CameraOptions(), model.config, chunks * model.config.frames_per_chunk),
     )
-    text = load_prompt(None, model, options.seed)
+    text, weights_bytes = load_prompt(None, model, options.seed), allocated(model.device)
+    rollout = RolloutOptions(options, CameraOptions(), chunks)
     state = RealtimeCausalDiTState()
     report: dict[str, Any] = {
         "environment": environment.collect(),
         "device": environment.device_name(model.device),
         "model": describe_model(options, model),
-        "settings": settings(RolloutOptions(options, CameraOptions(), chunks), model, schedule, size, camera),
+        "settings": settings(rollout, model, schedule, size, camera),
         "chunks": [],
     }
     done = []
@@ -84,7 +87,10 @@ def run(folder: Path, chunks: int = CHUNKS) -> dict[str, Any]:
     ):
         report["chunks"].append(record(index, chunk))
         done.append(chunk)
-    report["summary"] = summary(report["chunks"], state.stats(), model, report["settings"]["tokens_per_chunk"])
+    report["summary"] = summary(
+        report["chunks"], state.stats(), model, report["settings"]["tokens_per_chunk"],
+        planned_memory(rollout, model, size, camera is not None), weights_bytes,
+    )  # fmt: skip
     tables.print_rollout(tables.console(), report)
 
     print("\nrelative error against the plain network in float64:")

@@ -51,7 +51,15 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose `--help` shows its options by group, in the order they were declared."""
+    """A command whose `--help` shows its options by group, in the order they were declared. What can't fit in memory is
+    said in a line, with exit code 1.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MemoryError as error:
+            raise click.ClickException(str(error) or "out of memory") from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}

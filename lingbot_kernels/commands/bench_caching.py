@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -22,14 +21,24 @@ _output = option_group("Output")
     type=click.Choice(["auto", "chunk", "rollout"]),
     default="auto",
     show_default=True,
-    help="What alternates between variants; auto: chunks, where all sessions fit in half of the free memory.",
+    help="What alternates between variants; auto: chunks, where all sessions fit in three quarters of the free memory.",
 )
-@_bench("--cuda-graphs", is_flag=True, help="Replay graphs where a variant can: without some caches none can.")
+@_bench(
+    "--cuda-graphs/--no-cuda-graphs",
+    default=True,
+    show_default=True,
+    help="Replay graphs where a variant can: without some caches none can.",
+)
+@_bench("--layers", type=click.IntRange(min=1), help="Blocks to really run; nothing is extrapolated. [default: all]")
 @session_options
-@_output("--json", "json_path", type=output_path(), help="Write the rows.")
-def command(
-    chunks: int, repeats: int, interleave: str, cuda_graphs: bool, json_path: Path | None, **options: Any
-) -> None:
+@_output("--json", "json_path", type=output_path(), help="Write the report.")
+@_output(
+    "--rows",
+    "rows_path",
+    type=output_path(".jsonl"),
+    help="Append a row for each switch. [default: bench/results/caching-<gpu>.jsonl on a GPU, else none]",
+)
+def command(**options: Any) -> None:
     """Measure what each cache of a session is worth.
 
     The same rollout runs with each of the RoPE, time-embedding, camera and text K/V caches switched off, with a full
@@ -40,10 +49,12 @@ def command(
     \b
     Examples:
       lingbot-kernels bench caching
-      lingbot-kernels bench caching --preset lingbot-world-1.3b --device cuda --json caching.json
+      lingbot-kernels bench caching --preset lingbot-world-14b --layers 8 --height 464 --chunks 16 --repeats 1
     """
     session = SessionOptions.take(options)
+    if options["layers"] is not None and session.checkpoint is not None:
+        raise click.UsageError("--layers and --checkpoint exclude each other: a checkpoint has its own layers.")
 
     from lingbot_kernels.commands import caching
 
-    caching.run(session, chunks, repeats, interleave, cuda_graphs, json_path)
+    caching.run(caching.CachingOptions(session, **options))

@@ -1,14 +1,20 @@
 """What each cache of a session is worth: the same rollout with one switch off at a time, and all of them.
 
-The report (`--json`) has environment, device, model and settings as a rollout's, steady_chunks (the chunks that count),
-bit_identical, and rows, one a variant: off (what is switched off, None for the whole), total_ms, denoise_step_ms and
-context_ms (p20, p50, p80; a denoise step is the chunk's mean step), saved (for each of these ms: the median of the
-differences to the same chunk with everything on, and share: that over the variant's own median), cache_bytes (what the
-cache holds with everything on; None where it holds nothing of its own) and bit_identical.
+The report (`--json`) has environment, device, model and settings as a rollout's (and layers, such as "8 of 40": nothing
+is extrapolated to those that are left out), steady_chunks (the chunks that count), bit_identical, and rows, one a
+variant: off (what is switched off, None for the whole), total_ms, denoise_step_ms and context_ms (p20, p50, p80; a
+denoise step is the chunk's mean step), saved (for each of these ms: the median of the differences to the same chunk
+with everything on, and share: that over the variant's own median), cache_bytes (what the cache holds with everything
+on; None where it holds nothing of its own) and bit_identical.
+
+The rows of `--rows` are those of the other benches: op is what is switched off, the ceiling the chunk with everything
+on; besides they have saved_ms and share of the chunk, of a denoise step (step_saved_ms, step_share) and of the context
+update (context_saved_ms, context_share).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -22,6 +28,7 @@ import click
 import torch
 from torch import Tensor
 
+from lingbot_kernels.benchmarks.rows import GREEN, RED, Environment, Row, append_rows, default_path
 from lingbot_kernels.commands import backends, environment, tables
 from lingbot_kernels.commands._options import SessionOptions
 from lingbot_kernels.commands.measure import ChunkTimer, ChunkTimes, percentiles, steady
@@ -36,8 +43,11 @@ from lingbot_kernels.commands.session import (
     video_size,
 )
 from lingbot_kernels.commands.timed_rollout import RolloutOptions, cache_bytes, describe_model, settings
+from lingbot_kernels.config import LingBotConfig
+from lingbot_kernels.models.camera import CELL
+from lingbot_kernels.realtime import memory
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
-from lingbot_kernels.stages.causal_denoising import CONTEXT_STEP_INDEX, CausalDenoisingStage
+from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 
 TIMES = ("total_ms", "denoise_step_ms", "context_ms")
 
@@ -45,19 +55,8 @@ TIMES = ("total_ms", "denoise_step_ms", "context_ms")
 class FullContextStage(CausalDenoisingStage):
     """The context update as a whole forward at t = 0, its output thrown away: what `update_cache_only` saves."""
 
-    def _update_causal_context_cache(
-        self, state: RealtimeCausalDiTState, chunk: Tensor, condition: Tensor, text: Tensor, camera: Tensor | None
-    ) -> None:
-        with self.observe("context", CONTEXT_STEP_INDEX):
-            self.model(
-                torch.cat([chunk.to(condition.dtype), condition], dim=1),
-                text,
-                0.0,
-                state=state,
-                start_frame=state.chunk_start_frame,
-                camera=camera,
-                step_index=CONTEXT_STEP_INDEX,
-            )
+    def _update_causal_context_cache(self, *arguments: Any, **options: Any) -> None:
+        super()._update_causal_context_cache(*arguments, **{**options, "update_cache_only": False})
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,12 @@ class Variant:
 
     Attributes:
         off: its name in the report; None for the variant that has everything.
+        op: its name in the benches' rows.
         store: the runtime cache that a single switch turns off.
     """
 
     off: str | None
+    op: str
     switches: tuple[str, ...] = ()
     update_cache_only: bool = True
     store: str | None = None
@@ -80,13 +81,13 @@ class Variant:
 
 _SWITCHES = ("rope_cache", "time_cache", "camera_cache", "text_cache")
 VARIANTS = (
-    Variant(None),
-    Variant("RoPE cache", ("rope_cache",), store="rope"),
-    Variant("time-embedding cache", ("time_cache",), store="time_embeddings"),
-    Variant("camera cache", ("camera_cache",), store="camera_modulation"),
-    Variant("text K/V cache", ("text_cache",), store="text"),
-    Variant("update_cache_only", (), update_cache_only=False),
-    Variant("all of them", _SWITCHES, update_cache_only=False),
+    Variant(None, "nothing"),
+    Variant("RoPE cache", "rope_cache", ("rope_cache",), store="rope"),
+    Variant("time-embedding cache", "time_cache", ("time_cache",), store="time_embeddings"),
+    Variant("camera cache", "camera_cache", ("camera_cache",), store="camera_modulation"),
+    Variant("text K/V cache", "text_cache", ("text_cache",), store="text"),
+    Variant("update_cache_only", "update_cache_only", (), update_cache_only=False),
+    Variant("all of them", "all", _SWITCHES, update_cache_only=False),
 )
 
 
@@ -123,8 +124,8 @@ def rotated(count: int, turn: int) -> list[int]:
 
 
 def pick_interleave(session_bytes: int, sessions: int, free_bytes: int) -> str:
-    """ "chunk" where all sessions fit in half of the free memory together, else "rollout"."""
-    return "chunk" if sessions * session_bytes <= free_bytes // 2 else "rollout"
+    """ "chunk" where all sessions fit in three quarters of the free memory together, else "rollout"."""
+    return "chunk" if 4 * sessions * session_bytes <= 3 * free_bytes else "rollout"
 
 
 def savings(everything: Sequence[float], without: Sequence[float]) -> dict[str, float]:
@@ -134,9 +135,8 @@ def savings(everything: Sequence[float], without: Sequence[float]) -> dict[str, 
 
 
 def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = memory.free_bytes(device)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if free is None else free
 
 
 class CachingBench:
@@ -147,8 +147,10 @@ class CachingBench:
         cache_bytes: what each store of that variant held in the end.
     """
 
-    def __init__(self, options: SessionOptions, chunks: int, cuda_graphs: bool = False) -> None:
-        self.model = make_model(options)
+    def __init__(
+        self, options: SessionOptions, chunks: int, cuda_graphs: bool = True, layers: int | None = None
+    ) -> None:
+        self.model = make_model(options) if layers is None else make_model(options, num_layers=layers)
         self.model.cuda_graphs = cuda_graphs
         self.schedule = make_schedule(options)
         self.size = video_size(options, self.model.config)
@@ -159,9 +161,9 @@ class CachingBench:
         self.identical = [True] * len(VARIANTS)
         self.cache_bytes: dict[str, int] = {}
 
-    def inputs(self) -> Iterator[ChunkInputs]:
+    def inputs(self, chunks: int | None = None) -> Iterator[ChunkInputs]:
         endless = chunk_inputs(self.model, self.schedule, self.size, self.camera, self.seed)
-        return itertools.islice(endless, self.chunks)
+        return itertools.islice(endless, chunks or self.chunks)
 
     def begin(self, variant: Variant) -> Session:
         timer = ChunkTimer(self.model.device)
@@ -174,10 +176,10 @@ class CachingBench:
             self.cache_bytes = cache_bytes(session.state.stats())
         session.state.dispose()
 
-    def by_chunk(self, repeat: int) -> list[Session]:
-        """All variants take a chunk each, then the next one."""
+    def by_chunk(self, repeat: int, chunks: int | None = None) -> list[Session]:
+        """All variants take a chunk each, then the next one; `chunks` of them, where that is given."""
         sessions = [self.begin(variant) for variant in VARIANTS]
-        for index, inputs in enumerate(self.inputs()):
+        for index, inputs in enumerate(self.inputs(chunks)):
             results: dict[int, Tensor] = {}
             for i in rotated(len(sessions), repeat + index):
                 results[i] = sessions[i].denoise(inputs, self.text)
@@ -187,25 +189,26 @@ class CachingBench:
             self.end(session)
         return sessions
 
-    def by_rollout(self, repeat: int) -> list[Session]:
+    def by_rollout(self, repeat: int, chunks: int | None = None) -> list[Session]:
         """One session at a time: a rollout of one variant, then of the next."""
         sessions: dict[int, Session] = {}
         results: dict[int, list[Tensor]] = {}
         for i in rotated(len(VARIANTS), repeat):
             session = sessions[i] = self.begin(VARIANTS[i])
-            results[i] = [session.denoise(inputs, self.text) for inputs in self.inputs()]
+            results[i] = [session.denoise(inputs, self.text) for inputs in self.inputs(chunks)]
             self.end(session)
         for i, latents in results.items():
             self.identical[i] &= all(map(torch.equal, latents, results[0]))
         return [sessions[i] for i in range(len(VARIANTS))]
 
     def session_bytes(self) -> int:
-        """Bytes of a session with everything on, from a chunk of one."""
-        session = self.begin(VARIANTS[0])
-        session.denoise(next(self.inputs()), self.text)
-        size = session.state.nbytes()
-        session.state.dispose()
-        return size
+        """Bytes that a session with everything on needs, at most."""
+        cfg, (height, width) = self.model.config, self.size
+        grid = (height // CELL // cfg.patch_size[1], width // CELL // cfg.patch_size[2])
+        return memory.session_memory(
+            cfg, grid, self.model.dtype, camera=self.camera is not None, time_entries=len(self.schedule.times) + 1,
+            cuda_graphs=self.model.cuda_graphs and self.model.device.type == "cuda",
+        ).total  # fmt: skip
 
 
 def rows(bench: CachingBench, passes: Sequence[Sequence[Session]]) -> tuple[list[dict[str, Any]], list[int]]:
@@ -236,34 +239,93 @@ def rows(bench: CachingBench, passes: Sequence[Sequence[Session]]) -> tuple[list
     return table, chosen
 
 
-def run(
-    options: SessionOptions, chunks: int, repeats: int, interleave: str, cuda_graphs: bool, json_path: Path | None
-) -> None:
+def bench_rows(report: dict[str, Any]) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """(The row of each variant as the other benches have them, what it has besides)."""
+    settings, model, measured = report["settings"], report["model"], report["rows"]
+    cfg, tokens = model["config"], settings["tokens_per_chunk"]
+    real, whole = settings["layers"].split(" of ")
+    case = "-".join(
+        [
+            model["preset"] or Path(model["checkpoint"]).name,
+            *([] if real == whole else [f"{real}layers"]),
+            f"s{tokens}",
+            f"kv{cfg['window_frames'] * settings['tokens_per_frame']}",
+        ]
+    )
+    note = "CUDA graphs where a variant can" if settings["cuda_graphs"] else "no CUDA graphs"
+    if real != whole:
+        note += f"; {settings['layers']} layers, not extrapolated"
+    everything = 1e3 * measured[0]["total_ms"]["p50"]
+    for variant, found in zip(VARIANTS, measured, strict=True):
+        row = Row(
+            bench="caching", case=case, op=variant.op, backend="lingbot_kernels", peer=False,
+            shape=(1, tokens, cfg["dim"]), dtype=settings["dtype"], tokens=tokens, dim=cfg["dim"], gate=RED,
+            bytes=found["cache_bytes"] or 0, note=f"{note}; the latents differ",
+        )  # fmt: skip
+        if not found["bit_identical"]:
+            yield row, {}
+            continue
+        p20, p50, p80 = (1e3 * found["total_ms"][p] for p in ("p20", "p50", "p80"))
+        row = dataclasses.replace(
+            row, gate=GREEN, note=note, p20_us=p20, p50_us=p50, p80_us=p80, ceiling="nothing off",
+            ceiling_us=everything, ratio=p50 / everything, calls=1,
+            method="events" if settings["device"].startswith("cuda") else "clock",
+            samples=len(report["steady_chunks"]) * settings["repeats"],
+        )  # fmt: skip
+        more = {}
+        for prefix, name in zip(("", "step_", "context_"), TIMES, strict=True):
+            saved = found["saved"].get(name, {"ms": 0.0, "share": 0.0})
+            more.update({f"{prefix}saved_ms": saved["ms"], f"{prefix}share": saved["share"]})
+        yield row, more
+
+
+@dataclass(frozen=True)
+class CachingOptions:
+    session: SessionOptions
+    chunks: int
+    repeats: int
+    interleave: str
+    cuda_graphs: bool = True
+    layers: int | None = None
+    json_path: Path | None = None
+    rows_path: Path | None = None
+
+
+def run(options: CachingOptions) -> None:
     """The command: measure, print, write. click.ClickException (exit code 1) where bits differ."""
-    bench = CachingBench(options, chunks, cuda_graphs)
+    session, interleave = options.session, options.interleave
+    bench = CachingBench(session, options.chunks, options.cuda_graphs, options.layers)
     model = bench.model
-    with backends.chosen_backend(options.backend, model.config, model.device, model.dtype):
-        like_rollout = RolloutOptions(options, CameraOptions(), chunks, cuda_graphs=cuda_graphs)
+    with backends.chosen_backend(session.backend, model.config, model.device, model.dtype):
+        like_rollout = RolloutOptions(session, CameraOptions(), options.chunks, cuda_graphs=options.cuda_graphs)
         described = settings(like_rollout, model, bench.schedule, bench.size, bench.camera)
         if interleave == "auto":
-            session_bytes = bench.session_bytes()
-            interleave = pick_interleave(session_bytes, len(VARIANTS), _free_bytes(bench.model.device))
+            interleave = pick_interleave(bench.session_bytes(), len(VARIANTS), _free_bytes(model.device))
         one_pass = bench.by_chunk if interleave == "chunk" else bench.by_rollout
-        one_pass(0)  # warm up: the allocator, and what libraries pick for these shapes
-        passes = [one_pass(repeat) for repeat in range(repeats)]
+        one_pass(0, chunks=2)  # warm up: the allocator, and what libraries pick for these shapes
+        passes = [one_pass(repeat) for repeat in range(options.repeats)]
     table, chosen = rows(bench, passes)
+    layers = model.config.num_layers
+    whole = layers if session.checkpoint else LingBotConfig.preset(session.preset or "tiny").num_layers
     report = {
         "environment": environment.collect(),
-        "device": environment.device_name(bench.model.device),
-        "model": describe_model(options, bench.model),
-        "settings": {**described, "repeats": repeats, "interleave": interleave},
+        "device": environment.device_name(model.device),
+        "model": describe_model(session, model),
+        "settings": {
+            **described, "repeats": options.repeats, "interleave": interleave, "layers": f"{layers} of {whole}",
+        },
         "steady_chunks": chosen,
         "bit_identical": all(bench.identical),
         "rows": table,
-    }
+    }  # fmt: skip
     tables.print_caching(tables.console(), report)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    if options.json_path is not None:
+        options.json_path.write_text(json.dumps(report, indent=2) + "\n")
+    place = Environment.collect(model.device)
+    path = options.rows_path or (default_path(place, "caching") if model.device.type == "cuda" else None)
+    if path is not None:
+        append_rows(path, [{**row.to_json(place), **more} for row, more in bench_rows(report)])
+        click.echo(f"{len(VARIANTS)} rows appended to {path}")
     differing = [variant.off for variant, same in zip(VARIANTS, bench.identical, strict=True) if not same]
     if differing:
         raise click.ClickException(f"the latents differ without: {', '.join(map(str, differing))}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class ChunkTimes:
 
     Attributes:
         inputs: camera rays and noise.
-        denoise: each denoise step's forward.
+        denoise: each denoise step's forward; the first one computes the camera modulation.
+        camera: the camera modulation; None where there is none, or where each forward computes its own.
         context: the context update's forward.
         to_chunk: from the start, inputs included, to clean latents.
         total: from the start to the end of the context update; the sampler's own arithmetic is in here as well.
@@ -26,6 +28,7 @@ class ChunkTimes:
 
     inputs: float
     denoise: tuple[float, ...]
+    camera: float | None
     context: float
     to_chunk: float
     total: float
@@ -33,7 +36,8 @@ class ChunkTimes:
 
 @dataclass
 class ChunkTimer:
-    """Times one chunk after another: start, inputs_ready, the stage's forwards through `observe`, then stop.
+    """Times one chunk after another: start, inputs_ready, the stage's forwards through `observe`, then stop; the camera
+    modulation, within the first of them, where `watch` was given the session.
 
     On CUDA it records events and waits once, in `stop`; elsewhere it reads the clock.
     """
@@ -55,12 +59,17 @@ class ChunkTimer:
         self._marks.clear()
         self._mark("start")
 
+    def watch(self, state: RealtimeCausalDiTState) -> None:
+        store = state.runtime_cache["camera_modulation"]
+        if store.enabled:
+            store.observe = lambda: self.observe("camera", 0)
+
     def inputs_ready(self) -> None:
         self._mark("inputs")
 
     @contextlib.contextmanager
     def observe(self, phase: str, index: int) -> Iterator[None]:
-        """`CausalDenoisingStage`'s hook around each forward."""
+        """`CausalDenoisingStage`'s hook around each forward; a phase may lie within another."""
         self._mark(f"{phase} begins")
         yield
         self._mark(f"{phase} ends")
@@ -74,17 +83,22 @@ class ChunkTimer:
             torch.cuda.synchronize(self.device)
         start = self._marks[0][1]
         at = [(name, _milliseconds(start, mark)) for name, mark in self._marks]
-        spans = {
-            phase: [
-                end - begin
-                for (first, begin), (second, end) in itertools.pairwise(at)
-                if (first, second) == (f"{phase} begins", f"{phase} ends")
-            ]
-            for phase in ("denoise", "context")
-        }
+        spans: dict[str, list[float]] = {"denoise": [], "camera": [], "context": []}
+        begun: dict[str, float] = {}
+        for name, moment in at:
+            phase, _, edge = name.partition(" ")
+            if edge == "begins":
+                begun[phase] = moment
+            elif edge == "ends":
+                spans[phase].append(moment - begun[phase])
         single = dict(at)
         return ChunkTimes(
-            single["inputs"], tuple(spans["denoise"]), sum(spans["context"]), single["chunk"], single["stop"]
+            inputs=single["inputs"],
+            denoise=tuple(spans["denoise"]),
+            camera=sum(spans["camera"]) if spans["camera"] else None,
+            context=sum(spans["context"]),
+            to_chunk=single["chunk"],
+            total=single["stop"],
         )
 
 

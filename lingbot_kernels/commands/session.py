@@ -40,8 +40,8 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def make_model(options: SessionOptions) -> CausalLingBotTransformer:
-    """The checkpoint's network, or a preset's with random weights drawn from `--seed`.
+def make_model(options: SessionOptions, **shape: int) -> CausalLingBotTransformer:
+    """The checkpoint's network, or a preset's with random weights drawn from `--seed`, its fields replaced by `shape`.
 
     Raises:
         click.ClickException (exit code 1): the checkpoint can't be read, with everything that is wrong with it.
@@ -55,7 +55,7 @@ def make_model(options: SessionOptions) -> CausalLingBotTransformer:
     }
     if options.checkpoint is None:
         with blame("/".join("--" + name.replace("_", "-") for name in changes)):
-            cfg = LingBotConfig.preset(options.preset or "tiny", **changes)
+            cfg = LingBotConfig.preset(options.preset or "tiny", **changes, **shape)
         torch.manual_seed(options.seed)
         return CausalLingBotTransformer(cfg, device=device, dtype=dtype).eval()
     try:

@@ -85,6 +85,15 @@ def print_rollout(console: Console, report: dict[str, Any]) -> None:
     graphs = result["cuda_graphs"]
     if settings["cuda_graphs"]:
         facts.add_row("CUDA graphs", f"{graphs['captures']} captured, {graphs['replays']} forwards replayed")
+    if result["camera_ms"] is not None:
+        facts.add_row("camera", f"{result['camera_ms']['p50']:.1f} ms of step 0: its modulation, kept for the chunk")
+    memory = result["memory"]
+    if memory["weights_bytes"] is not None:
+        planned = {STORE_NAMES.get(key, key): value for key, value in memory["planned"].items()}
+        parts = ", ".join(f"{name} {bytes_text(value)}" for name, value in planned.items())
+        facts.add_row("planned memory", f"{parts}, total {bytes_text(sum(planned.values()))}")
+        phases = {"weights": "weights_bytes", "first chunk": "first_chunk_bytes", "steady chunk": "steady_chunk_bytes"}
+        facts.add_row("memory", ", ".join(f"{name} {bytes_text(memory[key])}" for name, key in phases.items()))
     facts.add_row("peak memory", bytes_text(result["peak_memory_bytes"]))
     served: dict[str, list[str]] = {}
     for op, backend in result["backends"].items():

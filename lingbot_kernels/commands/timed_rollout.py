@@ -7,13 +7,18 @@ The report (`--json`) is one object:
 - settings: device, ranks, dtype, backend, seed, chunks, height, width (pixels), tokens_per_frame, tokens_per_chunk,
   schedule (times, sigmas, noise_sigmas), camera ("poses", "actions", "made path" or None), camera_scale (None: running
   maximum), camera_cache, cuda_graphs (whether they may be used), prompt (file or "seeded noise").
-- chunks: for each index, start_frame, inputs_ms, denoise_ms (a list, one a step), context_ms, time_to_chunk_ms
-  (inputs and denoising), total_ms (with the context update), visible_tokens, window_full, cache_hits and cache_misses
-  (by store; of the chunk's forwards), cuda_graphs (captures and replays in its forwards), latents_rms.
+- chunks: for each index, start_frame, inputs_ms, denoise_ms (a list, one a step), camera_ms (of the first step, its
+  camera modulation; None where nothing of it is kept), context_ms, time_to_chunk_ms (inputs and denoising), total_ms
+  (with the context update), visible_tokens, window_full, cache_hits and cache_misses (by store; of the chunk's
+  forwards), cuda_graphs (captures and replays in its forwards), peak_memory_bytes (allocated at most on the GPU within
+  the chunk; None without one), latents_rms.
 - summary: first_chunk_ms (its time to chunk), steady_chunks (their indices), time_to_chunk_ms, denoise_step_ms,
-  context_ms and total_ms (p20, p50, p80 over steady chunks), video_frames_per_chunk, frames_per_second (of video, by
-  the median total), cache_bytes (by store, and total), cuda_graphs (captures and replays in all), peak_memory_bytes
-  (of the GPU, or of the process), backends (by op).
+  camera_ms (None as above), context_ms and total_ms (p20, p50, p80 over steady chunks), video_frames_per_chunk,
+  frames_per_second (of video, by the median total), cache_bytes (by store, and total), cuda_graphs (captures and
+  replays in all), peak_memory_bytes (of the GPU, or of the process), memory (planned: bytes by part, as
+  `realtime.memory` tells from shapes before anything is allocated; and what a GPU had allocated, None without one:
+  weights_bytes when they were there, first_chunk_bytes and steady_chunk_bytes at most within such chunks), backends (by
+  op).
 """
 
 from __future__ import annotations
@@ -58,6 +63,7 @@ from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.ops._dispatch import requested_backend
 from lingbot_kernels.parallel import launch
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.realtime.memory import session_memory, weights_memory
 from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 from lingbot_kernels.stages.schedule import Schedule
 
@@ -78,13 +84,16 @@ class RolloutOptions:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A denoised chunk with its inputs, clean latents, times and the session's counters before and after it."""
+    """A denoised chunk with its inputs, clean latents, times, the session's counters before and after it, and the
+    most that the GPU had allocated within it.
+    """
 
     inputs: ChunkInputs
     latents: Tensor
     times: ChunkTimes
     before: dict[str, Any]
     after: dict[str, Any]
+    peak_bytes: int | None
 
 
 def timed_chunks(
@@ -97,9 +106,13 @@ def timed_chunks(
 ) -> Iterator[Chunk]:
     """Denoise `count` chunks, each followed by its context update; on CUDA the host waits once a chunk."""
     timer = ChunkTimer(model.device)
+    timer.watch(state)
     stage = CausalDenoisingStage(model, schedule=schedule, observe=timer.observe)
+    on_gpu = model.device.type == "cuda"
     for _ in range(count):
         before = state.stats()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(model.device)
         timer.start()
         chunk = next(inputs)
         timer.inputs_ready()
@@ -109,7 +122,8 @@ def timed_chunks(
         timer.chunk_ready()
         stage.update_context(state, latents, text=text, camera=chunk.camera)
         times = timer.stop()
-        yield Chunk(chunk, latents, times, before, state.stats())
+        peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else None
+        yield Chunk(chunk, latents, times, before, state.stats(), peak)
 
 
 def record(index: int, chunk: Chunk) -> dict[str, Any]:
@@ -120,6 +134,7 @@ def record(index: int, chunk: Chunk) -> dict[str, Any]:
         "start_frame": chunk.after["chunk_start_frame"],
         "inputs_ms": chunk.times.inputs,
         "denoise_ms": list(chunk.times.denoise),
+        "camera_ms": chunk.times.camera,
         "context_ms": chunk.times.context,
         "time_to_chunk_ms": chunk.times.to_chunk,
         "total_ms": chunk.times.total,
@@ -133,6 +148,7 @@ def record(index: int, chunk: Chunk) -> dict[str, Any]:
             kind: chunk.after["cuda_graphs"][kind] - chunk.before["cuda_graphs"][kind]
             for kind in ("captures", "replays")
         },
+        "peak_memory_bytes": chunk.peak_bytes,
         "latents_rms": chunk.latents.double().square().mean().sqrt().item(),
     }
 
@@ -142,10 +158,35 @@ def cache_bytes(stats: dict[str, Any]) -> dict[str, int]:
     return {name: held["bytes"] for name, held in stats.items() if isinstance(held, dict) and "bytes" in held}
 
 
+def planned_memory(
+    options: RolloutOptions, model: CausalLingBotTransformer, size: tuple[int, int], camera: bool
+) -> dict[str, int]:
+    """Bytes by part that weights and session need, on this rank."""
+    cfg = model.config
+    session = session_memory(
+        cfg, (size[0] // CELL // cfg.patch_size[1], size[1] // CELL // cfg.patch_size[2]), model.dtype,
+        ranks=model.shard_group.ranks, camera=camera, camera_cache=options.camera_cache,
+        time_entries=len(options.session.timesteps) + 1,
+        cuda_graphs=options.cuda_graphs and model.device.type == "cuda",
+    )  # fmt: skip
+    return {**weights_memory(cfg, model.dtype).parts(), **session.parts()}
+
+
 def summary(
-    chunks: list[dict[str, Any]], stats: dict[str, Any], model: CausalLingBotTransformer, tokens: int
+    chunks: list[dict[str, Any]],
+    stats: dict[str, Any],
+    model: CausalLingBotTransformer,
+    tokens: int,
+    planned: dict[str, int],
+    weights_bytes: int | None,
 ) -> dict[str, Any]:
-    """The report's summary; to be called under the backend that served the rollout."""
+    """The report's summary; to be called under the backend that served the rollout.
+
+    Args:
+        tokens: of a chunk.
+        planned: of `planned_memory`.
+        weights_bytes: allocated on the GPU once the weights were there.
+    """
     captures = [chunk["cuda_graphs"]["captures"] for chunk in chunks]
     chosen = steady([chunk["window_full"] for chunk in chunks], captures)
     spread = {
@@ -153,16 +194,25 @@ def summary(
     }
     frames = PIXEL_FRAMES_PER_LATENT * model.config.frames_per_chunk
     sizes = cache_bytes(stats)
+    cameras = [chunks[i]["camera_ms"] for i in chosen if chunks[i]["camera_ms"] is not None]
+    peaks = [chunk["peak_memory_bytes"] for chunk in chunks]
     return {
         "first_chunk_ms": chunks[0]["time_to_chunk_ms"],
         "steady_chunks": chosen,
         **spread,
+        "camera_ms": percentiles(cameras) if cameras else None,
         "denoise_step_ms": percentiles([time for i in chosen for time in chunks[i]["denoise_ms"]]),
         "video_frames_per_chunk": frames,
         "frames_per_second": 1e3 * frames / spread["total_ms"]["p50"],
         "cache_bytes": {**sizes, "total": sum(sizes.values())},
         "cuda_graphs": stats["cuda_graphs"],
-        "peak_memory_bytes": _peak_memory(model.device),
+        "peak_memory_bytes": _process_peak() if weights_bytes is None else max(weights_bytes, *peaks),
+        "memory": {
+            "planned": planned,
+            "weights_bytes": weights_bytes,
+            "first_chunk_bytes": peaks[0],
+            "steady_chunk_bytes": None if weights_bytes is None else max(peaks[i] for i in chosen),
+        },
         "backends": backends.serving(model.config, model.device.type, model.dtype, tokens),
     }
 
@@ -217,6 +267,7 @@ def run(options: RolloutOptions, group: dist.ProcessGroup | None = None) -> None
     notes = Console(stderr=True, quiet=options.quiet, soft_wrap=True)
     model = make_model(options.session)
     model.cuda_graphs = options.cuda_graphs
+    weights_bytes = allocated(model.device)
     if group is not None:
         with blame("torchrun --nproc_per_node"):
             model.shard_sequence(group)
@@ -247,7 +298,10 @@ def run(options: RolloutOptions, group: dist.ProcessGroup | None = None) -> None
                 kept.append(chunk.latents.cpu())
             advance(chunks[-1])
         report["chunks"] = chunks
-        report["summary"] = summary(chunks, state.stats(), model, report["settings"]["tokens_per_chunk"])
+        report["summary"] = summary(
+            chunks, state.stats(), model, report["settings"]["tokens_per_chunk"],
+            planned_memory(options, model, size, camera is not None), weights_bytes,
+        )  # fmt: skip
 
     if not launch.is_main():
         return
@@ -290,9 +344,12 @@ def _progress(options: RolloutOptions) -> Iterator[Any]:
         yield lambda chunk: progress.update(task, advance=1, latest=f"{chunk['total_ms']:.1f} ms")
 
 
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def allocated(device: torch.device) -> int | None:
+    """Bytes allocated on a GPU now; None elsewhere."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def _process_peak() -> int:
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -5,8 +5,7 @@ A chunk of frames attends to the sink, the recent window and itself through a K/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from lingbot_kernels import nvtx, ops
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.models import checkpoint
-from lingbot_kernels.models._inputs import check_chunk
+from lingbot_kernels.models._inputs import ChunkInputs, KeyValue, PerBlock, TimeEmbeddings, check_chunk
 from lingbot_kernels.models.embeddings import (
     PatchEmbedding,
     TextEmbedding,
@@ -32,50 +31,12 @@ from lingbot_kernels.models.embeddings import (
 from lingbot_kernels.models.fused_linear import FusedLinear, FusedLinearOwner
 from lingbot_kernels.parallel.sequence_shard import SequenceShard
 from lingbot_kernels.parallel.shard_group import ShardGroup
+from lingbot_kernels.realtime import memory
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
-from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPosition, CrossAttentionCache
+from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPosition, CrossAttentionCache, RingMemory
 from lingbot_kernels.realtime.runtime_cache import TensorIdentity
 
-KeyValue = tuple[Tensor, Tensor]
 WHOLE = SequenceShard()
-
-
-@dataclass(frozen=True)
-class TimeEmbeddings:
-    """What a timestep contributes, float32: blocks [L, 6, d] (shift, scale, gate of attention, then of the MLP), head
-    [2, d].
-    """
-
-    blocks: Tensor
-    head: Tensor
-
-    @property
-    def layers(self) -> list[Tensor]:
-        return [self.blocks, self.head]
-
-
-@dataclass(frozen=True)
-class ChunkInputs:
-    """What a forward reads besides the K/V ring: latents [B, C, F, H, W], cos‖sin and each block's camera pairs of
-    this rank's tokens, and each block's text pairs.
-    """
-
-    latents: Tensor
-    cos_sin: Tensor
-    time: TimeEmbeddings
-    text_kv: Sequence[KeyValue] | PerBlock
-    camera: Sequence[KeyValue] | PerBlock | None
-    shard: SequenceShard
-
-
-class PerBlock:
-    """A value for each block, computed when the block asks: what stands in for a cache that is turned off."""
-
-    def __init__(self, compute: Callable[[int], KeyValue]) -> None:
-        self._compute = compute
-
-    def __getitem__(self, index: int) -> KeyValue:
-        return self._compute(index)
 
 
 class RMSNorm(nn.Module):
@@ -268,7 +229,8 @@ class CausalLingBotTransformer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Random weights in `dtype` (torch's default where None) on `device`."""
+        """Random weights in `dtype` (torch's default where None) on `device`; NotEnoughMemory where they can't fit."""
+        memory.check_weights(cfg, dtype, device)
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = cfg
@@ -308,10 +270,12 @@ class CausalLingBotTransformer(nn.Module):
 
         Raises:
             CheckpointError: naming every missing, unexpected, wrongly shaped or unreadable entry, in one message.
+            NotEnoughMemory: the weights can't fit on `device`; nothing has been allocated there.
         """
-        cfg = cfg or checkpoint.infer_config(folder)
+        cfg, dtype = cfg or checkpoint.infer_config(folder), dtype or torch.bfloat16
+        memory.check_weights(cfg, dtype, device)
         with torch.device("meta"):
-            model = cls(cfg, dtype=dtype or torch.bfloat16)
+            model = cls(cfg, dtype=dtype)
         checkpoint.load_checkpoint(model, folder, device=device)
         return model
 
@@ -359,7 +323,8 @@ class CausalLingBotTransformer(nn.Module):
         step_index: int = 0,
         update_cache_only: bool = False,
     ) -> Tensor | None:
-        """One forward of a chunk: a denoise step, or the context update.
+        """One forward of a chunk: a denoise step, or the context update. It waits, on the device, for a context update
+        of the session that still runs on another stream.
 
         Args:
             latents: [B, in_channels, F, H, W]: noisy latents, then mask and image condition.
@@ -376,6 +341,7 @@ class CausalLingBotTransformer(nn.Module):
 
         Raises:
             ValueError, TypeError: naming the argument; the session is then as it was.
+            NotEnoughMemory: a session begins and can't fit; nothing has been allocated for it.
         """
         self.shard_group.agree_on_forward(
             self, state, latents=latents, text=text, timestep=timestep, start_frame=start_frame, camera=camera,
@@ -385,7 +351,11 @@ class CausalLingBotTransformer(nn.Module):
         batch, _, frames, height, width = latents.shape
         _, ph, pw = self.config.patch_size
         layout = self.cache_layout(batch, (height // ph, width // pw))
-        plan = state.plan_chunk(self._weights, layout, start_frame, frames, self.shard_group.ring_memory)
+        plan = state.plan_chunk(
+            self._weights, layout, start_frame, frames,
+            lambda layout: self._ring_memory(state, layout, frames, camera is not None),
+        )  # fmt: skip
+        state.wait_for_context()
         kv_cache = state.kv_cache
         assert kv_cache is not None
         shard = self.shard_group.shard(plan.tokens, kv_cache)
@@ -447,6 +417,25 @@ class CausalLingBotTransformer(nn.Module):
             cfg.num_layers, batch, cfg.num_heads // self.shard_group.ranks, cfg.head_dim, grid, cfg.window_frames,
             cfg.sink_frames, self.dtype, self.device,
         )  # fmt: skip
+
+    def _ring_memory(
+        self, state: RealtimeCausalDiTState, layout: CacheLayout, frames: int, camera: bool
+    ) -> RingMemory | None:
+        """What the rings of a session that begins lie in, once all of the session is known to fit.
+
+        Raises:
+            NotEnoughMemory, ValueError: it can't fit, here or on another rank; every rank raises.
+        """
+        if not torch.compiler.is_compiling():
+            plan = memory.session_memory(
+                self.config, layout.grid, self.dtype, batch=layout.batch, frames=frames, ranks=self.shard_group.ranks,
+                camera=camera, cuda_graphs=self.cuda_graphs, **state.switches,
+            )  # fmt: skip
+            error = memory.shortage("session", plan, self.device, memory.savings(plan, self.config))
+            self.shard_group.agree({"memory": "enough" if error is None else str(error)})
+            if error is not None:
+                raise error
+        return self.shard_group.ring_memory(layout)
 
     def _prepare_cached_rope_for_sequence_shard(
         self, state: RealtimeCausalDiTState, num_tokens: int, token_start: int

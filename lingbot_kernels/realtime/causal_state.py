@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lingbot_kernels.realtime.graphs import SessionGraphs
 from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPlan, CrossAttentionCache, KVCache, RingMemory
-from lingbot_kernels.realtime.runtime_cache import RuntimeCache, Store, TensorIdentity
+from lingbot_kernels.realtime.runtime_cache import RuntimeCache, Store, TensorIdentity, tensors_in
 
 
 class RealtimeCausalDiTState:
@@ -16,6 +19,7 @@ class RealtimeCausalDiTState:
     Attributes:
         kv_cache: self-attention's K/V ring; None before the first forward.
         graphs: CUDA graphs of this session's forwards; unused on other devices.
+        context_update: recorded at the end of a context update on a side stream; None where nobody waits for one.
         runtime_cache: stores "rope", "time_embeddings", "camera_modulation" and "text", each with hits, misses, bytes.
 
     Args:
@@ -43,7 +47,15 @@ class RealtimeCausalDiTState:
         )
         self.graphs = SessionGraphs()
         self.agreed_text: tuple[TensorIdentity, str] | None = None  # the prompt that the ranks of a shard compared
+        self.context_update: torch.cuda.Event | None = None
         self._owner: object | None = None
+
+    @property
+    def switches(self) -> dict[str, Any]:
+        """What the session was made with, as keyword arguments."""
+        stores = {"rope": "rope", "time": "time_embeddings", "camera": "camera_modulation", "text": "text"}
+        enabled = {f"{name}_cache": self.runtime_cache[store].enabled for name, store in stores.items()}
+        return {**enabled, "time_entries": self.runtime_cache["time_embeddings"].max_entries}
 
     @property
     def crossattn_cache(self) -> CrossAttentionCache | None:
@@ -70,7 +82,8 @@ class RealtimeCausalDiTState:
     ) -> ChunkPlan:
         """Check a forward of `frames` latent frames from `start_frame` and say what it does to the ring.
 
-        Allocates the ring at the first call, in what `make_memory` gives. A refusal leaves the session as it was.
+        Allocates the ring at the first call, in what `make_memory` gives, which may refuse by an error of its own. A
+        refusal leaves the session as it was.
 
         Raises:
             ValueError: the session belongs to another model or was made for another layout, or the position is one
@@ -85,10 +98,26 @@ class RealtimeCausalDiTState:
             differences = self.kv_cache.layout.differences(layout)
             if differences:
                 raise ValueError(f"state: made for another layout: {'; '.join(differences)}")
-        cache = self.kv_cache or KVCache(layout, make_memory(layout))
-        plan = cache.ring.plan(start_frame * layout.frame_tokens, frames * layout.frame_tokens)
-        self.kv_cache, self._owner = cache, owner
+        ring = layout.empty_ring() if self.kv_cache is None else self.kv_cache.ring
+        plan = ring.plan(start_frame * layout.frame_tokens, frames * layout.frame_tokens)
+        if self.kv_cache is None:
+            self.kv_cache = KVCache(layout, make_memory(layout))
+        self._owner = owner
         return plan
+
+    def wait_for_context(self) -> None:
+        """Have the current stream wait for the last context update, where that ran on a side stream."""
+        event, self.context_update = self.context_update, None
+        if event is not None:
+            event.wait(torch.cuda.current_stream(event.device))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that the session keeps, the graphs' private pool apart."""
+        if self.kv_cache is not None:
+            yield from self.kv_cache.tensors()
+        for name in self.runtime_cache:
+            yield from tensors_in(list(self.runtime_cache[name].values()))
+        yield from self.graphs.tensors()
 
     def nbytes(self) -> int:
         """Bytes of device and host memory that the session's caches hold now."""
@@ -115,7 +144,13 @@ class RealtimeCausalDiTState:
         }
 
     def dispose(self) -> None:
-        """Free every cache and forget the position. Safe to call twice; the state can start again."""
+        """Free every cache and forget the position. Safe to call twice; the state can start again.
+
+        Waits for a context update that still runs on a side stream.
+        """
+        event, self.context_update = self.context_update, None
+        if event is not None:
+            event.synchronize()
         self.kv_cache = None
         self.graphs.clear()
         self.runtime_cache.clear()

@@ -1,13 +1,14 @@
 """CUDA graphs of one session's denoise step and context update, replayed while its window is full.
 
 A graph reads the session's own buffers (ring, RoPE table, text and camera pairs) and a device cursor that says where
-the ring stands, so one capture serves every later chunk. Latents and time embeddings are copied in before a replay.
+the ring stands, so one capture serves every later chunk. Latents and time embeddings are copied in before a replay, and
+so is a RoPE table that isn't the captured one.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +33,7 @@ class SessionGraphs:
     """The graphs of one session, by kind (denoise step, context update) and shape of the latents.
 
     Both kinds share one private memory pool: about the activations of one forward, held until `clear`. They must not be
-    replayed concurrently, so a session's forwards belong to one stream at a time.
+    replayed concurrently: a forward waits for a context update that still runs on another stream.
 
     Attributes:
         captures, replays: counts since the session began.
@@ -82,9 +83,18 @@ class SessionGraphs:
         found.inputs.latents.copy_(inputs.latents)
         for own, new in zip(found.inputs.time.layers, inputs.time.layers, strict=True):
             own.copy_(new)
+        if found.inputs.cos_sin is not inputs.cos_sin:  # the RoPE cache is off
+            found.inputs.cos_sin.copy_(inputs.cos_sin)
         found.graph.replay()
         self.replays += 1
         return None if found.out is None else found.out.clone()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The graphs' own inputs."""
+        for captured in self._captured.values():
+            yield captured.inputs.latents
+            yield captured.inputs.cos_sin
+            yield from captured.inputs.time.layers
 
     def _capture(self, run: Run, inputs: Any, kv_cache: KVCache, position: Any, update_cache_only: bool) -> _Captured:
         time = type(inputs.time)(*(layer.clone() for layer in inputs.time.layers))
@@ -109,7 +119,6 @@ def _same_buffers(captured: _Captured, inputs: Any, kv_cache: KVCache) -> bool:
     held = captured.inputs
     return (
         captured.kv_cache is kv_cache
-        and held.cos_sin is inputs.cos_sin
         and _same_pairs(held.text_kv, inputs.text_kv)
         and _same_pairs(held.camera, inputs.camera)
     )

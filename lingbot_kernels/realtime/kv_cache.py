@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -145,6 +146,10 @@ class CacheLayout:
         """Shape of one layer's K, and of its V: [B, capacity, heads, head_dim]."""
         return (self.batch, self.window_frames * self.frame_tokens, self.heads, self.head_dim)
 
+    def empty_ring(self) -> KVRing:
+        """The bookkeeping of such a cache, before its first chunk."""
+        return KVRing(self.shape[1], self.sink_frames * self.frame_tokens)
+
     def differences(self, other: CacheLayout) -> list[str]:
         """Fields in which `other` differs, as "name: got other's, must be this one's"."""
         return [
@@ -174,7 +179,7 @@ class KVCache:
     def __init__(self, layout: CacheLayout, memory: RingMemory | None = None) -> None:
         self.layout = layout
         self.memory = memory
-        self.ring = KVRing(layout.shape[1], layout.sink_frames * layout.frame_tokens)
+        self.ring = layout.empty_ring()
         self.layers = [(self._empty(), self._empty()) for _ in range(layout.num_layers)]
         self._cursor: Tensor | None = None
 
@@ -190,6 +195,13 @@ class KVCache:
             self._cursor = torch.empty(1, dtype=torch.int32, device=self.layout.device)
         self._cursor.fill_(plan.chunk_start)
         return ChunkPosition(RingPosition(0, self.ring.sink, self._cursor), plan.num_visible)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every buffer on the device, the cursor's included."""
+        for layer in self.layers:
+            yield from layer
+        if self._cursor is not None:
+            yield self._cursor
 
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)

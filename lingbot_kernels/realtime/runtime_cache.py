@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists, dicts and objects with `layers`."""
+    if isinstance(value, Tensor):
+        yield value
+    elif hasattr(value, "layers"):
+        yield from tensors_in(value.layers)
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
 def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested tuples, lists and dicts, each tensor object counted once."""
-    seen: dict[int, int] = {}
-
-    def visit(item: Any) -> None:
-        if isinstance(item, Tensor):
-            seen[id(item)] = item.numel() * item.element_size()
-        elif hasattr(item, "layers"):
-            visit(item.layers)
-        elif isinstance(item, dict):
-            for inner in item.values():
-                visit(inner)
-        elif isinstance(item, (tuple, list)):
-            for inner in item:
-                visit(inner)
-
-    visit(value)
-    return sum(seen.values())
+    """Bytes of `tensors_in(value)`, each tensor object counted once."""
+    return sum({id(x): x.numel() * x.element_size() for x in tensors_in(value)}.values())
 
 
 class TensorIdentity:
@@ -72,6 +70,9 @@ class StoreStats:
 class Store:
     """At most `max_entries` values by key, the least recently used one evicted first. A disabled store keeps
     nothing.
+
+    Attributes:
+        observe: called for a context manager around each computation of a value.
     """
 
     def __init__(self, max_entries: int, enabled: bool = True) -> None:
@@ -79,6 +80,7 @@ class Store:
             raise ValueError(f"max_entries: got {max_entries}, must be 1 or more")
         self.max_entries = max_entries
         self.enabled = enabled
+        self.observe: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
         self.clear()
 
     def get_or_compute(
@@ -96,14 +98,16 @@ class Store:
             return self._entries[key]
         self.misses += 1
         if not self.enabled:
-            return compute()
+            with self.observe():
+                return compute()
         evicted = None
         while len(self._entries) >= self.max_entries:
-            _, evicted = self._entries.popitem(last=False)
-        value = None if evicted is None or refill is None else refill(evicted)
-        del evicted
-        if value is None:
-            value = compute()
+            evicted = self._entries.popitem(last=False)[1]  # and let go of the key, which may hold a large tensor
+        with self.observe():
+            value = None if evicted is None or refill is None else refill(evicted)
+            del evicted
+            if value is None:
+                value = compute()
         self._entries[key] = value
         return value
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lingbot_kernels import nvtx
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.realtime.side_stream import check_stream, on_side_stream
 from lingbot_kernels.stages.schedule import Schedule
 
 CONTEXT_STEP_INDEX = -1
@@ -69,6 +70,7 @@ class CausalDenoisingStage:
         generator: torch.Generator | None = None,
         update_context: bool = True,
         start_frame: int | None = None,
+        context_stream: torch.Stream | None = None,
     ) -> Tensor:
         """Denoise the next chunk and, unless told otherwise, update the context with it.
 
@@ -84,6 +86,8 @@ class CausalDenoisingStage:
                 which must stand alike on every rank of a sharded model.
             update_context: False hands the chunk out first; call `update_context` before the next chunk.
             start_frame: absolute index of the chunk's first latent frame; the session's next one where None.
+            context_stream: where the context update runs, see `update_context`; what the caller launches next, such as
+                the chunk's decoder, then overlaps with it.
 
         Returns:
             Clean latents of noise's shape, float32 (float64 for float64 noise).
@@ -92,6 +96,9 @@ class CausalDenoisingStage:
             ValueError, TypeError: naming the argument.
         """
         schedule = self.schedule
+        side = check_stream("context_stream", context_stream, self.model.device)
+        if context_stream is not None and not update_context:
+            raise ValueError("context_stream: got one, must be None with update_context=False, as nothing runs on it")
         self._check_latents("noise", noise)
         noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
         if renoise is None:
@@ -102,7 +109,6 @@ class CausalDenoisingStage:
         condition = self._condition(condition, noise)
         text, camera = _versioned(text), None if camera is None else _versioned(camera)
         start_frame = state.next_frame if start_frame is None else start_frame
-        state.runtime_cache["time_embeddings"].resize(len(schedule.times) + 1)
 
         x = noise
         for step, (time, sigma) in enumerate(zip(schedule.times, schedule.sigmas, strict=True)):
@@ -120,8 +126,10 @@ class CausalDenoisingStage:
                     step_index=step,
                 )
             x = (x.double() - sigma * flow.double()).to(noise.dtype)
+            if step == 0:  # which took the arguments; a refusal leaves the session as it was
+                state.runtime_cache["time_embeddings"].resize(len(schedule.times) + 1)
         if update_context:
-            self._update_causal_context_cache(state, x, condition, text, camera)
+            self._update_causal_context_cache(state, x, condition, text, camera, side)
         return x
 
     @torch.no_grad()
@@ -133,21 +141,28 @@ class CausalDenoisingStage:
         text: Tensor,
         condition: Tensor | None = None,
         camera: Tensor | None = None,
+        stream: torch.Stream | None = None,
     ) -> None:
         """Leave the K/V of the finished, clean chunk in the session's caches: what later chunks will attend to.
 
         Args:
             chunk: what `denoise_chunk(update_context=False)` returned; the rest as it was given there.
+            stream: a CUDA stream to run on, after all that the current stream was given so far; the session's next
+                forward waits for it on the device. The bits are those of the plain order. The arguments may be dropped,
+                and `chunk` and `condition` overwritten, by later work of the current stream; `text` and `camera` are
+                still read. Without CUDA graphs each stream keeps memory for a forward's activations of its own. A
+                stream of the CPU changes nothing.
 
         Raises:
-            ValueError: the session has no current chunk, or an argument doesn't fit.
+            ValueError, TypeError: the session has no current chunk, or an argument doesn't fit.
         """
+        side = check_stream("stream", stream, self.model.device)
         self._check_latents("chunk", chunk)
         if state.kv_cache is None:
             raise ValueError("state: got one without a current chunk; call denoise_chunk first")
         condition = self._condition(condition, chunk)
         camera = None if camera is None else _versioned(camera)
-        self._update_causal_context_cache(state, chunk, condition, _versioned(text), camera)
+        self._update_causal_context_cache(state, chunk, condition, _versioned(text), camera, side)
 
     def rollout(
         self,
@@ -163,6 +178,7 @@ class CausalDenoisingStage:
         generator: torch.Generator | None = None,
         start_frame: int | None = None,
         update_context: bool = True,
+        context_stream: torch.Stream | None = None,
     ) -> Iterator[Tensor]:
         """Denoise `num_chunks` chunks, one after another, handing each out as soon as it is there.
 
@@ -175,6 +191,7 @@ class CausalDenoisingStage:
                 sequence that gives each chunk its own. noise None: drawn from `generator`.
             renoise: a callable or sequence, as in `denoise_chunk`.
             start_frame: of the first chunk; the session's next frame where None.
+            update_context, context_stream: as in `denoise_chunk`.
 
         Raises:
             ValueError, TypeError: naming the argument, at the chunk that has it.
@@ -202,22 +219,40 @@ class CausalDenoisingStage:
                 generator=generator,
                 update_context=update_context,
                 start_frame=start_frame if index == 0 else None,
+                context_stream=context_stream,
             )
 
     def _update_causal_context_cache(
-        self, state: RealtimeCausalDiTState, chunk: Tensor, condition: Tensor, text: Tensor, camera: Tensor | None
+        self,
+        state: RealtimeCausalDiTState,
+        chunk: Tensor,
+        condition: Tensor,
+        text: Tensor,
+        camera: Tensor | None,
+        stream: torch.cuda.Stream | None = None,
+        *,
+        update_cache_only: bool = True,
     ) -> None:
-        """The fifth forward: the clean chunk at t = 0, whose last block ends with its K/V write."""
-        with nvtx.range("context"), self.observe("context", CONTEXT_STEP_INDEX):
+        """The fifth forward: the clean chunk at t = 0, whose last block ends with its K/V write.
+
+        `update_cache_only=False` runs all of the forward and throws its output away, for comparison.
+        """
+        latents = torch.cat([chunk.to(condition.dtype), condition], dim=1)
+        inputs = (latents, text) if camera is None else (latents, text, camera)
+        with (
+            nvtx.range("context"),
+            on_side_stream(state, stream, *inputs),
+            self.observe("context", CONTEXT_STEP_INDEX),
+        ):
             self.model(
-                torch.cat([chunk.to(condition.dtype), condition], dim=1),
+                latents,
                 text,
                 0.0,
                 state=state,
                 start_frame=state.chunk_start_frame,
                 camera=camera,
                 step_index=CONTEXT_STEP_INDEX,
-                update_cache_only=True,
+                update_cache_only=update_cache_only,
             )
 
     def _check_latents(self, name: str, x: Tensor) -> None:

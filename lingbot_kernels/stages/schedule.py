@@ -83,9 +83,13 @@ class Schedule:
         """The schedule of that name, or, where `sigmas` are given, exactly these times and sigmas.
 
         Raises:
-            ValueError: an unknown name, timesteps outside 0 .. 1000, a shift that is not positive, noise_sigmas alone.
+            ValueError: an unknown name, timesteps outside 0 .. 1000, a shift that is not positive, noise_sigmas alone,
+                sigmas of either kind besides a `Schedule`.
         """
         if isinstance(schedule, Schedule):
+            for name, given in (("sigmas", sigmas), ("noise_sigmas", noise_sigmas)):
+                if given is not None:
+                    raise ValueError(f"{name}: got them with a Schedule, which has its own; must be None")
             return schedule
         if sigmas is not None:
             rest = tuple(sigmas[1:]) if noise_sigmas is None else tuple(noise_sigmas)

@@ -69,6 +69,15 @@ def test_the_report_has_every_documented_field(invoke, tmp_path):
     assert sizes["camera_modulation"] == 3 * 2 * 12 * 128 * 4
     assert sizes["total"] == sum(size for name, size in sizes.items() if name != "total")
     assert summary["peak_memory_bytes"] > 10**7
+    memory = summary["memory"]
+    assert [memory[name] for name in ("weights_bytes", "first_chunk_bytes", "steady_chunk_bytes")] == [None] * 3
+    assert memory["planned"]["weights"] == 4 * report["model"]["parameters"]
+    assert {name: memory["planned"][name] for name in sizes if name != "total"} == {
+        name: size for name, size in sizes.items() if name != "total"
+    }
+    cameras = sorted(chunk["camera_ms"] for chunk in report["chunks"][5:])
+    assert cameras[0] > 0 and summary["camera_ms"]["p50"] == pytest.approx(cameras[1])
+    assert all(chunk["camera_ms"] < chunk["denoise_ms"][0] for chunk in report["chunks"])
     for words in (
         "to chunk",
         "first chunk",
@@ -77,6 +86,7 @@ def test_the_report_has_every_documented_field(invoke, tmp_path):
         "kv_cache",
         "by cpu",
         "windowed_attention",
+        "ms of step 0",
     ):
         assert words in result.stdout
     assert "random weights" in result.stderr and "the prompt is noise" in result.stderr
@@ -258,6 +268,52 @@ def test_the_timer_on_a_made_clock(monkeypatch):
     times = timer.stop()
     assert times.inputs == pytest.approx(1) and times.denoise == pytest.approx((10, 20))
     assert (times.context, times.to_chunk, times.total) == pytest.approx((30, 34, 80))
+
+
+def test_the_timer_finds_the_camera_within_the_first_step(monkeypatch):
+    ticks: Iterator[float] = iter([0.0, 0.001, 0.002, 0.004, 0.007, 0.012, 0.013, 0.020, 0.021, 0.025, 0.030])
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    timer, state = ChunkTimer(torch.device("cpu")), RealtimeCausalDiTState()
+    timer.watch(state)
+    timer.start()
+    timer.inputs_ready()
+    for step in range(2):
+        with timer.observe("denoise", step):
+            state.runtime_cache["camera_modulation"].get_or_compute("camera", lambda: 1)
+    timer.chunk_ready()
+    with timer.observe("context", -1):
+        pass
+    monkeypatch.setattr("time.perf_counter", lambda: 0.040)
+    times = timer.stop()
+    assert times.denoise == pytest.approx((10, 7)) and times.camera == pytest.approx(3)
+    off = RealtimeCausalDiTState(camera_cache=False)
+    timer.watch(off)
+    off.runtime_cache["camera_modulation"].get_or_compute("camera", lambda: 1)
+    assert len(timer._marks) == 12  # nothing is noted of what each forward computes for itself
+
+
+def test_without_a_camera_or_its_cache_there_is_no_camera_time(invoke, tmp_path):
+    for argument in ("--no-camera", "--no-camera-cache"):
+        report, result = report_of(invoke, tmp_path, "--chunks", 2, argument)
+        assert report["summary"]["camera_ms"] is None and "ms of step 0" not in result.stdout
+        assert "camera_modulation" not in report["summary"]["memory"]["planned"]
+
+
+def test_a_gpu_s_memory_is_shown_by_phase(invoke, tmp_path):
+    report, result = report_of(invoke, tmp_path, "--chunks", 2)
+    assert "planned memory" not in result.stdout
+    report["summary"]["memory"] |= {"weights_bytes": 10**9, "first_chunk_bytes": 2 * 10**9, "steady_chunk_bytes": 3e9}
+    with (tmp_path / "gpu.txt").open("w") as file:
+        tables.print_rollout(Console(file=file, width=200), report)
+    text = (tmp_path / "gpu.txt").read_text()
+    assert "weights 1.0 GB, first chunk 2.0 GB, steady chunk 3.0 GB" in text
+    assert "planned memory" in text and "forward" in text
+
+
+def test_what_can_not_fit_is_said_in_a_line(invoke, monkeypatch):
+    monkeypatch.setattr("lingbot_kernels.realtime.memory.free_bytes", lambda device: 10**8)
+    result = invoke("rollout", "--preset", "lingbot-world-14b", "--device", "cpu", code=1)
+    assert result.output.startswith("Error: weights: needs 69.08 GiB on cpu (weights 69.08), must be at most the 0.09")
 
 
 def test_steady_chunks():

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lingbot_kernels import CausalDenoisingStage, RealtimeCausalDiTState
+from lingbot_kernels.realtime.side_stream import check_stream, on_side_stream
 from lingbot_kernels.stages.schedule import Schedule
 
 CHUNKS = 4
@@ -223,6 +224,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"noise": torch.zeros(1, 16, 16, 4, 6)}, ValueError, r"chunk: got 96 tokens, must be at most .* 90",
     ),
     "start_frame": ({"start_frame": 7}, ValueError, "start: got token 42, which leaves a gap"),
+    "context_stream": ({"context_stream": "side"}, TypeError, "context_stream: got str, must be a torch.Stream"),
+    "context_stream unused": (
+        {"context_stream": torch.Stream(device="cpu"), "update_context": False}, ValueError,
+        "context_stream: got one, must be None with update_context=False",
+    ),
 }  # fmt: skip
 
 
@@ -234,9 +240,12 @@ def test_bad_input_is_named_and_leaves_the_session(stage: CausalDenoisingStage, 
     stage.denoise_chunk(state, inputs.noise[0], **inputs.chunk(0))
     before, stats = ring_bits(state), state.stats()
     arguments = {"noise": NOISE, "text": TEXT, **change}
+    if "renoise" not in case:  # a stage with fewer steps needs fewer time embeddings, once it runs
+        stage = CausalDenoisingStage(stage.model, (1000, 500))
     with pytest.raises(error, match=message):
         stage.denoise_chunk(state, arguments.pop("noise"), **arguments)
     assert same_ring(ring_bits(state), before) and state.stats() == stats
+    assert state.runtime_cache["time_embeddings"].max_entries == 5
 
 
 def test_update_context_needs_a_chunk(stage: CausalDenoisingStage) -> None:
@@ -244,6 +253,105 @@ def test_update_context_needs_a_chunk(stage: CausalDenoisingStage) -> None:
         stage.update_context(RealtimeCausalDiTState(), NOISE, text=TEXT)
     with pytest.raises(TypeError, match=r"chunk: got torch.int32, must be a float tensor"):
         stage.update_context(RealtimeCausalDiTState(), NOISE.int(), text=TEXT)
+
+
+def test_the_time_embeddings_kept_follow_the_schedule(stage: CausalDenoisingStage) -> None:
+    state, store = RealtimeCausalDiTState(), []
+    for steps in (4, 2, 6):
+        other = CausalDenoisingStage(stage.model, [1000 - 100 * step for step in range(steps)])
+        other.denoise_chunk(state, NOISE, text=TEXT)
+        kept = state.runtime_cache["time_embeddings"]
+        store.append((kept.max_entries, kept.stats().entries))
+    assert store == [(5, 5), (3, 3), (7, 7)]
+
+
+def test_a_stream_of_the_cpu_changes_nothing(stage: CausalDenoisingStage) -> None:
+    inputs, side = make_inputs(stage.model.config, CHUNKS), torch.Stream(device="cpu")
+    state, later = RealtimeCausalDiTState(), RealtimeCausalDiTState()
+    rollout = stage.rollout(
+        state, CHUNKS, text=inputs.text, noise=inputs.noise, condition=inputs.condition, camera=inputs.camera,
+        renoise=inputs.renoise, context_stream=side,
+    )  # fmt: skip
+    for i, (chunk, want) in enumerate(zip(rollout, chunk_by_chunk(stage), strict=True)):
+        assert same_bits(chunk, want)
+        got = stage.denoise_chunk(later, inputs.noise[i], **inputs.chunk(i), update_context=False)
+        given = {name: value for name, value in inputs.chunk(i).items() if name != "renoise"}
+        stage.update_context(later, got, **given, stream=side)
+        assert same_bits(got, want) and same_ring(ring_bits(later), ring_bits(state))
+    assert state.context_update is None and later.stats() == state.stats()
+
+
+class FakeStream:
+    """Notes what is asked of it; on a build without CUDA the real class can't be made."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self, event: Any = None) -> Any:
+        self.log.append(f"event on {self.name}")
+        return FakeEvent(self.log)
+
+
+class FakeEvent:
+    device = FakeStream.device
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def wait(self, stream: FakeStream) -> None:
+        self.log.append(f"{stream.name} waits for the event")
+
+    def synchronize(self) -> None:
+        self.log.append("the host waits for the event")
+
+
+def test_who_waits_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of events and waits; tests/gpu shows what comes of it."""
+    log: list[str] = []
+    main, side, state = FakeStream("main", log), FakeStream("side", log), RealtimeCausalDiTState()
+    current = [main]
+
+    @contextlib.contextmanager
+    def run_on(stream: FakeStream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", run_on)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    state.wait_for_context()
+    assert log == []
+    for end in (state.wait_for_context, state.dispose):
+        with on_side_stream(state, side):
+            log.append(f"work on {current[-1].name}")
+        end()
+        end()
+    assert log == [
+        "side waits for main", "work on side", "event on side", "main waits for the event",
+        "side waits for main", "work on side", "event on side", "the host waits for the event",
+    ]  # fmt: skip
+
+    del log[:]
+    other = FakeStream("other", log)
+    with on_side_stream(state, side):
+        pass
+    with pytest.raises(ZeroDivisionError), on_side_stream(state, other):
+        raise ZeroDivisionError
+    assert log == [
+        "side waits for main", "event on side", "other waits for main", "other waits for the event", "event on other",
+    ]  # fmt: skip
+    assert state.context_update is not None
+    with pytest.raises(ValueError, match=r"stream: got one of cuda:0, must be of the model's device, cpu"):
+        check_stream("stream", side, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"stream: got one of cuda:0, must be of the model's device, cuda:1"):
+        check_stream("stream", side, torch.device("cuda", 1))
+    assert check_stream("stream", side, torch.device("cuda", 0)) is side
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -301,6 +409,11 @@ def test_published_figures() -> None:
         ({"timesteps": (5.0,), "sigmas": (1.5,)}, "sigmas: got 1.5, must be finite and from 0 to 1"),
         ({"timesteps": (float("nan"),), "sigmas": (1.0,)}, "times: got nan"),
         ({"noise_sigmas": (0.1, 0.2, 0.3)}, "noise_sigmas: got them without sigmas, must come together"),
+        (
+            {"schedule": Schedule((900.0,), (0.9,), ()), "sigmas": (0.9,)},
+            "sigmas: got them with a Schedule, which has its own; must be None",
+        ),
+        ({"schedule": Schedule((900.0,), (0.9,), ()), "noise_sigmas": ()}, "noise_sigmas: got them with a Schedule"),
     ],
 )
 def test_schedule_errors(arguments: dict[str, Any], message: str) -> None:
