@@ -393,6 +393,7 @@ int run(int argc, char** argv) {
     else if (a == "--variant") options.variant = value, ++i;
     else if (a == "--dim") options.dims = numbers(value), ++i;
     else if (a == "--tokens") options.tokens = numbers(value), ++i;
+    else if (a == "--sweep-every") options.sweep_every = std::max(1, std::atoi(value)), ++i;
     else if (a == "--no-sweep") options.sweep = false;
     else if (a == "--no-time") options.time = false;
     else return std::fprintf(stderr, "unknown argument %s\n", argv[i]), 2;
@@ -406,7 +407,7 @@ int run(int argc, char** argv) {
   Gate comparison;
   arena = &memory, gate = &comparison;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
-  if (options.sweep) failures += sweep(*arena, *gate, stream);
+  if (options.sweep) failures += sweep(*arena, *gate, stream, options.sweep_every);
   const auto asked = [](const char* name) { return std::string(name).find(options.op) != std::string::npos; };
   if (options.time) {
     for (int tokens : options.tokens) time_table(tokens);
