@@ -33,6 +33,7 @@ struct Options {
   std::vector<int> dims = {5120, 1536, 3072};
   std::vector<int> tokens = {4524, 1131, 2262, 4680};
   bool sweep = true, time = true;
+  int sweep_every = 1;  // of the sweep's cases run every so-manieth
 };
 
 // One allocation, handed out from the front; reset between cases.
