@@ -50,10 +50,13 @@ class ShardedModelBench(ModelBench):
         ceiling = statistics.median(floor)
         exchange = self._exchange_ms(session)
         step = statistics.median(ms for times in shared for ms in times.denoise[1:])
-        one, many = (statistics.median(t.total for t in times) for times in (alone, shared))
-        scaling = one / (ranks * many)
+        many = statistics.median(t.total for t in shared)
+        ones: list[Any] = [None] * ranks
+        dist.all_gather_object(ones, statistics.median(t.total for t in alone), group=group)
+        scaling = statistics.mean(ones) / (ranks * many)
         note = (
-            f"{session.library} attention; one GPU {one:.1f} ms a chunk in the same run, scaling {scaling:.3f}; "
+            f"{session.library} attention; scaling {scaling:.3f} against {statistics.mean(ones):.1f} ms a chunk, the "
+            f"mean of these GPUs each for itself in the same run ({min(ones):.1f} to {max(ones):.1f}); "
             f"norms, ring writes and exchanges by {model.shard_group.exchange} take {exchange:.2f} ms alone, "
             f"{exchange / step:.3f} of a step; "
             f"graphs {session.state.graphs.captures} captured"
