@@ -79,7 +79,8 @@ def _reference(
 ) -> Tensor | None:  # fmt: skip
     ring = RingPosition(chunk_start, sink, cursor)
     if q is None or q_weight is None:
-        return reference.k_norm_rope_kv_write(k, v, k_weight, cos_sin, k_cache, v_cache, ring, eps)
+        reference.k_norm_rope_kv_write(k, v, k_weight, cos_sin, k_cache, v_cache, ring, eps)
+        return None
     return reference.qk_norm_rope_kv_write(q, k, v, q_weight, k_weight, cos_sin, k_cache, v_cache, ring, eps)
 
 

@@ -51,8 +51,8 @@ def _plan(
         _dispatch.demand("qk_norm_rope_pack", "triton", kernel.why_not(q, k, v))
         return Plan(kernel.qk_norm_rope_pack, (*arguments, "packed", "eps"), outputs)
     fields = (
-        *_native.rows("q", q), *_native.rows("k", k), *_native.rows("v", v), "q_weight", "k_weight", "cos_sin", "packed",
-        batch, num_tokens, dim // head_dim, head_dim, ranks, _native.DTYPE_CODES[k.dtype], "eps",
+        *_native.rows("q", q), *_native.rows("k", k), *_native.rows("v", v),
+        "q_weight", "k_weight", "cos_sin", "packed", batch, num_tokens, dim // head_dim, head_dim, ranks, _native.DTYPE_CODES[k.dtype], "eps",
     )  # fmt: skip
     return _native.plan("qk_norm_rope_pack", backend, fields, outputs)
 

@@ -29,7 +29,7 @@ def _reference(out: Tensor, token_start: int, frame_stride: int, width: int, hea
     reference.rope_cos_sin(out.shape[0], token_start, frame_stride, width, head_dim, theta, out.device, out=out)
 
 
-_fill = register_kernel(
+_op = register_kernel(
     "rope_cos_sin(Tensor(a!) out, SymInt token_start, SymInt frame_stride, SymInt width, int head_dim, float theta, "
     "str backend) -> ()",
     _plan,
@@ -84,5 +84,5 @@ def rope_cos_sin(
         )
     elif out.device.type != device.type or (device.index is not None and out.device != device):
         raise ValueError(f"out: got device {out.device}, must be {device}")
-    _fill(backend, out, token_start, frame_stride, width, head_dim, float(theta))
+    _op(backend, out, token_start, frame_stride, width, head_dim, float(theta))
     return out
