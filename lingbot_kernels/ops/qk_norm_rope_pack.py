@@ -52,7 +52,8 @@ def _plan(
         return Plan(kernel.qk_norm_rope_pack, (*arguments, "packed", "eps"), outputs)
     fields = (
         *_native.rows("q", q), *_native.rows("k", k), *_native.rows("v", v),
-        "q_weight", "k_weight", "cos_sin", "packed", batch, num_tokens, dim // head_dim, head_dim, ranks, _native.DTYPE_CODES[k.dtype], "eps",
+        "q_weight", "k_weight", "cos_sin", "packed",
+        batch, num_tokens, dim // head_dim, head_dim, ranks, _native.DTYPE_CODES[k.dtype], "eps",
     )  # fmt: skip
     return _native.plan("qk_norm_rope_pack", backend, fields, outputs)
 
