@@ -1,5 +1,5 @@
 // A signature is all that an op's checks and the constants of its launch depend on: of a tensor the shape, strides, dtype,
-// device and the address modulo 16, of numbers and strings the value. What differs from call to call under one signature is
+// device and the address modulo 16, of numbers and strings the value, of a list of tensors that of each. What differs from call to call under one signature is
 // looked at in each: addresses (a written tensor must lie apart from the others) and the numbers declared as varying (0 or
 // more). Tensors are read through the function table that DLPack 1.3 puts on their type; where there is none, no call is
 // ever found.
@@ -42,11 +42,13 @@ struct DlExchange {
 constexpr uint32_t kDlMajor = 1;
 constexpr char kDlCapsule[] = "dlpack_exchange_api";
 constexpr size_t kMaxArguments = 32;
-constexpr size_t kMaxSignature = 4096;
+constexpr size_t kMaxTensors = 256;  // those in lists included
+constexpr size_t kMaxSignature = 8192;
 constexpr uintptr_t kAlignment = 16;  // launchers choose by whether an address is a multiple of it
 
-struct Span {  // first byte, and the byte after the last; equal where there is none
-  uintptr_t start = 0, stop = 0;
+struct Span {
+  uintptr_t start, stop;  // first byte, and the byte after the last; equal where there is none
+  bool written;
   bool overlaps(const Span& other) const { return start < other.stop && other.start < stop; }
 };
 
@@ -54,8 +56,9 @@ struct Span {  // first byte, and the byte after the last; equal where there is 
 struct Reading {
   size_t size = 0;  // of the signature
   char bytes[kMaxSignature];
-  Span spans[kMaxArguments];
-  bool is_tensor[kMaxArguments];
+  size_t tensors = 0;
+  Span spans[kMaxTensors];
+  const Span* span_of[kMaxArguments];  // null for what is not a tensor itself
 
   bool put(const void* data, size_t count) {
     if (count > kMaxSignature - size) return false;
@@ -81,15 +84,10 @@ struct Kept {
 
 class CallTable {
  public:
-  CallTable(const py::object& exchange, const py::tuple& tensors, const py::tuple& constants, std::vector<size_t> written,
-            const std::vector<size_t>& varying, size_t limit)
-      : tensors_(tensors), constants_(constants), written_(std::move(written)), limit_(limit) {
-    for (size_t i : written_)
-      if (i >= kMaxArguments) throw py::value_error("written: an index is too large");
-    for (size_t i : varying) {
-      if (i >= kMaxArguments) throw py::value_error("varying: an index is too large");
-      varying_ |= uint32_t{1} << i;
-    }
+  CallTable(const py::object& exchange, const py::tuple& tensors, const py::tuple& constants,
+            const std::vector<size_t>& written, const std::vector<size_t>& varying, size_t limit)
+      : tensors_(tensors), constants_(constants), written_(mask("written", written)), varying_(mask("varying", varying)),
+        limit_(limit) {
     if (limit_ < 1) throw py::value_error("limit: must be at least 1");
     if (exchange.is_none()) return;
     const auto* table = static_cast<const DlExchange*>(PyCapsule_GetPointer(exchange.ptr(), kDlCapsule));
@@ -121,7 +119,7 @@ class CallTable {
   // (plan, the launcher's arguments) as a new reference, or None where this call has to be checked; null on an error.
   PyObject* find(PyObject* call, bool grad) {
     Reading reading;
-    if (!read(call, grad, reading) || shares_memory(reading, PyTuple_GET_SIZE(call))) Py_RETURN_NONE;
+    if (!read(call, grad, reading) || shares_memory(reading)) Py_RETURN_NONE;
     const Kept* kept = last_;
     if (kept == nullptr || kept->signature.size() != reading.size ||
         std::memcmp(kept->signature.data(), reading.bytes, reading.size) != 0) {
@@ -139,6 +137,15 @@ class CallTable {
   size_t size() const { return calls_.size(); }
 
  private:
+  static uint32_t mask(const char* name, const std::vector<size_t>& indices) {
+    uint32_t bits = 0;
+    for (const size_t i : indices) {
+      if (i >= kMaxArguments) throw py::value_error(std::string(name) + ": an index is too large");
+      bits |= uint32_t{1} << i;
+    }
+    return bits;
+  }
+
   static bool is_one_of(const py::tuple& types, PyObject* argument) {
     const Py_ssize_t count = PyTuple_GET_SIZE(types.ptr());
     for (Py_ssize_t i = 0; i < count; ++i)
@@ -152,9 +159,18 @@ class CallTable {
     if (borrow_ == nullptr || count > static_cast<Py_ssize_t>(kMaxArguments)) return false;
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* argument = PyTuple_GET_ITEM(call, i);
-      reading.is_tensor[i] = is_one_of(tensors_, argument);
-      if (!(reading.is_tensor[i] ? read_tensor(argument, grad, reading, reading.spans[i])
-                                 : read_value(argument, (varying_ >> i & 1) != 0, reading))) {
+      const bool written = (written_ >> i & 1) != 0;
+      bool fits;
+      reading.span_of[i] = nullptr;
+      if (is_one_of(tensors_, argument)) {
+        reading.span_of[i] = &reading.spans[reading.tensors];
+        fits = read_tensor(argument, grad, written, reading);
+      } else if (PyList_CheckExact(argument)) {
+        fits = read_list(argument, grad, written, reading);
+      } else {
+        fits = read_value(argument, (varying_ >> i & 1) != 0, reading);
+      }
+      if (!fits) {
         PyErr_Clear();
         return false;
       }
@@ -162,7 +178,18 @@ class CallTable {
     return true;
   }
 
-  bool read_tensor(PyObject* argument, bool grad, Reading& reading, Span& span) const {
+  bool read_list(PyObject* list, bool grad, bool written, Reading& reading) const {
+    const Py_ssize_t count = PyList_GET_SIZE(list);
+    if (!reading.put('L') || !reading.put(count)) return false;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject* item = PyList_GET_ITEM(list, i);
+      if (!is_one_of(tensors_, item) || !read_tensor(item, grad, written, reading)) return false;
+    }
+    return true;
+  }
+
+  bool read_tensor(PyObject* argument, bool grad, bool written, Reading& reading) const {
+    if (reading.tensors == kMaxTensors) return false;
     if (grad) {
       static PyObject* const name = PyUnicode_InternFromString("requires_grad");
       PyObject* required = PyObject_GetAttr(argument, name);
@@ -178,8 +205,8 @@ class CallTable {
       empty |= tensor.shape[d] == 0;
       last += (tensor.shape[d] - 1) * tensor.strides[d];
     }
-    span.start = span.stop = start;
-    if (!empty) span.stop += (static_cast<uint64_t>(last) + 1) * ((tensor.dtype_bits * tensor.dtype_lanes + 7) / 8);
+    const uint64_t nbytes = empty ? 0 : (static_cast<uint64_t>(last) + 1) * ((tensor.dtype_bits * tensor.dtype_lanes + 7) / 8);
+    reading.spans[reading.tensors++] = {start, start + nbytes, written};
     const size_t dims = sizeof(int64_t) * tensor.ndim;
     return reading.put('T') && reading.put(static_cast<char>(start % kAlignment)) && reading.put(tensor.device_type) &&
            reading.put(tensor.device_id) && reading.put(tensor.dtype_code) && reading.put(tensor.dtype_bits) &&
@@ -203,10 +230,10 @@ class CallTable {
     return is_one_of(constants_, argument) && reading.put('C') && reading.put(argument);
   }
 
-  bool shares_memory(const Reading& reading, Py_ssize_t count) const {
-    for (const size_t i : written_)
-      for (size_t j = 0; j < static_cast<size_t>(count); ++j)
-        if (j != i && reading.is_tensor[j] && reading.spans[i].overlaps(reading.spans[j])) return true;
+  static bool shares_memory(const Reading& reading) {
+    for (size_t i = 0; i < reading.tensors; ++i)
+      for (size_t j = 0; reading.spans[i].written && j < reading.tensors; ++j)
+        if (j != i && reading.spans[i].overlaps(reading.spans[j])) return true;
     return false;
   }
 
@@ -221,8 +248,8 @@ class CallTable {
     }
     for (const Slot& slot : kept.slots) {
       PyObject* value = PyTuple_GET_ITEM(call, slot.source);
-      if (kept.addresses && reading.is_tensor[slot.source]) {
-        value = PyLong_FromUnsignedLongLong(reading.spans[slot.source].start);
+      if (kept.addresses && reading.span_of[slot.source] != nullptr) {
+        value = PyLong_FromUnsignedLongLong(reading.span_of[slot.source]->start);
       } else {
         Py_INCREF(value);
       }
@@ -238,8 +265,7 @@ class CallTable {
 
   py::tuple tensors_;    // exact types that are read as tensors
   py::tuple constants_;  // exact types whose objects live as long as the process: they are known by their address
-  std::vector<size_t> written_;
-  uint32_t varying_ = 0;
+  uint32_t written_, varying_;  // of the arguments, one bit each
   size_t limit_;
   int (*borrow_)(void*, DlTensor*) = nullptr;
   std::unordered_map<std::string, std::unique_ptr<Kept>> calls_;
@@ -272,7 +298,7 @@ py::object bound_find(const std::shared_ptr<CallTable>& table) {
 void define_call_table(py::module_& module) {
   py::class_<CallTable, std::shared_ptr<CallTable>>(module, "CallTable",
                                                     "Calls of an op that were found valid, by their arguments' signature.")
-      .def(py::init<const py::object&, const py::tuple&, const py::tuple&, std::vector<size_t>,
+      .def(py::init<const py::object&, const py::tuple&, const py::tuple&, const std::vector<size_t>&,
                     const std::vector<size_t>&, size_t>(),
            py::arg("exchange"), py::arg("tensors"), py::arg("constants"), py::arg("written"), py::arg("varying"),
            py::arg("limit"))

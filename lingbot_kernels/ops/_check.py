@@ -125,11 +125,22 @@ def ring(batch: int, num_tokens: int, k_cache: Tensor, chunk_start: int, cursor:
 
 
 def disjoint(written: Sequence[str], arguments: Mapping[str, object]) -> None:
-    """No written tensor may share memory with another argument: neither one's bytes, first to last, may overlap."""
-    spans = {name: _span(x) for name, x in arguments.items() if isinstance(x, Tensor)} if written else {}
-    for name in written:
-        start, stop = spans.pop(name)
-        for other, (other_start, other_stop) in spans.items():
+    """No written tensor may share memory with another one, arguments of their own or in lists: neither one's bytes,
+    first to last, may overlap.
+    """
+    if not written:
+        return
+    spans = [
+        (name, *_span(x))
+        for name, value in arguments.items()
+        for x in (value if isinstance(value, (list, tuple)) else (value,))
+        if isinstance(x, Tensor)
+    ]
+    spans.sort(key=lambda span: span[0] not in written)
+    for i, (name, start, stop) in enumerate(spans):
+        if name not in written:
+            return
+        for other, other_start, other_stop in spans[i + 1 :]:
             if start < other_stop and other_start < stop:
                 raise ValueError(f"{name} and {other}: share memory, must be apart (the op writes {name})")
 

@@ -73,7 +73,7 @@ class KernelOp:
         self.overload = overload
         self._name, self._plan, self._place = name, plan, place
         arguments = overload._schema.arguments
-        self._names = tuple(argument.name for argument in arguments)
+        self._names = tuple(argument.name for argument in arguments[:-1])  # the last is the backend
         self._written = [x.name for x in arguments if x.alias_info is not None and x.alias_info.is_write]
         written, free = ([self._names.index(name) for name in some] for some in (self._written, varying))
         self._table = _native.call_table(written, free, KEPT_CALLS)
@@ -82,26 +82,26 @@ class KernelOp:
     def __call__(self, backend: str | None, *arguments: Any) -> Any:
         if _traced():
             return self.overload(*arguments, self._resolve(backend, arguments))
-        call = (*arguments, _dispatch.requested_backend() if backend is None else backend)
         if nvtx.enabled():
             with nvtx.range(self._name):
-                return self._eager(call, backend)
-        return self._eager(call, backend)
+                return self._eager(backend, arguments)
+        return self._eager(backend, arguments)
 
-    def _eager(self, call: tuple[Any, ...], backend: str | None) -> Any:
+    def _eager(self, backend: str | None, arguments: tuple[Any, ...]) -> Any:
+        # A backend that was asked for by name must serve, one of the surroundings need not: None tells them apart.
+        call = (*arguments, _dispatch.requested_backend(), None) if backend is None else (*arguments, backend)
         found = self._find(call, torch.is_grad_enabled())
         if found is not None:
             return found[0].run(call, found[1])
-        arguments = call[:-1]
         serving = self._resolve(backend, arguments)
         if not _is_plain(arguments):
             return self.overload(*arguments, serving)
-        return self._checked(call, serving)
+        return self._checked(call, arguments, serving)
 
     def dispatched(self, *call: Any) -> Any:
         """The implementation that `torch.library` calls, for every device."""
         found = self._find(call, False)
-        return self._checked(call, call[-1]) if found is None else found[0].run(call, found[1])
+        return self._checked(call, call[:-1], call[-1]) if found is None else found[0].run(call, found[1])
 
     def forget(self) -> None:
         """Drop every call that was found valid."""
@@ -115,11 +115,11 @@ class KernelOp:
     def _resolve(self, backend: str | None, arguments: tuple[Any, ...]) -> str:
         return _dispatch.resolve(self._name, backend, *self._place(*arguments))
 
-    def _checked(self, call: tuple[Any, ...], backend: str) -> Any:
-        """Check the call, keep how it is carried out, and do so."""
-        plan = self._plan(*call[:-1], backend)
-        _check.disjoint(self._written, dict(zip(self._names, call, strict=True)))
-        bound = BoundPlan(plan, self._names, call)
+    def _checked(self, call: tuple[Any, ...], arguments: tuple[Any, ...], backend: str) -> Any:
+        """Check the arguments, keep for calls like this one how it is carried out, and do so."""
+        plan = self._plan(*arguments, backend)
+        _check.disjoint(self._written, dict(zip(self._names, arguments, strict=True)))
+        bound = BoundPlan(plan, self._names, arguments)
         if self._table is not None:
             self._table.keep(call, bound, bound.arguments, bound.slots, bound.addresses)
         return bound.run(call, bound.fill(call))

@@ -5,6 +5,7 @@ it.
 from __future__ import annotations
 
 import importlib
+from array import array
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -60,6 +61,24 @@ def plan(op: str, backend: str, arguments: tuple[Any, ...], outputs: tuple[Outpu
     The launcher raises RuntimeError with its message when it refuses or the launch fails.
     """
     return Plan(getattr(getattr(_C, backend), op), (*arguments, 0), outputs, addresses=True)
+
+
+def plan_with_arrays(op: str, backend: str, arguments: tuple[Any, ...], lists: tuple[Any, ...]) -> Plan:
+    """`plan` for a launcher that reads arrays in host memory while it runs.
+
+    An `array` among the arguments is handed over by its address. So is one array of all the addresses in `lists`, which
+    stand next to each other among the arguments: names of lists of tensors, or lists of addresses.
+    """
+    function = getattr(getattr(_C, backend), op)
+    start = arguments.index(lists[0])
+    stop = start + len(lists)
+
+    def launch(*fields: Any) -> None:
+        addresses = array("q", [x if isinstance(x, int) else x.data_ptr() for xs in fields[start:stop] for x in xs])
+        after = (x.buffer_info()[0] if isinstance(x, array) else x for x in fields[stop:])
+        function(*fields[:start], addresses.buffer_info()[0], *after)
+
+    return Plan(launch, (*arguments, 0), addresses=True)
 
 
 def rows(name: str, tensor: torch.Tensor | None) -> tuple[str, int, int]:

@@ -134,7 +134,7 @@ def test_dense_but_transposed_tensors_give_contiguous_outputs() -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_op_keeps_its_calls(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On other tensors of the same signature a call gives what a checked one gives, without checking."""
-    case = Case("small", 2, 4, heads=2, head_dim=64, ffn_dim=96)
+    case = Case("small", 2, 4, heads=2, head_dim=64, ffn_dim=96, ranks=2)
     problem = next(problem for problem in problems(case) if problem.op == name)
     planned = Planned(kernel_op(name), monkeypatch)
     cpu = torch.device("cpu")
