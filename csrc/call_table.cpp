@@ -8,6 +8,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -293,9 +294,21 @@ py::object bound_find(const std::shared_ptr<CallTable>& table) {
   return py::reinterpret_steal<py::object>(function);
 }
 
+PyObject* environment(PyObject*, PyObject* name) {
+  const char* key = PyUnicode_AsUTF8(name);
+  if (key == nullptr) return nullptr;
+  const char* value = std::getenv(key);
+  if (value == nullptr) Py_RETURN_NONE;
+  return PyUnicode_DecodeFSDefault(value);
+}
+
 }  // namespace
 
 void define_call_table(py::module_& module) {
+  static PyMethodDef method{"environment", environment, METH_O, "A variable of the process's environment, or None."};
+  PyObject* function = PyCFunction_NewEx(&method, nullptr, nullptr);
+  if (function == nullptr) throw py::error_already_set();
+  module.attr("environment") = py::reinterpret_steal<py::object>(function);
   py::class_<CallTable, std::shared_ptr<CallTable>>(module, "CallTable",
                                                     "Calls of an op that were found valid, by their arguments' signature.")
       .def(py::init<const py::object&, const py::tuple&, const py::tuple&, const std::vector<size_t>&,

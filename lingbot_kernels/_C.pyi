@@ -12,6 +12,8 @@ cpu_isa: str
 compiled_with_cuda: bool
 cuda_architectures: str
 
+def environment(name: str, /) -> str | None: ...
+
 class CallTable:
     """Calls of an op that were found valid, by their arguments' signature; see csrc/call_table.cpp.
 

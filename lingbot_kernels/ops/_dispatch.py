@@ -83,7 +83,7 @@ def requested_backend() -> str:
     """The backend asked for by `use_backend` or the environment; "auto" where there is none."""
     chosen = _override.get()
     if chosen is None:
-        chosen = os.environ.get("LINGBOT_KERNELS_BACKEND") or "auto"
+        chosen = _native.environment("LINGBOT_KERNELS_BACKEND") or "auto"
         return chosen if chosen == "auto" else _named(chosen, "LINGBOT_KERNELS_BACKEND")
     return chosen
 

@@ -5,8 +5,9 @@ it.
 from __future__ import annotations
 
 import importlib
+import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,9 @@ except ImportError as error:
     _missing = f"the compiled core is not importable ({error}); install with `pip install -e .`"
 else:
     _missing = ""
+
+# The process's own environment, which os.environ writes through to: os.environ.get takes longer than a launch's checks.
+environment: Callable[[str], str | None] = os.environ.get if _C is None else _C.environment
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 

@@ -103,7 +103,8 @@ class BoundPlan:
 
 
 def _allocator(output: Output, like: Tensor) -> Callable[[Tensor], Tensor]:
-    shape, dtype = output.shape or like.shape, output.dtype or like.dtype
-    if shape == like.shape and dtype == like.dtype and like.is_contiguous():
-        return torch.empty_like  # the cheapest there is
-    return lambda source: source.new_empty(shape, dtype=dtype)
+    shape, dtype, device = output.shape or like.shape, output.dtype or like.dtype, like.device
+    if shape == like.shape and dtype == like.dtype and torch.empty_like(like).is_contiguous():
+        return torch.empty_like  # the cheapest there is; it keeps the strides of what is dense but transposed
+    strides = torch.empty(shape, device="meta").stride()
+    return lambda _: torch.empty_strided(shape, strides, dtype=dtype, device=device)

@@ -88,4 +88,4 @@ def qkv_unpack_kv_write(
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
     _op(backend, packed, k_cache, v_cache, ring.chunk_start, ring.cursor, ring.sink)
-    return packed[:, :, 0].transpose(0, 1) if packed.shape[2] == 3 else None
+    return packed.select(2, 0).transpose(0, 1) if packed.shape[2] == 3 else None
