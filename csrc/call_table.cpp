@@ -1,8 +1,8 @@
 // A signature is all that an op's checks and the constants of its launch depend on: of a tensor the shape, strides, dtype,
-// device and the address modulo 16, of numbers and strings the value, of a list of tensors that of each. What differs from call to call under one signature is
-// looked at in each: addresses (a written tensor must lie apart from the others) and the numbers declared as varying (0 or
-// more). Tensors are read through the function table that DLPack 1.3 puts on their type; where there is none, no call is
-// ever found.
+// device and the address modulo 16, of numbers and strings the value, of a list of tensors that of each. What differs
+// from call to call under one signature is looked at in each: addresses (a written tensor must lie apart from the others)
+// and the numbers declared as varying (0 or more). Tensors are read through the function table that DLPack 1.3 puts on
+// their type; where there is none, or another version, no call is ever found.
 #include "call_table.h"
 
 #include <pybind11/stl.h>
@@ -90,9 +90,8 @@ class CallTable {
       : tensors_(tensors), constants_(constants), written_(mask("written", written)), varying_(mask("varying", varying)),
         limit_(limit) {
     if (limit_ < 1) throw py::value_error("limit: must be at least 1");
-    if (exchange.is_none()) return;
+    if (!PyCapsule_IsValid(exchange.ptr(), kDlCapsule)) return;
     const auto* table = static_cast<const DlExchange*>(PyCapsule_GetPointer(exchange.ptr(), kDlCapsule));
-    if (table == nullptr) throw py::error_already_set();
     if (table->major == kDlMajor) borrow_ = table->borrow;
   }
 

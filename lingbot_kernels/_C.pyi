@@ -17,7 +17,7 @@ def environment(name: str, /) -> str | None: ...
 class CallTable:
     """Calls of an op that were found valid, by their arguments' signature; see csrc/call_table.cpp.
 
-    exchange: the capsule `torch.Tensor.__dlpack_c_exchange_api__`, or None: nothing is kept then. tensors: exact types
+    exchange: the capsule `torch.Tensor.__dlpack_c_exchange_api__`; without one nothing is kept. tensors: exact types
     read as tensors. constants: exact types whose objects live as long as the process. written: positions of tensors
     that must not overlap another one. varying: positions of ints of any value from 0. limit: signatures kept.
     """
