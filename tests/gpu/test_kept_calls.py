@@ -54,7 +54,7 @@ def test_a_tensor_on_another_device_is_refused_after_a_kept_call(backend: str) -
     x, weight = inputs()
     for _ in range(2):
         ops.rms_norm(x, weight, 1e-6, backend=backend)
-    with pytest.raises(TypeError, match="weight: got .* on cpu, must be torch.bfloat16 on cuda"):
+    with pytest.raises(TypeError, match=r"weight: got .* on cpu, must be torch\.bfloat16 on cuda"):
         ops.rms_norm(x, weight.cpu(), 1e-6, backend=backend)
     with pytest.raises(ops.BackendUnavailable, match="serves CUDA tensors, not cpu"):
         ops.rms_norm(x.cpu(), weight.cpu(), 1e-6, backend=backend)
