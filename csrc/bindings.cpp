@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "build_info.h"  // written by CMake: version, CUDA architectures
+#include "call_table.h"
 #include "cpu/ops.h"
 #include "params.h"
 
@@ -268,6 +269,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled core of lingbot_kernels: launchers that take raw pointers; the Python layer checks what it passes.";
   module.attr("version") = LINGBOT_KERNELS_VERSION;
   module.attr("cpu_isa") = cpu::active_isa();
+  define_call_table(module);
 
   py::module_ cpu_module = module.def_submodule("cpu", "Ops on the CPU; the last argument, threads, is 0 for every core.");
   LINGBOT_OPS(REGISTER_OP, cpu)

@@ -4,10 +4,45 @@ Arguments are the fields of the structs in csrc/params.h in their order. A launc
 RuntimeError. The last argument is the number of threads (0: every core) on the CPU, the stream's handle with CUDA.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 version: str
 cpu_isa: str
 compiled_with_cuda: bool
 cuda_architectures: str
+
+def environment(name: str, /) -> str | None: ...
+
+class CallTable:
+    """Calls of an op that were found valid, by their arguments' signature; see csrc/call_table.cpp.
+
+    exchange: the capsule `torch.Tensor.__dlpack_c_exchange_api__`; without one nothing is kept. tensors: exact types
+    read as tensors. constants: exact types whose objects live as long as the process. written: positions of tensors
+    that must not overlap another one. varying: positions of ints of any value from 0. limit: signatures kept.
+    """
+
+    def __init__(
+        self,
+        exchange: object,
+        tensors: tuple[type, ...],
+        constants: tuple[type, ...],
+        written: Sequence[int],
+        varying: Sequence[int],
+        limit: int,
+    ) -> None: ...
+    @property
+    def find(self) -> Callable[[tuple[Any, ...], bool], tuple[Any, list[Any]] | None]: ...
+    def keep(
+        self,
+        call: tuple[Any, ...],
+        plan: object,
+        arguments: tuple[Any, ...],
+        slots: Sequence[tuple[int, int]],
+        addresses: bool,
+    ) -> bool: ...
+    def clear(self) -> None: ...
+    def __len__(self) -> int: ...
 
 class _Ops:
     def rope_cos_sin(

@@ -162,8 +162,9 @@ def _measure_events(calls: Sequence[Thunk], per_call: float, effort: Effort) -> 
     return _percentiles(samples, len(calls), "events")
 
 
-def wall_us(calls: Sequence[Thunk], device: torch.device, call_us: float, batches: int = 5) -> float:
-    """Median time the host spends in one call, microseconds, launches queued and not waited for.
+def wall_us(calls: Sequence[Thunk], device: torch.device, call_us: float, batches: int = 15) -> float:
+    """Median over batches of the mean time the host spends in one call, microseconds, launches queued and not waited
+    for; the first batch, which allocates, is not counted.
 
     A batch is short enough for the GPU's launch queue, so that a full queue never holds the host back, and shorter
     where a call takes long: `call_us` on the device.
@@ -175,14 +176,14 @@ def wall_us(calls: Sequence[Thunk], device: torch.device, call_us: float, batche
             torch.cuda.synchronize(device)
 
     times = []
-    for _ in range(batches):
+    for _ in range(batches + 1):
         wait()
         start = time.perf_counter_ns()
         for i in range(batch):
             calls[i % len(calls)]()
         times.append((time.perf_counter_ns() - start) / 1e3 / batch)
     wait()
-    return statistics.median(times)
+    return statistics.median(times[1:])
 
 
 def copy_pair(nbytes: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -124,14 +124,22 @@ def ring(batch: int, num_tokens: int, k_cache: Tensor, chunk_start: int, cursor:
         raise TypeError(f"ring: got cursor {describe(cursor)}, must be int32 [1] on {k_cache.device}")
 
 
-def disjoint(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor | None]]) -> None:
-    """No written tensor may share memory with another argument: neither one's bytes, first to last, may overlap."""
-    spans = [(name, *_span(x)) for name, x in written]
-    for name, x in read:
-        if x is not None:
-            spans.append((name, *_span(x)))
-    for i in range(len(written)):
-        name, start, stop = spans[i]
+def disjoint(written: Sequence[str], arguments: Mapping[str, object]) -> None:
+    """No written tensor may share memory with another one, arguments of their own or in lists: neither one's bytes,
+    first to last, may overlap.
+    """
+    if not written:
+        return
+    spans = [
+        (name, *_span(x))
+        for name, value in arguments.items()
+        for x in (value if isinstance(value, (list, tuple)) else (value,))
+        if isinstance(x, Tensor)
+    ]
+    spans.sort(key=lambda span: span[0] not in written)
+    for i, (name, start, stop) in enumerate(spans):
+        if name not in written:
+            return
         for other, other_start, other_stop in spans[i + 1 :]:
             if start < other_stop and other_start < stop:
                 raise ValueError(f"{name} and {other}: share memory, must be apart (the op writes {name})")

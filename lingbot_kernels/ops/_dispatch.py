@@ -83,7 +83,7 @@ def requested_backend() -> str:
     """The backend asked for by `use_backend` or the environment; "auto" where there is none."""
     chosen = _override.get()
     if chosen is None:
-        chosen = os.environ.get("LINGBOT_KERNELS_BACKEND") or "auto"
+        chosen = _native.environment("LINGBOT_KERNELS_BACKEND") or "auto"
         return chosen if chosen == "auto" else _named(chosen, "LINGBOT_KERNELS_BACKEND")
     return chosen
 
@@ -157,7 +157,9 @@ def resolve(op: str, backend: str | None, device_type: str, dtype: torch.dtype, 
     return _resolve(op, _named(backend, "backend"), True, device_type, dtype, tokens, dim)
 
 
-def resolve_tokens(op: str, backend: str | None, x: torch.Tensor) -> str:
-    """`resolve` for an op on token-major x [B, S, D]; another shape is left to the op's own check to refuse."""
+def place(x: torch.Tensor) -> tuple[str, torch.dtype, int, int]:
+    """(device type, dtype, tokens, dim) of token-major x [B, S, D]; another shape is left to the op's own check to
+    refuse.
+    """
     tokens, dim = x.shape[1:] if x.dim() == 3 else (0, 0)
-    return resolve(op, backend, x.device.type, x.dtype, tokens, dim)
+    return x.device.type, x.dtype, tokens, dim

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lingbot_kernels import reference
 from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops._library import register_kernel
+from lingbot_kernels.ops._plan import Plan
 
 
 def _check_arguments(attended: Tensor, outs: Sequence[Tensor], column: int) -> None:
@@ -34,31 +35,28 @@ def _check_arguments(attended: Tensor, outs: Sequence[Tensor], column: int) -> N
         raise ValueError(f"column: got {column}, must be from 0 to D - {width} = {outs[0].shape[2] - width}")
 
 
-def _run(attended: Tensor, outs: Sequence[Tensor], column: int, backend: str) -> None:
+def _plan(attended: Tensor, outs: Sequence[Tensor], column: int, backend: str) -> Plan:
     _check_arguments(attended, outs, column)
-    _check.disjoint([("outs", out) for out in outs], (("attended", attended),))
     if backend == "reference":
-        reference.attention_output_push(attended, outs, column)
-        return
-    batch, num_tokens, width = attended.shape
-    addresses = array("q", [out.data_ptr() for out in outs])
+        return Plan(reference.attention_output_push, ("attended", "outs", "column"))
     ends = array("q", accumulate(out.shape[1] for out in outs))
     batch_strides = array("q", [out.stride(0) for out in outs])
-    _native.launch(
-        backend, "attention_output_push", attended.device,
-        *_native.rows(attended), addresses.buffer_info()[0], ends.buffer_info()[0], batch_strides.buffer_info()[0],
-        outs[0].stride(1), column, batch, num_tokens, width, len(outs), _native.DTYPE_CODES[attended.dtype],
+    fields = (
+        *_native.rows("attended", attended), "outs", ends, batch_strides, outs[0].stride(1), column,
+        *attended.shape, len(outs), _native.DTYPE_CODES[attended.dtype],
     )  # fmt: skip
+    return _native.plan_with_arrays("attention_output_push", backend, fields, ("outs",))
 
 
 def _fake(attended: Tensor, outs: Sequence[Tensor], column: int, backend: str) -> None:
     _check_arguments(attended, outs, column)
 
 
-_op = register(
+_op = register_kernel(
     "attention_output_push(Tensor attended, Tensor(a!)[] outs, SymInt column, str backend) -> ()",
-    _run,
+    _plan,
     _fake,
+    place=lambda attended, *_: _dispatch.place(attended),
 )
 
 
@@ -76,5 +74,4 @@ def attention_output_push(attended: Tensor, outs: Sequence[Tensor], column: int,
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve_tokens("attention_output_push", backend, attended)
-    _op(attended, list(outs), column, chosen)
+    _op(backend, attended, list(outs), column)

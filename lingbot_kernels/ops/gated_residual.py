@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lingbot_kernels import reference
 from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops._library import register_kernel
+from lingbot_kernels.ops._plan import Output, Plan
 
 
 def _check_arguments(x: Tensor, delta: Tensor, gate: Tensor | None) -> None:
@@ -16,25 +16,19 @@ def _check_arguments(x: Tensor, delta: Tensor, gate: Tensor | None) -> None:
         _check.modulation("gate", gate, x)
 
 
-def _run(x: Tensor, delta: Tensor, gate: Tensor | None, backend: str) -> Tensor:
+def _plan(x: Tensor, delta: Tensor, gate: Tensor | None, backend: str) -> Plan:
     _check_arguments(x, delta, gate)
     if backend == "reference":
-        return reference.gated_residual(x, delta, gate)
-    batch, num_tokens, dim = x.shape
-    x_out = torch.empty_like(x)
+        return Plan(reference.gated_residual, ("x", "delta", "gate"))
+    outputs = (Output("x_out", like="x"),)
     if backend == "triton":
         from lingbot_kernels.triton import gated_residual as kernel
 
         _dispatch.demand("gated_residual", "triton", kernel.why_not(x, delta))
-        kernel.gated_residual(x, delta, gate, x_out)
-    else:
-        codes = _native.DTYPE_CODES
-        _native.launch(
-            backend, "gated_residual", x.device,
-            x.data_ptr(), delta.data_ptr(), *_native.vector(gate), x_out.data_ptr(),
-            batch, num_tokens, dim, codes[x.dtype], codes[delta.dtype],
-        )  # fmt: skip
-    return x_out
+        return Plan(kernel.gated_residual, ("x", "delta", "gate", "x_out"), outputs)
+    codes = _native.DTYPE_CODES
+    fields = ("x", "delta", *_native.vector("gate", gate), "x_out", *x.shape, codes[x.dtype], codes[delta.dtype])
+    return _native.plan("gated_residual", backend, fields, outputs)
 
 
 def _fake(x: Tensor, delta: Tensor, gate: Tensor | None, backend: str) -> Tensor:
@@ -42,10 +36,11 @@ def _fake(x: Tensor, delta: Tensor, gate: Tensor | None, backend: str) -> Tensor
     return x.new_empty(x.shape)
 
 
-_op = register(
+_op = register_kernel(
     "gated_residual(Tensor x, Tensor delta, Tensor? gate, str backend) -> Tensor",
-    _run,
+    _plan,
     _fake,
+    place=lambda x, *_: _dispatch.place(x),
 )
 
 
@@ -60,5 +55,4 @@ def gated_residual(x: Tensor, delta: Tensor, gate: Tensor | None, *, backend: st
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve_tokens("gated_residual", backend, x)
-    return _op(x, delta, gate, chosen)
+    return _op(backend, x, delta, gate)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lingbot_kernels import reference
 from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops._library import register_kernel
+from lingbot_kernels.ops._plan import Output, Plan
 
 
 def _check_arguments(
@@ -27,29 +27,26 @@ def _check_arguments(
         _check.weight(name, vector, x.shape[2], delta)
 
 
-def _run(
+def _plan(
     x: Tensor, delta: Tensor, gate: Tensor | None, cam_scale: Tensor | None, cam_shift: Tensor | None,
     weight: Tensor, bias: Tensor, eps: float, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Plan:  # fmt: skip
     _check_arguments(x, delta, gate, cam_scale, cam_shift, weight, bias)
-    batch, num_tokens, dim = x.shape
+    arguments = ("x", "delta", "gate", "cam_scale", "cam_shift", "weight", "bias")
     if backend == "reference":
-        return reference.gated_residual_camera_norm(x, delta, gate, cam_scale, cam_shift, weight, bias, eps)
-    x_out, y = torch.empty_like(x), torch.empty_like(delta)
+        return Plan(reference.gated_residual_camera_norm, (*arguments, "eps"))
+    outputs = (Output("x_out", like="x"), Output("y", like="delta"))
     if backend == "triton":
         from lingbot_kernels.triton import gated_residual_camera_norm as kernel
 
         _dispatch.demand("gated_residual_camera_norm", "triton", kernel.why_not(x, delta))
-        kernel.gated_residual_camera_norm(x, delta, gate, cam_scale, cam_shift, weight, bias, x_out, y, eps)
-    else:
-        codes = _native.DTYPE_CODES
-        _native.launch(
-            backend, "gated_residual_camera_norm", x.device,
-            x.data_ptr(), delta.data_ptr(), *_native.vector(gate),
-            _native.pointer(cam_scale), _native.pointer(cam_shift), weight.data_ptr(), bias.data_ptr(),
-            x_out.data_ptr(), y.data_ptr(), batch, num_tokens, dim, codes[x.dtype], codes[delta.dtype], eps,
-        )  # fmt: skip
-    return x_out, y
+        return Plan(kernel.gated_residual_camera_norm, (*arguments, "x_out", "y", "eps"), outputs)
+    codes = _native.DTYPE_CODES
+    fields = (
+        "x", "delta", *_native.vector("gate", gate), "cam_scale", "cam_shift", "weight", "bias", "x_out", "y",
+        *x.shape, codes[x.dtype], codes[delta.dtype], "eps",
+    )  # fmt: skip
+    return _native.plan("gated_residual_camera_norm", backend, fields, outputs)
 
 
 def _fake(
@@ -60,11 +57,12 @@ def _fake(
     return x.new_empty(x.shape), delta.new_empty(x.shape)
 
 
-_op = register(
+_op = register_kernel(
     "gated_residual_camera_norm(Tensor x, Tensor delta, Tensor? gate, Tensor? cam_scale, Tensor? cam_shift, "
     "Tensor weight, Tensor bias, float eps, str backend) -> (Tensor, Tensor)",
-    _run,
+    _plan,
     _fake,
+    place=lambda x, *_: _dispatch.place(x),
 )
 
 
@@ -96,5 +94,4 @@ def gated_residual_camera_norm(
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve_tokens("gated_residual_camera_norm", backend, x)
-    return _op(x, delta, gate, cam_scale, cam_shift, weight, bias, eps, chosen)
+    return _op(backend, x, delta, gate, cam_scale, cam_shift, weight, bias, eps)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from lingbot_kernels import reference
 from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops._library import register_kernel
+from lingbot_kernels.ops._plan import Output, Plan
 
 
 def _check_arguments(x: Tensor, shift: Tensor, scale: Tensor, out_dtype: torch.dtype) -> None:
@@ -19,25 +22,22 @@ def _check_arguments(x: Tensor, shift: Tensor, scale: Tensor, out_dtype: torch.d
         raise TypeError(f"out_dtype: got {out_dtype}, must be x's {x.dtype}, since only a float32 x may be narrowed")
 
 
-def _run(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype, backend: str) -> Tensor:
+def _plan(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype, backend: str) -> Plan:
     _check_arguments(x, shift, scale, out_dtype)
     if backend == "reference":
-        return reference.layer_norm_modulate(x, shift, scale, eps, out_dtype=out_dtype)
-    batch, num_tokens, dim = x.shape
-    y = torch.empty_like(x, dtype=out_dtype)
+        return Plan(partial(reference.layer_norm_modulate, out_dtype=out_dtype), ("x", "shift", "scale", "eps"))
+    outputs = (Output("y", like="x", dtype=out_dtype),)
     if backend == "triton":
         from lingbot_kernels.triton import layer_norm_modulate as kernel
 
-        _dispatch.demand("layer_norm_modulate", "triton", kernel.why_not(x, y))
-        kernel.layer_norm_modulate(x, shift, scale, y, eps)
-    else:
-        codes = _native.DTYPE_CODES
-        _native.launch(
-            backend, "layer_norm_modulate", x.device,
-            x.data_ptr(), *_native.vector(shift), *_native.vector(scale), y.data_ptr(),
-            batch, num_tokens, dim, codes[x.dtype], codes[out_dtype], eps,
-        )  # fmt: skip
-    return y
+        _dispatch.demand("layer_norm_modulate", "triton", kernel.why_not(x, x.new_empty(0, dtype=out_dtype)))
+        return Plan(kernel.layer_norm_modulate, ("x", "shift", "scale", "y", "eps"), outputs)
+    codes = _native.DTYPE_CODES
+    fields = (
+        "x", *_native.vector("shift", shift), *_native.vector("scale", scale), "y",
+        *x.shape, codes[x.dtype], codes[out_dtype], "eps",
+    )  # fmt: skip
+    return _native.plan("layer_norm_modulate", backend, fields, outputs)
 
 
 def _fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype, backend: str) -> Tensor:
@@ -45,10 +45,11 @@ def _fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.
     return x.new_empty(x.shape, dtype=out_dtype)
 
 
-_op = register(
+_op = register_kernel(
     "layer_norm_modulate(Tensor x, Tensor shift, Tensor scale, float eps, ScalarType out_dtype, str backend) -> Tensor",
-    _run,
+    _plan,
     _fake,
+    place=lambda x, *_: _dispatch.place(x),
 )
 
 
@@ -73,5 +74,4 @@ def layer_norm_modulate(
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve_tokens("layer_norm_modulate", backend, x)
-    return _op(x, shift, scale, eps, out_dtype or x.dtype, chosen)
+    return _op(backend, x, shift, scale, eps, out_dtype or x.dtype)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lingbot_kernels import reference
 from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops._library import register_kernel
+from lingbot_kernels.ops._plan import Output, Plan
 from lingbot_kernels.ops.ring import RingPosition
 
 
@@ -43,41 +43,45 @@ def check_table(cos_sin: Tensor, num_tokens: int, head_dim: int, like: Tensor) -
     _check.contiguous("cos_sin", cos_sin)
 
 
-def write(
+def plan(
     q: Tensor | None, k: Tensor, v: Tensor | None, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor,
     k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int, eps: float, backend: str,
-) -> Tensor | None:  # fmt: skip
+) -> Plan:  # fmt: skip
+    """Of both ops; q and q_weight are None in the write-only one."""
     check_arguments(q, k, v, q_weight, k_weight, cos_sin, k_cache, v_cache, chunk_start, cursor, sink)
-    _check.disjoint((("k_cache", k_cache), ("v_cache", v_cache)), (("q", q), ("k", k), ("v", v), ("cos_sin", cos_sin)))
-    q_out = None if q is None else torch.empty_like(k)
-    batch, num_tokens, _ = k.shape
+    batch, num_tokens, dim = k.shape
     capacity, heads, head_dim = k_cache.shape[1:]
-    if backend in ("cuda", "cpu"):
-        out_row = (0, 0, 0) if q_out is None else (q_out.data_ptr(), q_out.stride(0), q_out.stride(1))
-        _native.launch(
-            backend, "qk_norm_rope_kv_write", k.device,
-            *_native.rows(q), *_native.rows(k), *_native.rows(v),
-            _native.pointer(q_weight), k_weight.data_ptr(), cos_sin.data_ptr(),
-            *out_row, 0,
-            k_cache.data_ptr(), k_cache.stride(0), k_cache.stride(1),
-            v_cache.data_ptr(), v_cache.stride(0), v_cache.stride(1),
-            chunk_start, _native.pointer(cursor), sink, capacity,
-            batch, num_tokens, heads, head_dim, _native.DTYPE_CODES[k.dtype], eps,
-        )  # fmt: skip
-    elif backend == "triton":
+    full = q is not None
+    queries = ("q" if full else None, "k", "v", "q_weight" if full else None, "k_weight", "cos_sin")
+    place = ("k_cache", "v_cache", "chunk_start", "cursor", "sink", "eps")
+    if backend == "reference":
+        return Plan(_reference, (*queries, *place))
+    outputs = (Output("q_out", like="q"),) if full else ()
+    if backend == "triton":
         from lingbot_kernels.triton import qk_norm_rope_kv_write as kernel
 
         _dispatch.demand("qk_norm_rope_kv_write", "triton", kernel.why_not(q, k, v, k_cache, v_cache))
-        kernel.qk_norm_rope_kv_write(
-            q, k, v, q_weight, k_weight, cos_sin, q_out, k_cache, v_cache, chunk_start, cursor, sink, eps
-        )
-    else:
-        ring = RingPosition(chunk_start, sink, cursor)
-        if q is None or q_weight is None:
-            reference.k_norm_rope_kv_write(k, v, k_weight, cos_sin, k_cache, v_cache, ring, eps)
-        else:
-            q_out = reference.qk_norm_rope_kv_write(q, k, v, q_weight, k_weight, cos_sin, k_cache, v_cache, ring, eps)
-    return q_out
+        return Plan(kernel.qk_norm_rope_kv_write, (*queries, "q_out" if full else None, *place), outputs)
+    fields = (
+        *(_native.rows("q", q) if full else (0, 0, 0)), *_native.rows("k", k), *_native.rows("v", v),
+        "q_weight" if full else 0, "k_weight", "cos_sin",
+        *(("q_out", num_tokens * dim, dim, 0) if full else (0, 0, 0, 0)),
+        *_native.rows("k_cache", k_cache), *_native.rows("v_cache", v_cache),
+        "chunk_start", "cursor", sink, capacity,
+        batch, num_tokens, heads, head_dim, _native.DTYPE_CODES[k.dtype], "eps",
+    )  # fmt: skip
+    return _native.plan("qk_norm_rope_kv_write", backend, fields, outputs)
+
+
+def _reference(
+    q: Tensor | None, k: Tensor, v: Tensor | None, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor,
+    k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int, eps: float,
+) -> Tensor | None:  # fmt: skip
+    ring = RingPosition(chunk_start, sink, cursor)
+    if q is None or q_weight is None:
+        reference.k_norm_rope_kv_write(k, v, k_weight, cos_sin, k_cache, v_cache, ring, eps)
+        return None
+    return reference.qk_norm_rope_kv_write(q, k, v, q_weight, k_weight, cos_sin, k_cache, v_cache, ring, eps)
 
 
 def _fake(
@@ -88,12 +92,14 @@ def _fake(
     return k.new_empty(k.shape)
 
 
-_full = register(
+_op = register_kernel(
     "qk_norm_rope_kv_write(Tensor q, Tensor k, Tensor? v, Tensor q_weight, Tensor k_weight, Tensor cos_sin, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt chunk_start, Tensor? cursor, SymInt sink, float eps, str backend) "
     "-> Tensor",
-    write,
+    plan,
     _fake,
+    place=lambda q, k, *_: _dispatch.place(k),
+    varying=("chunk_start",),
 )
 
 
@@ -131,7 +137,6 @@ def qk_norm_rope_kv_write(
             caches that share memory with another argument, and mixed devices or dtypes are refused.
         BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve_tokens("qk_norm_rope_kv_write", backend, k)
-    return _full(
-        q, k, v, q_weight, k_weight, cos_sin, k_cache, v_cache, ring.chunk_start, ring.cursor, ring.sink, eps, chosen
+    return _op(
+        backend, q, k, v, q_weight, k_weight, cos_sin, k_cache, v_cache, ring.chunk_start, ring.cursor, ring.sink, eps
     )

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lingbot_kernels import reference
 from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops._library import register_kernel
+from lingbot_kernels.ops._plan import Output, Plan
 from lingbot_kernels.ops.qk_norm_rope_kv_write import check_table
 
 
@@ -33,29 +34,28 @@ def _check_arguments(
     _check.weight("k_weight", k_weight, dim, k)
 
 
-def _run(
+def _plan(
     q: Tensor | None, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor, ranks: int,
     eps: float, backend: str,
-) -> Tensor:  # fmt: skip
+) -> Plan:  # fmt: skip
     _check_arguments(q, k, v, q_weight, k_weight, cos_sin, ranks)
     batch, num_tokens, dim = k.shape
     head_dim = cos_sin.shape[1]
+    arguments = ("q", "k", "v", "q_weight", "k_weight", "cos_sin")
     if backend == "reference":
-        return reference.qk_norm_rope_pack(q, k, v, q_weight, k_weight, cos_sin, ranks, eps)
-    packed = k.new_empty(_shape(q, k, cos_sin, ranks))
+        return Plan(reference.qk_norm_rope_pack, (*arguments, ranks, "eps"))
+    outputs = (Output("packed", like="k", shape=_shape(q, k, cos_sin, ranks)),)
     if backend == "triton":
         from lingbot_kernels.triton import qk_norm_rope_pack as kernel
 
         _dispatch.demand("qk_norm_rope_pack", "triton", kernel.why_not(q, k, v))
-        kernel.qk_norm_rope_pack(q, k, v, q_weight, k_weight, cos_sin, packed, eps)
-    else:
-        _native.launch(
-            backend, "qk_norm_rope_pack", k.device,
-            *_native.rows(q), *_native.rows(k), *_native.rows(v), _native.pointer(q_weight), k_weight.data_ptr(),
-            cos_sin.data_ptr(), packed.data_ptr(), batch, num_tokens, dim // head_dim, head_dim, ranks,
-            _native.DTYPE_CODES[k.dtype], eps,
-        )  # fmt: skip
-    return packed
+        return Plan(kernel.qk_norm_rope_pack, (*arguments, "packed", "eps"), outputs)
+    fields = (
+        *_native.rows("q", q), *_native.rows("k", k), *_native.rows("v", v),
+        "q_weight", "k_weight", "cos_sin", "packed",
+        batch, num_tokens, dim // head_dim, head_dim, ranks, _native.DTYPE_CODES[k.dtype], "eps",
+    )  # fmt: skip
+    return _native.plan("qk_norm_rope_pack", backend, fields, outputs)
 
 
 def _fake(
@@ -66,11 +66,12 @@ def _fake(
     return k.new_empty(_shape(q, k, cos_sin, ranks))
 
 
-_op = register(
+_op = register_kernel(
     "qk_norm_rope_pack(Tensor? q, Tensor k, Tensor v, Tensor? q_weight, Tensor k_weight, Tensor cos_sin, int ranks, "
     "float eps, str backend) -> Tensor",
-    _run,
+    _plan,
     _fake,
+    place=lambda q, k, *_: _dispatch.place(k),
 )
 
 
@@ -99,5 +100,4 @@ def qk_norm_rope_pack(
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve_tokens("qk_norm_rope_pack", backend, k)
-    return _op(q, k, v, q_weight, k_weight, cos_sin, ranks, eps, chosen)
+    return _op(backend, q, k, v, q_weight, k_weight, cos_sin, ranks, eps)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from lingbot_kernels import reference
 from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops._library import register_kernel
+from lingbot_kernels.ops._plan import Plan
 from lingbot_kernels.ops.qk_norm_rope_kv_write import check_table
 from lingbot_kernels.ops.ring import RingPosition
 
@@ -58,36 +58,39 @@ def _check_arguments(
     _check.alike("q_outs", q_outs)
 
 
-def _run(
+def _plan(
     q: Tensor | None, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor,
     q_outs: Sequence[Tensor], k_caches: Sequence[Tensor], v_caches: Sequence[Tensor],
     chunk_start: int, cursor: Tensor | None, sink: int, first_token: int, eps: float, backend: str,
-) -> None:  # fmt: skip
+) -> Plan:  # fmt: skip
     _check_arguments(
         q, k, v, q_weight, k_weight, cos_sin, q_outs, k_caches, v_caches, chunk_start, cursor, sink, first_token
     )
-    written = [("q_outs", x) for x in q_outs if q is not None]
-    written += [("k_caches", x) for x in k_caches] + [("v_caches", x) for x in v_caches]
-    _check.disjoint(written, (("q", q), ("k", k), ("v", v), ("cos_sin", cos_sin)))
+    arguments = ("q", "k", "v", "q_weight", "k_weight", "cos_sin", "q_outs", "k_caches", "v_caches")
     if backend == "reference":
-        ring = RingPosition(chunk_start, sink, cursor)
-        reference.qk_norm_rope_push(
-            q, k, v, q_weight, k_weight, cos_sin, q_outs, k_caches, v_caches, ring, first_token, eps
-        )
-        return
+        return Plan(_reference, (*arguments, "chunk_start", "cursor", "sink", "first_token", "eps"))
     batch, num_tokens, dim = k.shape
     head_dim, ranks = cos_sin.shape[1], len(k_caches)
     rows, k_cache, v_cache = q_outs[0] if q is not None else k_caches[0], k_caches[0], v_caches[0]
-    no_rows = [0] * ranks if q is None else [x.data_ptr() for x in q_outs]
-    addresses = array("q", no_rows + [x.data_ptr() for x in k_caches] + [x.data_ptr() for x in v_caches])
-    _native.launch(
-        backend, "qk_norm_rope_push", k.device,
-        *_native.rows(q), *_native.rows(k), *_native.rows(v), _native.pointer(q_weight), k_weight.data_ptr(),
-        cos_sin.data_ptr(), addresses.buffer_info()[0],
+    lists = ([0] * ranks if q is None else "q_outs", "k_caches", "v_caches")
+    fields = (
+        *_native.rows("q", q), *_native.rows("k", k), *_native.rows("v", v), "q_weight", "k_weight", "cos_sin", *lists,
         rows.stride(0), rows.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1),
-        chunk_start, _native.pointer(cursor), sink, k_cache.shape[1], first_token,
-        batch, num_tokens, dim // head_dim, head_dim, ranks, _native.DTYPE_CODES[k.dtype], eps,
+        "chunk_start", "cursor", sink, k_cache.shape[1], first_token,
+        batch, num_tokens, dim // head_dim, head_dim, ranks, _native.DTYPE_CODES[k.dtype], "eps",
     )  # fmt: skip
+    return _native.plan_with_arrays("qk_norm_rope_push", backend, fields, lists)
+
+
+def _reference(
+    q: Tensor | None, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor,
+    q_outs: Sequence[Tensor], k_caches: Sequence[Tensor], v_caches: Sequence[Tensor],
+    chunk_start: int, cursor: Tensor | None, sink: int, first_token: int, eps: float,
+) -> None:  # fmt: skip
+    ring = RingPosition(chunk_start, sink, cursor)
+    reference.qk_norm_rope_push(
+        q, k, v, q_weight, k_weight, cos_sin, q_outs, k_caches, v_caches, ring, first_token, eps
+    )
 
 
 def _fake(
@@ -100,12 +103,14 @@ def _fake(
     )
 
 
-_op = register(
+_op = register_kernel(
     "qk_norm_rope_push(Tensor? q, Tensor k, Tensor v, Tensor? q_weight, Tensor k_weight, Tensor cos_sin, "
     "Tensor(a!)[] q_outs, Tensor(b!)[] k_caches, Tensor(c!)[] v_caches, SymInt chunk_start, Tensor? cursor, "
     "SymInt sink, SymInt first_token, float eps, str backend) -> ()",
-    _run,
+    _plan,
     _fake,
+    place=lambda q, k, *_: _dispatch.place(k),
+    varying=("chunk_start",),
 )
 
 
@@ -142,8 +147,7 @@ def qk_norm_rope_push(
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve_tokens("qk_norm_rope_push", backend, k)
     _op(
-        q, k, v, q_weight, k_weight, cos_sin, list(q_outs), list(k_caches), list(v_caches),
-        ring.chunk_start, ring.cursor, ring.sink, first_token, eps, chosen,
+        backend, q, k, v, q_weight, k_weight, cos_sin, list(q_outs), list(k_caches), list(v_caches),
+        ring.chunk_start, ring.cursor, ring.sink, first_token, eps,
     )  # fmt: skip

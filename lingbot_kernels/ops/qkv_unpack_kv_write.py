@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lingbot_kernels import reference
 from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops._library import register_kernel
+from lingbot_kernels.ops._plan import Plan
 from lingbot_kernels.ops.ring import RingPosition
 
 
@@ -23,28 +25,36 @@ def _check_arguments(
     _check.ring(batch, num_tokens, k_cache, chunk_start, cursor, sink)
 
 
-def _run(
+def _plan(
     packed: Tensor, k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int, backend: str
-) -> None:
+) -> Plan:
     _check_arguments(packed, k_cache, v_cache, chunk_start, cursor, sink)
     num_tokens, batch, parts, heads, head_dim = packed.shape
-    _check.disjoint((("k_cache", k_cache), ("v_cache", v_cache)), (("packed", packed),))
+    arguments = ("packed", "k_cache", "v_cache", "chunk_start", "cursor", "sink")
     if backend == "reference":
-        reference.qkv_unpack_kv_write(packed, k_cache, v_cache, RingPosition(chunk_start, sink, cursor))
-    elif backend == "triton":
+        return Plan(_reference, arguments)
+    if backend == "triton":
         from lingbot_kernels.triton import qkv_unpack_kv_write as kernel
 
         _dispatch.demand("qkv_unpack_kv_write", "triton", kernel.why_not(packed, k_cache, v_cache))
-        kernel.qkv_unpack_kv_write(packed, k_cache, v_cache, chunk_start, cursor, sink)
-    else:
-        _native.launch(
-            backend, "qkv_unpack_kv_write", packed.device,
-            packed.data_ptr(), parts,
-            k_cache.data_ptr(), k_cache.stride(0), k_cache.stride(1),
-            v_cache.data_ptr(), v_cache.stride(0), v_cache.stride(1),
-            chunk_start, _native.pointer(cursor), sink, k_cache.shape[1],
-            batch, num_tokens, heads, head_dim, _native.DTYPE_CODES[packed.dtype],
-        )  # fmt: skip
+        return Plan(kernel.qkv_unpack_kv_write, arguments)
+    fields = (
+        "packed", parts, *_native.rows("k_cache", k_cache), *_native.rows("v_cache", v_cache),
+        "chunk_start", "cursor", sink, k_cache.shape[1],
+        batch, num_tokens, heads, head_dim, _native.DTYPE_CODES[packed.dtype],
+    )  # fmt: skip
+    return _native.plan("qkv_unpack_kv_write", backend, fields)
+
+
+def _reference(
+    packed: Tensor, k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int
+) -> None:
+    reference.qkv_unpack_kv_write(packed, k_cache, v_cache, RingPosition(chunk_start, sink, cursor))
+
+
+def _place(packed: Tensor, *_: object) -> tuple[str, torch.dtype, int, int]:
+    tokens, dim = (packed.shape[0], packed.shape[3] * packed.shape[4]) if packed.dim() == 5 else (0, 0)
+    return packed.device.type, packed.dtype, tokens, dim
 
 
 def _fake(
@@ -53,11 +63,13 @@ def _fake(
     _check_arguments(packed, k_cache, v_cache, chunk_start, cursor, sink)
 
 
-_op = register(
+_op = register_kernel(
     "qkv_unpack_kv_write(Tensor packed, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt chunk_start, Tensor? cursor, "
     "SymInt sink, str backend) -> ()",
-    _run,
+    _plan,
     _fake,
+    _place,
+    varying=("chunk_start",),
 )
 
 
@@ -75,7 +87,5 @@ def qkv_unpack_kv_write(
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    tokens, dim = (packed.shape[0], packed.shape[3] * packed.shape[4]) if packed.dim() == 5 else (0, 0)
-    chosen = _dispatch.resolve("qkv_unpack_kv_write", backend, packed.device.type, packed.dtype, tokens, dim)
-    _op(packed, k_cache, v_cache, ring.chunk_start, ring.cursor, ring.sink, chosen)
-    return packed[:, :, 0].transpose(0, 1) if packed.shape[2] == 3 else None
+    _op(backend, packed, k_cache, v_cache, ring.chunk_start, ring.cursor, ring.sink)
+    return packed.select(2, 0).transpose(0, 1) if packed.shape[2] == 3 else None

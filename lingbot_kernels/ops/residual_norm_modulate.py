@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lingbot_kernels import reference
 from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops._library import register_kernel
+from lingbot_kernels.ops._plan import Output, Plan
 
 
 def _check_arguments(x: Tensor, delta: Tensor, shift: Tensor, scale: Tensor, gate: Tensor | None) -> None:
@@ -17,27 +17,25 @@ def _check_arguments(x: Tensor, delta: Tensor, shift: Tensor, scale: Tensor, gat
             _check.modulation(name, vector, x)
 
 
-def _run(
+def _plan(
     x: Tensor, delta: Tensor, shift: Tensor, scale: Tensor, eps: float, gate: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
+) -> Plan:
     _check_arguments(x, delta, shift, scale, gate)
     if backend == "reference":
-        return reference.residual_norm_modulate(x, delta, shift, scale, eps, gate)
-    batch, num_tokens, dim = x.shape
-    x_out, y = torch.empty_like(x), torch.empty_like(delta)
+        return Plan(reference.residual_norm_modulate, ("x", "delta", "shift", "scale", "eps", "gate"))
+    outputs = (Output("x_out", like="x"), Output("y", like="delta"))
     if backend == "triton":
         from lingbot_kernels.triton import residual_norm_modulate as kernel
 
         _dispatch.demand("residual_norm_modulate", "triton", kernel.why_not(x, delta))
-        kernel.residual_norm_modulate(x, delta, gate, shift, scale, x_out, y, eps)
-    else:
-        codes = _native.DTYPE_CODES
-        _native.launch(
-            backend, "residual_norm_modulate", x.device,
-            x.data_ptr(), delta.data_ptr(), *_native.vector(gate), *_native.vector(shift), *_native.vector(scale),
-            x_out.data_ptr(), y.data_ptr(), batch, num_tokens, dim, codes[x.dtype], codes[delta.dtype], eps,
-        )  # fmt: skip
-    return x_out, y
+        arguments = ("x", "delta", "gate", "shift", "scale", "x_out", "y", "eps")
+        return Plan(kernel.residual_norm_modulate, arguments, outputs)
+    codes = _native.DTYPE_CODES
+    fields = (
+        "x", "delta", *_native.vector("gate", gate), *_native.vector("shift", shift), *_native.vector("scale", scale),
+        "x_out", "y", *x.shape, codes[x.dtype], codes[delta.dtype], "eps",
+    )  # fmt: skip
+    return _native.plan("residual_norm_modulate", backend, fields, outputs)
 
 
 def _fake(
@@ -47,11 +45,12 @@ def _fake(
     return x.new_empty(x.shape), delta.new_empty(x.shape)
 
 
-_op = register(
+_op = register_kernel(
     "residual_norm_modulate(Tensor x, Tensor delta, Tensor shift, Tensor scale, float eps, Tensor? gate, str backend) "
     "-> (Tensor, Tensor)",
-    _run,
+    _plan,
     _fake,
+    place=lambda x, *_: _dispatch.place(x),
 )
 
 
@@ -78,5 +77,4 @@ def residual_norm_modulate(
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve_tokens("residual_norm_modulate", backend, x)
-    return _op(x, delta, shift, scale, eps, gate, chosen)
+    return _op(backend, x, delta, shift, scale, eps, gate)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lingbot_kernels import reference
 from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops._library import register_kernel
+from lingbot_kernels.ops._plan import Output, Plan
 
 
 def _check_arguments(x: Tensor, weight: Tensor) -> None:
@@ -15,24 +15,21 @@ def _check_arguments(x: Tensor, weight: Tensor) -> None:
     _check.weight("weight", weight, x.shape[2], x)
 
 
-def _run(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
+def _plan(x: Tensor, weight: Tensor, eps: float, backend: str) -> Plan:
     _check_arguments(x, weight)
     batch, num_tokens, dim = x.shape
     if backend == "reference":
-        return reference.rms_norm(x, weight, eps)
-    y = torch.empty_like(x)
+        return Plan(reference.rms_norm, ("x", "weight", "eps"))
+    outputs = (Output("y", like="x"),)
     if backend == "triton":
         from lingbot_kernels.triton import rms_norm as kernel
 
         _dispatch.demand("rms_norm", "triton", kernel.why_not(x))
-        kernel.rms_norm(x, weight, y, eps)
-    else:
-        _native.launch(
-            backend, "rms_norm", x.device,
-            *_native.rows(x), weight.data_ptr(), y.data_ptr(), batch, num_tokens, dim, _native.DTYPE_CODES[x.dtype],
-            eps,
-        )  # fmt: skip
-    return y
+        return Plan(kernel.rms_norm, ("x", "weight", "y", "eps"), outputs)
+    fields = (
+        *_native.rows("x", x), "weight", "y", batch, num_tokens, dim, _native.DTYPE_CODES[x.dtype], "eps",
+    )  # fmt: skip
+    return _native.plan("rms_norm", backend, fields, outputs)
 
 
 def _fake(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
@@ -40,10 +37,11 @@ def _fake(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_op = register(
+_op = register_kernel(
     "rms_norm(Tensor x, Tensor weight, float eps, str backend) -> Tensor",
-    _run,
+    _plan,
     _fake,
+    place=lambda x, *_: _dispatch.place(x),
 )
 
 
@@ -58,5 +56,4 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = Non
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend asked for by name can't serve.
     """
-    chosen = _dispatch.resolve_tokens("rms_norm", backend, x)
-    return _op(x, weight, eps, chosen)
+    return _op(backend, x, weight, eps)

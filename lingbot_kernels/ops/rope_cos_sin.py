@@ -7,31 +7,35 @@ from torch import Tensor
 
 from lingbot_kernels import reference
 from lingbot_kernels.ops import _dispatch, _native
-from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops._library import register_kernel
+from lingbot_kernels.ops._plan import Plan
 
 
-def _run(
+def _plan(
     out: Tensor, token_start: int, frame_stride: int, width: int, head_dim: int, theta: float, backend: str
-) -> None:
-    if backend in ("cuda", "cpu"):
-        _native.launch(
-            backend, "rope_cos_sin", out.device,
-            out.data_ptr(), out.shape[0], token_start, frame_stride, width, head_dim, theta,
-        )  # fmt: skip
-    elif backend == "triton":
+) -> Plan:
+    if backend == "reference":
+        return Plan(_reference, ("out", "token_start", frame_stride, width, head_dim, theta))
+    if backend == "triton":
         from lingbot_kernels.triton import rope_cos_sin as kernel
 
         _dispatch.demand("rope_cos_sin", "triton", kernel.why_not(head_dim))
-        kernel.rope_cos_sin(out, token_start, frame_stride, width, theta)
-    else:
-        reference.rope_cos_sin(out.shape[0], token_start, frame_stride, width, head_dim, theta, out.device, out=out)
+        return Plan(kernel.rope_cos_sin, ("out", "token_start", frame_stride, width, theta))
+    fields = ("out", out.shape[0], "token_start", frame_stride, width, head_dim, theta)
+    return _native.plan("rope_cos_sin", backend, fields)
 
 
-_fill = register(
+def _reference(out: Tensor, token_start: int, frame_stride: int, width: int, head_dim: int, theta: float) -> None:
+    reference.rope_cos_sin(out.shape[0], token_start, frame_stride, width, head_dim, theta, out.device, out=out)
+
+
+_op = register_kernel(
     "rope_cos_sin(Tensor(a!) out, SymInt token_start, SymInt frame_stride, SymInt width, int head_dim, float theta, "
     "str backend) -> ()",
-    _run,
+    _plan,
     lambda out, token_start, frame_stride, width, head_dim, theta, backend: None,
+    place=lambda out, *_: (out.device.type, out.dtype, *out.shape),
+    varying=("token_start",),
 )
 
 
@@ -80,6 +84,5 @@ def rope_cos_sin(
         )
     elif out.device.type != device.type or (device.index is not None and out.device != device):
         raise ValueError(f"out: got device {out.device}, must be {device}")
-    chosen = _dispatch.resolve("rope_cos_sin", backend, device.type, torch.float32, num_tokens, head_dim)
-    _fill(out, token_start, frame_stride, width, head_dim, float(theta), chosen)
+    _op(backend, out, token_start, frame_stride, width, head_dim, float(theta))
     return out

@@ -34,20 +34,25 @@ def _key(
     strides: tuple[Any, ...],
     constants: tuple[Any, ...],
     num_warps: int,
-) -> tuple[Any, ...] | None:
-    """The key of a call, or None where it has to be `kernel[grid](...)`.
+) -> tuple[tuple[Any, ...] | None, list[Any]]:
+    """The key of a call, or None where it has to be `kernel[grid](...)`; and its tensors and counts as a kept kernel
+    takes them: addresses, which are not looked up again, and ints.
 
-    Of a tensor its dtype and alignment, of a count that it is an int of 32 bits, of all else its value.
+    The key holds of a tensor its dtype and alignment, of a count that it is an int of 32 bits, of all else its value.
     """
-    kinds = [None if x is None else (x.dtype, x.data_ptr() % POINTER_ALIGNMENT) for x in tensors]
-    for x in counts:
+    key: list[Any] = [id(kernel), device, num_warps, strides, constants]
+    values: list[Any] = []
+    for x in (*tensors, *counts):
         if isinstance(x, torch.Tensor):
-            kinds.append((x.dtype, x.data_ptr() % POINTER_ALIGNMENT))
-        elif -INT32 <= x < INT32:
-            kinds.append(None)
+            address = x.data_ptr()
+            values.append(address)
+            key += (x.dtype, address % POINTER_ALIGNMENT)
+        elif x is None or -INT32 <= x < INT32:
+            values.append(x)
+            key.append(None if x is None else int)
         else:
-            return None  # compiled for 64 bits
-    return id(kernel), device, num_warps, strides, constants, *kinds
+            return None, values  # compiled for 64 bits
+    return tuple(key), values
 
 
 def _can_use_compiled(kernel: Any, first: torch.Tensor) -> bool:
@@ -83,7 +88,7 @@ def launch(
         return
     device = driver.active.get_current_device()
     values = tuple(constants.values())
-    key = _key(kernel, device, tensors, counts, strides, values, num_warps)
+    key, handed = _key(kernel, device, tensors, counts, strides, values, num_warps)
     compiled = None if key is None else _compiled.get(key)
     if compiled is None:
         compiled = kernel[grid](*args, **constants, num_warps=num_warps)
@@ -97,4 +102,6 @@ def launch(
     x, y, z = (*grid, 1, 1)[:3]
     stream = driver.active.get_current_stream(device)
     # No launch metadata and no hooks: nothing listens.
-    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *values)
+    compiled.run(
+        x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *handed, *strides, *values
+    )

@@ -57,7 +57,11 @@ def assert_refused(
     op: Callable[..., Any], arguments: Arguments, change: Arguments, error: Errors, message: str,
     mutated: Sequence[str] = (), backends: Sequence[str] = BACKENDS,
 ) -> None:  # fmt: skip
-    """Each backend, and the automatic choice, names what is wrong; caches keep their bits."""
+    """Each backend, and the automatic choice, names what is wrong, also where a like call was just found valid; caches
+    keep their bits.
+    """
+    for options in ({}, *({"backend": backend} for backend in backends)):
+        run(op, arguments, mutated, **options)
     arguments = {**arguments, **change}
     before = {name: arguments[name].clone() for name in mutated}
     for options in ({}, *({"backend": backend} for backend in backends)):
