@@ -41,9 +41,9 @@ template <class V> void fields(V& visit, QkvUnpackKvWriteParams& p) {
   FIELDS(p.packed, p.parts, p.k_cache, p.v_cache, p.ring, p.batch, p.tokens, p.heads, p.head_dim, p.dtype);
 }
 template <class V> void fields(V& visit, QkNormRopePushParams& p) {
-  FIELDS(p.q, p.k, p.v, p.q_weight, p.k_weight, p.cos_sin, p.addresses, p.q_batch_stride, p.q_token_stride,
-         p.k_batch_stride, p.k_token_stride, p.v_batch_stride, p.v_token_stride, p.ring, p.first_token, p.batch,
-         p.tokens, p.heads, p.head_dim, p.ranks, p.dtype, p.eps);
+  FIELDS(p.q, p.k, p.v, p.q_weight, p.k_weight, p.cos_sin, p.addresses, p.q_out_batch_stride, p.q_out_token_stride,
+         p.k_cache_batch_stride, p.k_cache_token_stride, p.v_cache_batch_stride, p.v_cache_token_stride, p.ring,
+         p.first_token, p.batch, p.tokens, p.heads, p.head_dim, p.ranks, p.dtype, p.eps);
 }
 template <class V> void fields(V& visit, AttentionOutputPushParams& p) {
   FIELDS(p.attended, p.addresses, p.ends, p.batch_strides, p.token_stride, p.column, p.batch, p.tokens, p.width,

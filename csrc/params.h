@@ -107,7 +107,8 @@ struct QkNormRopePushParams {
   // In host memory: addresses of each rank's Q [batch, chunk tokens, heads / ranks, head_dim] (not read where q.ptr is
   // null), then of each rank's K ring, then of each rank's V ring; 3 * ranks of them.
   const int64_t* addresses;
-  int64_t q_batch_stride, q_token_stride, k_batch_stride, k_token_stride, v_batch_stride, v_token_stride;
+  int64_t q_out_batch_stride, q_out_token_stride, k_cache_batch_stride, k_cache_token_stride;
+  int64_t v_cache_batch_stride, v_cache_token_stride;
   Ring ring;
   int64_t first_token;
   int64_t batch, tokens;

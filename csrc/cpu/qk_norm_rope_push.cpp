@@ -18,14 +18,14 @@ void push_token(const QkNormRopePushParams& p, int64_t b, int64_t s) {
   int num_rows = 0;
   if (p.q.ptr != nullptr) {
     rows[num_rows++] = {row<T>(p.q, b, s), static_cast<const T*>(p.q_weight), nullptr, 0, heads_per_rank, q_out,
-                        b * p.q_batch_stride + token * p.q_token_stride};
+                        b * p.q_out_batch_stride + token * p.q_out_token_stride};
   }
   rows[num_rows++] = {row<T>(p.k, b, s), static_cast<const T*>(p.k_weight), nullptr, 0, heads_per_rank, k_out,
-                      b * p.k_batch_stride + to * p.k_token_stride};
+                      b * p.k_cache_batch_stride + to * p.k_cache_token_stride};
   norm_rope(rows, num_rows, rope, p.eps);
   const T* v = row<T>(p.v, b, s);
   for (int rank = 0; rank < p.ranks; ++rank) {
-    T* out = reinterpret_cast<T*>(v_out[rank]) + b * p.v_batch_stride + to * p.v_token_stride;
+    T* out = reinterpret_cast<T*>(v_out[rank]) + b * p.v_cache_batch_stride + to * p.v_cache_token_stride;
     __builtin_memcpy(out, v + rank * part, sizeof(T) * part);
   }
 }

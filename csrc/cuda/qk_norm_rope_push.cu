@@ -18,9 +18,9 @@ inline GroupedNormRopeParams kernel_params(const QkNormRopePushParams& a) {
     p.part[p.parts++] =
         norm_rope_part(in, reinterpret_cast<void*>(base), out_batch, out_token, weight, to_ring);
   };
-  if (a.q.ptr) add(a.q, a.addresses, a.q_batch_stride, a.q_token_stride, a.q_weight, false);
-  add(a.k, a.addresses + a.ranks, a.k_batch_stride, a.k_token_stride, a.k_weight, true);
-  add(a.v, a.addresses + 2 * a.ranks, a.v_batch_stride, a.v_token_stride, nullptr, true);
+  if (a.q.ptr) add(a.q, a.addresses, a.q_out_batch_stride, a.q_out_token_stride, a.q_weight, false);
+  add(a.k, a.addresses + a.ranks, a.k_cache_batch_stride, a.k_cache_token_stride, a.k_weight, true);
+  add(a.v, a.addresses + 2 * a.ranks, a.v_cache_batch_stride, a.v_cache_token_stride, nullptr, true);
   p.cos_sin = a.cos_sin;
   p.ring = device_ring(a.ring, a.first_token);
   p.tokens = static_cast<uint32_t>(a.tokens);

@@ -131,6 +131,13 @@ def grouped(index, GROUP: tl.constexpr, group_stride):
 
 
 @triton.jit
+def difference_of_products(a, b, c, d):
+    """a * b - c * d within 1.5 ulp even where the products cancel: the rounding of c * d is added back."""
+    cd = c * d
+    return tl.fma(a, b, -cd) + tl.fma(-c, d, cd)
+
+
+@triton.jit
 def norm_rope_store(
     out,
     words,
@@ -159,7 +166,8 @@ def norm_rope_store(
         a, b = unpack(words[i], dtype)
         a, b = unpack(pack(a * scale, b * scale, dtype), dtype)
         a, b = unpack(pack(a * weight_low, b * weight_high, dtype), dtype)
-        rotated = pack(a * cos - b * sin, a * sin + b * cos, dtype)
+        turned = difference_of_products(a, cos, b, sin), difference_of_products(a, sin, -b, cos)
+        rotated = pack(turned[0], turned[1], dtype)
         target = out + grouped(index, GROUP, group_stride)
         if (i + 1) * CHUNK <= WORDS:
             tl.store(target, rotated, cache_modifier=MODIFIER)

@@ -67,7 +67,7 @@ def test_a_session_that_can_not_fit_is_refused_before_it_allocates(
     state, before = RealtimeCausalDiTState(), torch.cuda.memory_allocated()
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**28, 2**36))
-        with pytest.raises(NotEnoughMemory, match=r"session: needs .* on cuda:0 \(kv_cache .* camera_cache=False"):
+        with pytest.raises(NotEnoughMemory, match=r"session: needs .* on cuda:0 \(kv_cache .*camera_cache=False"):
             rollout(state, model, 1)
     gc.collect()
     assert torch.cuda.max_memory_allocated() - before < 2**27  # the inputs alone
