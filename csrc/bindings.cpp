@@ -49,6 +49,10 @@ template <class V> void fields(V& visit, AttentionOutputPushParams& p) {
   FIELDS(p.attended, p.addresses, p.ends, p.batch_strides, p.token_stride, p.column, p.batch, p.tokens, p.width,
          p.ranks, p.dtype);
 }
+template <class V> void fields(V& visit, MergeSegmentsParams& p) {
+  FIELDS(p.segments, p.segment_stride, p.batch_stride, p.token_stride, p.lse, p.lse_segment_stride, p.lse_batch_stride,
+         p.lse_head_stride, p.out, p.batch, p.tokens, p.count, p.heads, p.head_dim, p.dtype);
+}
 template <class V> void fields(V& visit, RmsNormParams& p) {
   FIELDS(p.x, p.weight, p.y, p.batch, p.tokens, p.dim, p.dtype, p.eps);
 }
@@ -74,6 +78,7 @@ template <class V> void fields(V& visit, GatedResidualParams& p) {
   X(backend, qkv_unpack_kv_write)            \
   X(backend, qk_norm_rope_push)              \
   X(backend, attention_output_push)          \
+  X(backend, merge_segments)                 \
   X(backend, rms_norm)                       \
   X(backend, layer_norm_modulate)            \
   X(backend, residual_norm_modulate)         \

@@ -131,6 +131,20 @@ struct AttentionOutputPushParams {
   Dtype dtype;
 };
 
+// Attention over disjoint sets of keys into attention over all of them: out = sum_p softmax_p(lse) * segments[p].
+// segments [count, batch, tokens, heads, head_dim], a token's heads contiguous; lse float32 [count, batch, heads, tokens],
+// tokens contiguous; out [batch, tokens, heads * head_dim], contiguous.
+struct MergeSegmentsParams {
+  const void* segments;
+  int64_t segment_stride, batch_stride, token_stride;
+  const float* lse;
+  int64_t lse_segment_stride, lse_batch_stride, lse_head_stride;
+  void* out;
+  int64_t batch, tokens;
+  int32_t count, heads, head_dim;
+  Dtype dtype;
+};
+
 // y = rms_norm(x) * weight over the whole row, rounded to T twice: after the normalisation and after the weight.
 struct RmsNormParams {
   Rows x;
@@ -211,6 +225,7 @@ Status qk_norm_rope_pack(const QkNormRopePackParams&, int threads);
 Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams&, int threads);
 Status qk_norm_rope_push(const QkNormRopePushParams&, int threads);
 Status attention_output_push(const AttentionOutputPushParams&, int threads);
+Status merge_segments(const MergeSegmentsParams&, int threads);
 Status rms_norm(const RmsNormParams&, int threads);
 Status layer_norm_modulate(const LayerNormModulateParams&, int threads);
 Status residual_norm_modulate(const ResidualNormModulateParams&, int threads);
@@ -225,6 +240,7 @@ Status qk_norm_rope_pack(const QkNormRopePackParams&, void* stream);
 Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams&, void* stream);
 Status qk_norm_rope_push(const QkNormRopePushParams&, void* stream);
 Status attention_output_push(const AttentionOutputPushParams&, void* stream);
+Status merge_segments(const MergeSegmentsParams&, void* stream);
 Status rms_norm(const RmsNormParams&, void* stream);
 Status layer_norm_modulate(const LayerNormModulateParams&, void* stream);
 Status residual_norm_modulate(const ResidualNormModulateParams&, void* stream);

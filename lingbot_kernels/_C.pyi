@@ -195,6 +195,26 @@ class _Ops:
         threads_or_stream: int,
         /,
     ) -> None: ...
+    def merge_segments(
+        self,
+        segments: int,
+        segment_stride: int,
+        batch_stride: int,
+        token_stride: int,
+        lse: int,
+        lse_segment_stride: int,
+        lse_batch_stride: int,
+        lse_head_stride: int,
+        out: int,
+        batch: int,
+        tokens: int,
+        count: int,
+        heads: int,
+        head_dim: int,
+        dtype: int,
+        threads_or_stream: int,
+        /,
+    ) -> None: ...
     def rms_norm(
         self,
         x_ptr: int,

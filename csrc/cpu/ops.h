@@ -9,6 +9,7 @@
   X(qkv_unpack_kv_write, QkvUnpackKvWriteParams)                \
   X(qk_norm_rope_push, QkNormRopePushParams)                    \
   X(attention_output_push, AttentionOutputPushParams)           \
+  X(merge_segments, MergeSegmentsParams)                        \
   X(rms_norm, RmsNormParams)                                    \
   X(layer_norm_modulate, LayerNormModulateParams)               \
   X(residual_norm_modulate, ResidualNormModulateParams)         \

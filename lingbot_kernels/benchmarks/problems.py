@@ -330,6 +330,18 @@ def _library_problems(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
         flops=4 * tokens * visible * heads * head_dim,
         backends=tuple(name for name in LIBRARIES if name != "reference"), judged=_judged_rows, ceiling="",
     )  # fmt: skip
+    count = 4
+
+    def make_segments(device: torch.device) -> Inputs:
+        lse = torch.randn(count, 1, heads, tokens, device=device)
+        return {"segments": _randn(count, 1, tokens, heads, head_dim, device=device, dtype=dtype), "lse": lse}
+
+    names = ("segments", "lse")
+    yield Problem(
+        "merge_segments", case.name, (count, 1, tokens, heads, head_dim), dtype, tokens, heads * head_dim,
+        make_segments, _op(ops.merge_segments, names), _plain(reference.merge_segments, names),
+        bytes=(count + 1) * tokens * heads * head_dim * dtype.itemsize, backends=("cuda", "cpu", "reference"),
+    )  # fmt: skip
     dim, hidden = case.dim, case.ffn_dim
 
     def make_linear(device: torch.device) -> Inputs:

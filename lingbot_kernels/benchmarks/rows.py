@@ -155,14 +155,16 @@ def default_path(environment: Environment, bench: str = "kernels") -> Path:
 
 
 def commit_name(root: Path = ROOT) -> str:
-    """Commit of the checkout, "-dirty" behind it where tracked files differ; else LINGBOT_KERNELS_COMMIT, else the
-    version.
+    """LINGBOT_KERNELS_COMMIT where it is set; else the commit of the checkout, "-dirty" behind it where tracked files
+    differ; else the version.
     """
+    if told := os.environ.get("LINGBOT_KERNELS_COMMIT"):
+        return told
     if (root / ".git").exists():
         head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
         if head:
             return head + ("-dirty" if _output("git", "-C", str(root), "status", "--porcelain", "-uno") else "")
-    return os.environ.get("LINGBOT_KERNELS_COMMIT") or f"v{__version__}"
+    return f"v{__version__}"
 
 
 def driver_version() -> str | None:

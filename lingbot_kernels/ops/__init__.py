@@ -10,6 +10,7 @@ from lingbot_kernels.ops.gated_residual_camera_norm import gated_residual_camera
 from lingbot_kernels.ops.k_norm_rope_kv_write import k_norm_rope_kv_write
 from lingbot_kernels.ops.layer_norm_modulate import layer_norm_modulate
 from lingbot_kernels.ops.linear_gelu import linear_gelu
+from lingbot_kernels.ops.merge_segments import merge_segments
 from lingbot_kernels.ops.qk_norm_rope_kv_write import qk_norm_rope_kv_write
 from lingbot_kernels.ops.qk_norm_rope_pack import qk_norm_rope_pack
 from lingbot_kernels.ops.qk_norm_rope_push import qk_norm_rope_push
@@ -30,6 +31,7 @@ __all__ = [
     "k_norm_rope_kv_write",
     "layer_norm_modulate",
     "linear_gelu",
+    "merge_segments",
     "qk_norm_rope_kv_write",
     "qk_norm_rope_pack",
     "qk_norm_rope_push",

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lingbot_kernels import reference
-from lingbot_kernels.ops import _check, _dispatch
+from lingbot_kernels.ops import _check, _dispatch, _native
+from lingbot_kernels.ops._even_segments import TILE, even_segments, hopper_multiprocessors
 from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops.merge_segments import merge_segments
 from lingbot_kernels.ops.ring import RingPosition
 
 Segments = Sequence[tuple[int, int]]
@@ -118,6 +120,25 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, library: str, with_lse: bool) -> tu
     return out.transpose(1, 2), lse
 
 
+def _segments(q: Tensor, keys: int, capacity: int) -> int:
+    """How many segments of keys this call of flash-attn-4 is cut into."""
+    batch, queries, heads, head_dim = q.shape
+    multiprocessors = hopper_multiprocessors(q.device.index)
+    if head_dim != 128 or not multiprocessors or (batch > 1 and keys != capacity) or _native.why_not_cuda():
+        return 1
+    return even_segments(batch * -(-queries // TILE) * TILE, heads, keys, multiprocessors)
+
+
+def _attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: int) -> Tensor:
+    """Attention [B, S, D] over all keys, by one call in which the segments of keys are videos of their own."""
+    batch = q.shape[0]
+    queries = q.unsqueeze(1).expand(-1, segments, -1, -1, -1).flatten(0, 1)
+    keys, values = (x.unflatten(1, (segments, -1)).flatten(0, 1) for x in (k, v))  # views
+    out, lse = _attend(queries, keys, values, "fa4", True)
+    assert lse is not None
+    return merge_segments(*(x.unflatten(0, (batch, segments)).transpose(0, 1) for x in (out, lse)))
+
+
 def merge_by_lse(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Attention over the union of disjoint key sets, from each set's (out [B, S, heads, head_dim], lse [B, heads, S]).
 
@@ -139,6 +160,11 @@ def _run(q: Tensor, k_cache: Tensor, v_cache: Tensor, segments: Sequence[int], l
     queries = q if q.dim() == 4 else q.unflatten(-1, (heads, head_dim))
     if library == "reference":
         return reference.windowed_attention(queries, k_cache, v_cache, max(b for _, b in ranges), segments=ranges)
+    if library == "fa4" and len(ranges) == 1:
+        (start, stop) = ranges[0]
+        cuts = _segments(queries, stop - start, k_cache.shape[1])
+        if cuts > 1:
+            return _attend_segments(queries, k_cache[:, start:stop], v_cache[:, start:stop], cuts)
     parts = [
         _attend(queries, k_cache[:, start:stop], v_cache[:, start:stop], library, len(ranges) > 1)
         for start, stop in ranges

@@ -195,7 +195,7 @@ def test_rows_round_trip_and_the_latest_of_a_kind_is_kept(tmp_path):
         read_rows(path)
 
 
-def test_commit_names_the_checkout_then_the_environment(tmp_path, monkeypatch):
+def test_commit_names_the_environment_then_the_checkout(tmp_path, monkeypatch):
     monkeypatch.setenv("LINGBOT_KERNELS_COMMIT", "fedcba")
     assert rows.commit_name(tmp_path) == "fedcba"
     monkeypatch.delenv("LINGBOT_KERNELS_COMMIT")

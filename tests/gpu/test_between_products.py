@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from compare import assert_as_good
@@ -140,3 +142,33 @@ def test_windowed_attention(library: str, visible: int, recent: int | None) -> N
     exact = ops.windowed_attention(q.double(), k.double(), v.double(), visible, **kwargs)
     error = (got.double() - exact).norm() / exact.norm()
     assert error <= 3 * (plain.double() - exact).norm() / exact.norm() + 2.0**-9
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("segments", [2, 3, 4])
+def test_attention_in_segments_of_keys(segments: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["lingbot_kernels.ops.windowed_attention"]
+    if (reason := module.why_not("fa4", "cuda", torch.bfloat16, 128)) is not None:
+        pytest.skip(reason)
+    q = torch.randn(batch, 300, 5, 128, device="cuda").bfloat16()
+    k, v = (torch.randn(batch, 3060, 5, 128, device="cuda").bfloat16() for _ in range(2))
+    exact = ops.windowed_attention(q.double(), k.double(), v.double(), 3060, backend="reference")
+    errors = []
+    for cuts in (1, segments):
+        monkeypatch.setattr(module, "_segments", lambda *_, cuts=cuts: cuts)
+        got = ops.windowed_attention(q, k, v, 3060, backend="fa4")
+        assert got.shape == (batch, 300, 640) and got.is_contiguous()
+        errors.append(float((got.double() - exact).norm() / exact.norm()))
+    assert errors[1] <= 1.25 * errors[0], errors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("heads,head_dim", [(10, 128), (12, 128), (3, 10)])
+def test_merge_segments(count: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    out = torch.randn(2 * count, 77, heads, head_dim, device="cuda").to(dtype)
+    lse = 2 * torch.randn(2 * count, heads, 77, device="cuda")
+    segments, sums = (x.unflatten(0, (2, count)).transpose(0, 1) for x in (out, lse))
+    got = ops.merge_segments(segments, sums, backend="cuda")
+    plain = reference.merge_segments(segments, sums)
+    assert_as_good(got, plain, reference.merge_segments(segments.double(), sums.double()))
