@@ -12,11 +12,11 @@ from lingbot_kernels.ops._even_segments import TILE, even_segments
     [
         (4608, 40, 27144, 1),  # 10.9 waves of 11
         (4608, 20, 27144, 2),  # 5.5 waves would take 6; halves take 11 of half the length
-        (4608, 10, 27144, 4),  # 2.7 would take 3; quarters 11
-        (4608, 10, 27143, 1),  # no quarters of an odd number
+        (4608, 10, 27144, 1),  # 2.7 waves of 3, and halves take 6 of half the length
+        (4608, 20, 27143, 1),  # no halves of an odd number
         (4736, 12, 28080, 2),
         (4608, 40, 512, 1),  # the prompt: starting and merging cost more than the last wave
-        (128, 1, 27144, 4),
+        (128, 1, 27144, 2),
     ],
 )
 def test_cuts_where_the_last_wave_is_ill_filled(queries: int, heads: int, keys: int, wanted: int) -> None:
