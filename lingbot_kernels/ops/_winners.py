@@ -26,16 +26,15 @@ class Winners:
 
 
 # Begin of the measured table.
-# NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0, commit 94ad03ce4aa3.
+# NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0, commit a01237aa9532.
 CUDA_WINNERS = Winners(
     default="cuda",
     rules=(
         ("layer_norm_modulate", 4524, 5120, "triton"),
+        ("layer_norm_modulate", 4680, 1536, "triton"),
         ("qkv_unpack_kv_write", 0, 0, "triton"),
         ("residual_norm_modulate", 0, 0, "triton"),
         ("rms_norm", 0, 0, "triton"),
-        ("rope_cos_sin", 1131, 128, "triton"),
-        ("rope_cos_sin", 4524, 128, "cuda"),
     ),
 )
 # End of the measured table.
