@@ -103,9 +103,7 @@ def session_memory(
     activations = _activations(cfg, dtype, batch * own_tokens, ranks, camera and not camera_cache)
     positions = batch * chunk_tokens * cfg.patch_volume
     latents = positions * (3 * cfg.in_channels * element + 8 * cfg.out_channels * wide)
-    rays = (
-        2 * positions * cfg.camera_channels * wide if camera else 0
-    )  # this chunk's, and the one that a key still holds
+    rays = 2 * positions * cfg.camera_channels * wide * camera  # this chunk's, and the one that a key still holds
     return MemoryPlan(
         kv_cache=2 * layers * batch * cfg.window_frames * frame_tokens * d // ranks * element,
         camera_modulation=2 * layers * batch * own_tokens * d * element if camera and camera_cache else 0,
@@ -123,7 +121,7 @@ def _activations(cfg: LingBotConfig, dtype: torch.dtype, rows: int, ranks: int, 
     e, r = dtype.itemsize, torch.promote_types(dtype, getattr(torch, cfg.residual_dtype)).itemsize
     hidden = cfg.ffn_dim / cfg.dim * e * (1 if dtype.itemsize == 2 else 2)  # GELU is in the product's epilogue in bf16
     phases = (
-        r + (8 if ranks == 1 else 12) * e,  # norm, qkv, q, attended, its copy, output; the exchange's two buffers
+        r + (9 if ranks == 1 else 13) * e,  # norm, qkv, q, attended in halves, merged, output; the exchange's buffers
         2 * r + 6 * e,  # cross-attention
         2 * r + 3 * e + hidden,  # MLP
         3 * r + 4 * e,  # a residual pass
