@@ -37,7 +37,7 @@ class PeerMemory:
         self._shared: Any = symmetric.rendezvous(self._block, group)
         self._timeout_ms = int(_timeout(group, device) / timedelta(milliseconds=1))
         self._used = 0
-        self._everywhere: dict[tuple[int, torch.Size], tuple[Tensor, ...]] = {}
+        self._everywhere: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +71,7 @@ class PeerMemory:
             x: a contiguous tensor of this block.
             rows: how many of the rows x[:, i] each rank has; all of x's where None.
         """
-        key = (x.data_ptr(), x.shape)
+        key = (x.data_ptr(), x.shape, x.dtype, rows)
         if key not in self._everywhere:
             offset = (x.data_ptr() - self._block.data_ptr()) // x.element_size()
             buffers = [
