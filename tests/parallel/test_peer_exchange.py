@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -126,3 +127,27 @@ def test_a_tensor_everywhere_whole_and_by_rows() -> None:
     assert [tuple(y.shape) for y in whole] == [(1, 4, 6)] * 2
     whole[1].fill_(7.0)
     assert by_rows[1].eq(7).all() and not x.any() and blocks[1].view(torch.float32).count_nonzero() == 24
+
+
+@pytest.mark.parametrize(("free", "emptied"), [(2**30, 0), (2**20, 1)])
+def test_a_block_gets_what_the_allocator_kept_for_reuse(
+    monkeypatch: pytest.MonkeyPatch, free: int, emptied: int
+) -> None:
+    """It comes from the driver, and must not fail on one rank where the memory check counted what is kept as free."""
+    symmetric = pytest.importorskip("torch.distributed._symmetric_memory")
+    calls: list[str] = []
+
+    def empty(nbytes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        calls.append("block")
+        return torch.zeros(nbytes, dtype=dtype)
+
+    monkeypatch.setattr(symmetric, "empty", empty)
+    monkeypatch.setattr(symmetric, "rendezvous", lambda block, group: Blocks([block]))
+    monkeypatch.setattr(peer_memory.dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(peer_memory.dist, "get_world_size", lambda group: 1)
+    monkeypatch.setattr(peer_memory, "_timeout", lambda group, device: timedelta(seconds=1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, 2**36))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    group: Any = None
+    memory = peer_memory.PeerMemory(group, torch.device("cuda", 0), 4096)
+    assert memory.nbytes == 4096 and calls == ["emptied"] * emptied + ["block"]
