@@ -99,7 +99,7 @@ class CallTable {
             const std::vector<std::pair<Py_ssize_t, size_t>>& slots, bool addresses) {
     Reading reading;
     if (!read(call.ptr(), false, reading)) return false;
-    auto kept = std::make_unique<Kept>();
+    auto kept = std::make_shared<Kept>();
     for (const auto& [position, source] : slots) {
       if (position < 0 || position >= static_cast<Py_ssize_t>(arguments.size()) || source >= call.size())
         throw py::value_error("slots: got one outside the arguments");
@@ -110,8 +110,8 @@ class CallTable {
     kept->arguments = std::move(arguments);
     kept->addresses = addresses;
     if (calls_.size() >= limit_) clear();  // shapes changed that often: those in use come back at their next call
-    std::string signature = kept->signature;
-    calls_[std::move(signature)] = std::move(kept);
+    std::shared_ptr<const Kept> added = std::move(kept);
+    calls_[added->signature].swap(added);  // what it replaces goes at the end, when the table is whole again
     last_ = nullptr;
     return true;
   }
@@ -120,19 +120,21 @@ class CallTable {
   PyObject* find(PyObject* call, bool grad) {
     Reading reading;
     if (!read(call, grad, reading) || shares_memory(reading)) Py_RETURN_NONE;
-    const Kept* kept = last_;
+    // Held here: allocating may collect garbage, whose finalizers (and threads that they let run) may clear the table.
+    std::shared_ptr<const Kept> kept = last_;
     if (kept == nullptr || kept->signature.size() != reading.size ||
         std::memcmp(kept->signature.data(), reading.bytes, reading.size) != 0) {
       const auto found = calls_.find(std::string(reading.bytes, reading.size));
       if (found == calls_.end()) Py_RETURN_NONE;
-      kept = last_ = found->second.get();
+      kept = last_ = found->second;
     }
     return filled(*kept, call, reading);
   }
 
   void clear() {
+    decltype(calls_) dropped;
+    dropped.swap(calls_);
     last_ = nullptr;
-    calls_.clear();
   }
   size_t size() const { return calls_.size(); }
 
@@ -268,8 +270,8 @@ class CallTable {
   uint32_t written_, varying_;  // of the arguments, one bit each
   size_t limit_;
   int (*borrow_)(void*, DlTensor*) = nullptr;
-  std::unordered_map<std::string, std::unique_ptr<Kept>> calls_;
-  const Kept* last_ = nullptr;  // a model's layers call with one signature after another
+  std::unordered_map<std::string, std::shared_ptr<const Kept>> calls_;
+  std::shared_ptr<const Kept> last_;  // a model's layers call with one signature after another
 };
 
 constexpr char kTableCapsule[] = "lingbot_kernels.CallTable";

@@ -184,6 +184,87 @@ struct Sweep {
     }
   }
 
+  // Segments as flash-attn-4 leaves them (a video's next to each other) or apart, against the softmax in double.
+  template <typename T>
+  struct Merge {
+    int64_t batch, tokens, heads, head_dim, count, offset, pad;
+    bool together;
+    MergeSegmentsParams params = {};
+    const double* ref = nullptr;
+    unsigned char* named = nullptr;
+
+    int64_t dim() const { return heads * head_dim; }
+    int64_t rows() const { return batch * tokens; }
+
+    void make(Arena& arena, uint32_t seed) {
+      const int64_t row = dim() + pad, elements = count * rows() * row + offset, sums = count * batch * heads * tokens;
+      const int64_t inner = tokens * row;
+      T* segments = arena.take<T>(elements);
+      float* lse = arena.take<float>(sums);
+      randomise(segments, elements, seed), randomise(lse, sums, seed + 1, 3.f, 2.f);
+      T* out = arena.take<T>((rows() + 1) * dim() + offset);
+      const int64_t of_lse = heads * tokens;
+      params = {segments + offset, together ? inner : batch * inner, together ? count * inner : inner, row,
+                lse, together ? of_lse : batch * of_lse, together ? count * of_lse : of_lse, tokens,
+                out + offset, batch, tokens, static_cast<int32_t>(count), static_cast<int32_t>(heads),
+                static_cast<int32_t>(head_dim), dtype_of<T>()};
+      ref = reference(arena, segments, elements, lse, sums);
+      const std::vector<unsigned char> rows_named(rows(), 1);
+      named = arena.take<unsigned char>(rows() + 1);
+      check(cudaMemset(named, 0, rows() + 1), "named");
+      check(cudaMemcpy(named, rows_named.data(), rows(), cudaMemcpyHostToDevice), "named");
+    }
+
+    double* reference(Arena& arena, const T* segments, int64_t elements, const float* lse, int64_t sums) const {
+      std::vector<T> x(elements);
+      std::vector<float> l(sums);
+      check(cudaMemcpy(x.data(), segments, elements * sizeof(T), cudaMemcpyDeviceToHost), "segments");
+      check(cudaMemcpy(l.data(), lse, sums * sizeof(float), cudaMemcpyDeviceToHost), "lse");
+      std::vector<double> merged(rows() * dim());
+      for (int64_t i = 0; i < rows() * heads; ++i) {
+        const int64_t h = i % heads, s = i / heads % tokens, b = i / heads / tokens;
+        const auto weight = [&](int64_t n) {
+          const auto& p = params;
+          return std::exp(static_cast<double>(l[n * p.lse_segment_stride + b * p.lse_batch_stride + h * tokens + s]));
+        };
+        double sum = 0.0;
+        for (int64_t n = 0; n < count; ++n) sum += weight(n);
+        for (int64_t n = 0; n < count; ++n) {
+          const int64_t at = offset + n * params.segment_stride + b * params.batch_stride + s * params.token_stride;
+          const double share = weight(n) / sum;
+          for (int64_t e = 0; e < head_dim; ++e)
+            merged[i * head_dim + e] += share * static_cast<double>(static_cast<float>(x[at + h * head_dim + e]));
+        }
+      }
+      double* out = arena.take<double>(merged.size());
+      check(cudaMemcpy(out, merged.data(), merged.size() * sizeof(double), cudaMemcpyHostToDevice), "merged");
+      return out;
+    }
+
+    void poison() { check(cudaMemset(params.out, kPoison, (rows() + 1) * dim() * sizeof(T)), "poison"); }
+    void compare(Gate& g, Arena&) {
+      g.rows<T>(static_cast<const T*>(params.out), dim(), nullptr, ref, rows(), dim());
+      g.untouched(params.out, dim() * sizeof(T), rows() + 1, named);
+    }
+  };
+
+  template <typename T>
+  void merges() {
+    const int64_t shapes[][4] = {{1, 37, 12, 128}, {2, 37, 3, 80}, {3, 1, 40, 128}, {1, 130, 1, 6}, {2, 5, 5, 50}};
+    for (const auto& [batch, tokens, heads, head_dim] : shapes) {
+      for (int64_t count : {1, 2, 3, 4, 5, 64}) {
+        for (int mode = 0; mode < 4; ++mode) {
+          arena.reset();
+          Merge<T> p = {batch, tokens, heads, head_dim, count, mode == 2 ? 1 : 0, mode == 3 ? 8 : 0, mode != 1};
+          p.make(arena, 55 + mode);
+          one("merge_segments " + std::to_string(heads) + "x" + std::to_string(head_dim) + " of " +
+                  std::to_string(count) + " mode " + std::to_string(mode) + " size " + std::to_string(sizeof(T)),
+              p, share<T>(), [&] { return lingbot::cuda::merge_segments(p.params, stream); });
+        }
+      }
+    }
+  }
+
   template <typename T, typename R>
   void rows() {
     for (int64_t dim : {5120, 3072, 1536, 8192, 640, 64, 8, 33, 5121, 1000, 12000}) {
@@ -258,6 +339,9 @@ inline int sweep(Arena& arena, Gate& gate, cudaStream_t stream, int every) {
   s.norm_rope<float>();
   s.outputs<__nv_bfloat16>();
   s.outputs<float>();
+  s.merges<__nv_bfloat16>();
+  s.merges<__half>();
+  s.merges<float>();
   s.rows<__nv_bfloat16, __nv_bfloat16>();
   s.rows<__nv_bfloat16, float>();
   s.rows<__half, __half>();

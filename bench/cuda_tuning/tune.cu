@@ -9,6 +9,7 @@
 #include "../../csrc/cuda/gated_residual.cu"
 #include "../../csrc/cuda/gated_residual_camera_norm.cu"
 #include "../../csrc/cuda/layer_norm_modulate.cu"
+#include "../../csrc/cuda/merge_segments.cu"
 #include "../../csrc/cuda/qk_norm_rope_kv_write.cu"
 #include "../../csrc/cuda/attention_output_push.cu"
 #include "../../csrc/cuda/qk_norm_rope_pack.cu"

@@ -351,6 +351,7 @@ class CausalLingBotTransformer(nn.Module):
         batch, _, frames, height, width = latents.shape
         _, ph, pw = self.config.patch_size
         layout = self.cache_layout(batch, (height // ph, width // pw))
+        self.shard_group.shard(frames * layout.frame_tokens)  # refuses ranks without a token before the session begins
         plan = state.plan_chunk(
             self._weights, layout, start_frame, frames,
             lambda layout: self._ring_memory(state, layout, frames, camera is not None),

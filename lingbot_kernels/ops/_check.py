@@ -76,6 +76,13 @@ def contiguous(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got strides {x.stride()} for shape {list(x.shape)}, must be contiguous")
 
 
+def own_memory(name: str, x: Tensor, each: str) -> None:
+    """x, which is written, must not be an expanded tensor: `each` says what needs memory of its own."""
+    strides = x.stride()
+    if 0 in strides and any(size > 1 and not stride for size, stride in zip(x.shape, strides, strict=True)):
+        raise ValueError(f"{name}: got strides {strides}, must give each {each} memory of its own")
+
+
 def alike(name: str, xs: Sequence[Tensor]) -> None:
     """Every tensor must have the first one's shape, strides, dtype and device."""
     first = xs[0]
@@ -99,8 +106,7 @@ def caches(k_cache: Tensor, v_cache: Tensor, like: Tensor) -> None:
         strides = cache.stride()
         if strides[3] != 1 or strides[2] != cache.shape[3]:
             raise ValueError(f"{name}: got strides {strides}, a token's heads must be contiguous")
-        if 0 in strides and any(size > 1 and not stride for size, stride in zip(cache.shape, strides, strict=True)):
-            raise ValueError(f"{name}: got strides {strides}, must give each batch and slot memory of its own")
+        own_memory(name, cache, "batch and slot")
     if k_cache.shape != v_cache.shape:
         raise ValueError(f"v_cache: got shape {list(v_cache.shape)}, must be k_cache's {list(k_cache.shape)}")
 

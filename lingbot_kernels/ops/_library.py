@@ -20,7 +20,7 @@ from lingbot_kernels.ops._plan import BoundPlan, Plan
 LIBRARY = torch.library.Library("lingbot_kernels", "DEF")
 KEPT_CALLS = 256  # signatures an op keeps; a model has one or two, a server with many resolutions a few dozen
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
-_PLAIN = _TENSORS | {type(None), int, float, str, bool, list, tuple, torch.dtype}
+_PLAIN = _TENSORS | {type(None), int, float, str, bool, torch.dtype}
 
 
 def _traced() -> bool:
@@ -28,12 +28,15 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
 
 
-def _is_plain(arguments: tuple[Any, ...]) -> bool:
-    """Whether neither autograd nor a tensor subclass has to see the call."""
+def _is_plain(arguments: Sequence[Any]) -> bool:
+    """Whether neither autograd nor a tensor subclass has to see the call, be it for an item of a list."""
     grad = torch.is_grad_enabled()
     for argument in arguments:
         kind = type(argument)
-        if kind not in _PLAIN or (grad and kind in _TENSORS and argument.requires_grad):
+        if kind is list or kind is tuple:
+            if not _is_plain(argument):
+                return False
+        elif kind not in _PLAIN or (grad and kind in _TENSORS and argument.requires_grad):
             return False
     return True
 

@@ -21,6 +21,7 @@ def _check_arguments(attended: Tensor, outs: Sequence[Tensor], column: int) -> N
         raise ValueError("outs: got none, must be one a rank")
     for out in outs:
         _check.tokens("outs", out)
+        _check.own_memory("outs", out, "batch and token")
         if (out.shape[0], out.shape[2], out.dtype, out.device, out.stride(1)) != (
             batch, outs[0].shape[2], attended.dtype, attended.device, outs[0].stride(1)
         ):  # fmt: skip

@@ -55,6 +55,7 @@ def _check_arguments(
         raise TypeError(f"q_outs: got {_check.describe(rows)}, must be {k.dtype} on {k.device}")
     if rows.stride()[2:] != (head_dim, 1):
         raise ValueError(f"q_outs: got strides {rows.stride()}, a token's heads must be contiguous")
+    _check.own_memory("q_outs", rows, "batch and token")
     _check.alike("q_outs", q_outs)
 
 

@@ -19,6 +19,7 @@ from lingbot_kernels.ops import _native
 SWITCH = "LINGBOT_KERNELS_PEER_MEMORY"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels that write to peers serve
 _ALIGNMENT = 256  # bytes between tensors of one block
+_ROUNDING = 16 * 2**20  # bytes that the driver may add to a block: its granularity, the barrier's signals
 _DEFAULT_TIMEOUT = timedelta(minutes=10)
 
 
@@ -33,11 +34,13 @@ class PeerMemory:
         import torch.distributed._symmetric_memory as symmetric
 
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
+        if torch.cuda.mem_get_info(device)[0] < nbytes + _ROUNDING:
+            torch.cuda.empty_cache()  # the block comes from the driver, not from what torch's allocator keeps for reuse
         self._block = symmetric.empty(nbytes, dtype=torch.uint8, device=device)
         self._shared: Any = symmetric.rendezvous(self._block, group)
         self._timeout_ms = int(_timeout(group, device) / timedelta(milliseconds=1))
         self._used = 0
-        self._everywhere: dict[tuple[int, torch.Size], tuple[Tensor, ...]] = {}
+        self._everywhere: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +74,7 @@ class PeerMemory:
             x: a contiguous tensor of this block.
             rows: how many of the rows x[:, i] each rank has; all of x's where None.
         """
-        key = (x.data_ptr(), x.shape)
+        key = (x.data_ptr(), x.shape, x.dtype, rows)
         if key not in self._everywhere:
             offset = (x.data_ptr() - self._block.data_ptr()) // x.element_size()
             buffers = [

@@ -60,8 +60,12 @@ REFUSALS: dict[str, tuple[Callable[[Arguments], Arguments], type[Exception], str
     "dtype": (lambda a: {"outs": _other(a["outs"], 1, a["outs"][1].half())}, ValueError, "outs: got torch.float16"),
     "batch": (lambda a: {"outs": _other(a["outs"], 1, a["outs"][1][:1])}, ValueError, r"outs: got .*must be \[2, "),
     "column": (lambda a: {"column": 13}, ValueError, "column: got 13, must be from 0 to D - 6 = 12"),
+    "expanded": (
+        lambda a: {"outs": _other(a["outs"], 0, a["outs"][0][:, :1].clone().expand(-1, 5, -1))}, ValueError,
+        r"outs: got strides \(18, 0, 1\), must give each batch and token memory of its own",
+    ),
     "shared": (lambda a: {"outs": [a["outs"][0], a["outs"][0][:, :4], a["outs"][2]]}, ValueError, "share memory"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSALS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import same_bits
+from torch.utils._pytree import tree_map
 
 from lingbot_kernels import _C, ops, reference
 from lingbot_kernels.benchmarks.cases import Case
@@ -186,6 +188,65 @@ def test_tensors_of_other_kinds_are_not_taken_for_kept_ones() -> None:
         assert find((other, weight, 1e-6, "cpu"), False) is None
     with pytest.raises(TypeError, match="find takes a tuple"):
         find([x, weight, 1e-6, "cpu"], False)  # type: ignore[arg-type]
+
+
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, which `torch.library` sees and this class unwraps."""
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> Wrapper:
+        made: Wrapper = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, held.shape, strides=held.stride(), dtype=held.dtype
+        )
+        made.held = held  # type: ignore[attr-defined]
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return op(*tree_map(lambda x: x.held if isinstance(x, cls) else x, args), **kwargs or {})
+
+
+def test_a_subclass_sees_the_call_where_it_is_in_a_list() -> None:
+    attended, outs = torch.randn(1, 6, 8), [torch.zeros(1, 3, 16) for _ in range(2)]
+    for _ in range(2):
+        ops.attention_output_push(attended, [Wrapper(out) for out in outs], 8)
+        assert same_bits(torch.cat([out[..., 8:] for out in outs], 1), attended)
+        for out in outs:
+            out.zero_()
+
+
+def test_a_table_that_is_cleared_while_it_answers() -> None:
+    """Making the answer may collect garbage, whose finalizers may clear the table."""
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    table = _C.CallTable(exchange, (torch.Tensor,), (torch.dtype,), [], [], 4)
+    count, later = 30, []
+    call = (1.0,)
+    if not table.keep(call, ["plan"], tuple(range(1000, 1000 + count)), [], False):
+        pytest.skip("this torch has no DLPack function table")
+    find = table.find
+
+    class Clearing:
+        def __init__(self) -> None:
+            self.cycle = self
+
+        def __del__(self) -> None:
+            table.clear()
+            later.extend(tuple(range(i, i + count)) for i in range(300))  # where the cleared arguments lay
+
+    enabled, threshold = gc.isenabled(), gc.get_threshold()
+    gc.disable()
+    try:
+        held: list[Any] = [[] for _ in range(500)]  # so that the answer's list is a new one
+        Clearing()
+        gc.set_threshold(1)
+        gc.enable()
+        found = find(call, False)
+    finally:
+        gc.disable()
+        gc.set_threshold(*threshold)
+        if enabled:
+            gc.enable()
+    assert held and found == (["plan"], list(range(1000, 1000 + count)))
 
 
 @pytest.mark.parametrize("exchange", [None, 7])

@@ -135,6 +135,10 @@ REFUSALS: dict[str, tuple[Callable[[Arguments], Arguments], type[Exception], str
     "q_outs heads": (
         lambda a: {"q_outs": [x[..., :8] for x in a["q_outs"]]}, ValueError, r"q_outs: got .*must be \[2, chunk tokens",
     ),
+    "q_outs expanded": (
+        lambda a: {"q_outs": [x[:, :1].clone().expand(-1, CHUNK, -1, -1) for x in a["q_outs"]]}, ValueError,
+        r"q_outs: got strides \(32, 0, 16, 1\), must give each batch and token memory of its own",
+    ),
     "first_token": (lambda a: {"first_token": -1}, ValueError, "first_token: got -1, must be 0 or more"),
     "too long": (
         lambda a: {"first_token": 10}, ValueError, "ring: got a chunk of 15 tokens, must be at most .* = 14",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lingbot_kernels import ops
 from lingbot_kernels.ops import RingPosition
+from lingbot_kernels.parallel import peer_memory
 from lingbot_kernels.parallel.peer_exchange import Arrivals, PeerShard
 from lingbot_kernels.parallel.sequence_shard import sequence_splits
 
@@ -100,3 +102,52 @@ def test_ranks_do_together_what_one_does_alone(dtype: torch.dtype, ranks: int, t
         assert torch.equal(torch.cat([results[i] for results in shared], dim=1), want), f"forward {i}"
     for part in range(2):
         assert torch.equal(torch.cat([ring[part] for ring in rings], dim=2), alone[part])
+
+
+class Blocks:
+    """Two ranks' blocks in one process, where torch's symmetric memory is not."""
+
+    def __init__(self, blocks: list[Tensor]) -> None:
+        self.blocks = blocks
+
+    def get_buffer(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+        size = torch.Size(shape).numel()
+        return self.blocks[rank].view(dtype)[offset : offset + size].view(shape)
+
+
+def test_a_tensor_everywhere_whole_and_by_rows() -> None:
+    memory = peer_memory.PeerMemory.__new__(peer_memory.PeerMemory)
+    blocks = [torch.zeros(1024, dtype=torch.uint8) for _ in range(2)]
+    memory._rank, memory._ranks, memory._block, memory._shared = 0, 2, blocks[0], Blocks(blocks)
+    memory._used, memory._everywhere = 0, {}
+    memory.empty((3,), torch.float32)
+    x = memory.empty((1, 4, 6), torch.float32)
+    by_rows, whole = memory.everywhere(x, rows=(4, 3)), memory.everywhere(x)
+    assert [tuple(y.shape) for y in by_rows] == [(1, 4, 6), (1, 3, 6)]
+    assert [tuple(y.shape) for y in whole] == [(1, 4, 6)] * 2
+    whole[1].fill_(7.0)
+    assert by_rows[1].eq(7).all() and not x.any() and blocks[1].view(torch.float32).count_nonzero() == 24
+
+
+@pytest.mark.parametrize(("free", "emptied"), [(2**30, 0), (2**20, 1)])
+def test_a_block_gets_what_the_allocator_kept_for_reuse(
+    monkeypatch: pytest.MonkeyPatch, free: int, emptied: int
+) -> None:
+    """It comes from the driver, and must not fail on one rank where the memory check counted what is kept as free."""
+    symmetric = pytest.importorskip("torch.distributed._symmetric_memory")
+    calls: list[str] = []
+
+    def empty(nbytes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        calls.append("block")
+        return torch.zeros(nbytes, dtype=dtype)
+
+    monkeypatch.setattr(symmetric, "empty", empty)
+    monkeypatch.setattr(symmetric, "rendezvous", lambda block, group: Blocks([block]))
+    monkeypatch.setattr(peer_memory.dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(peer_memory.dist, "get_world_size", lambda group: 1)
+    monkeypatch.setattr(peer_memory, "_timeout", lambda group, device: timedelta(seconds=1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, 2**36))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    group: Any = None
+    memory = peer_memory.PeerMemory(group, torch.device("cuda", 0), 4096)
+    assert memory.nbytes == 4096 and calls == ["emptied"] * emptied + ["block"]
