@@ -136,22 +136,17 @@ def _attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: int) -> Tensor:
     keys, values = (x.unflatten(1, (segments, -1)).flatten(0, 1) for x in (k, v))  # views
     out, lse = _attend(queries, keys, values, "fa4", True)
     assert lse is not None
-    return merge_segments(*(x.unflatten(0, (batch, segments)).transpose(0, 1) for x in (out, lse)))
+    parts, sums = (x.unflatten(0, (batch, segments)).transpose(0, 1) for x in (out, lse))
+    return merge_segments(parts, sums, backend="auto")  # as attention itself: whatever serves these tensors
 
 
 def merge_by_lse(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Attention over the union of disjoint key sets, from each set's (out [B, S, heads, head_dim], lse [B, heads, S]).
 
-    softmax over a union weighs each part by exp(lse_i - logsumexp_j(lse_j)); float32 weights (float64 for float64
-    parts).
+    `merge_segments` of parts that lie apart.
     """
-    lse = torch.stack([part_lse for _, part_lse in parts])
-    weights = torch.softmax(lse.to(torch.promote_types(lse.dtype, torch.float32)), dim=0)
-    merged = sum(
-        out.to(weights.dtype) * weight.transpose(1, 2).unsqueeze(-1)
-        for (out, _), weight in zip(parts, weights, strict=True)
-    )
-    return merged.to(parts[0][0].dtype)  # type: ignore[union-attr]
+    segments, lse = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+    return merge_segments(segments, lse, backend="auto").unflatten(-1, segments.shape[-2:])
 
 
 def _run(q: Tensor, k_cache: Tensor, v_cache: Tensor, segments: Sequence[int], library: str) -> Tensor:

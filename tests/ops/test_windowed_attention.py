@@ -114,6 +114,15 @@ def test_merging_by_lse_equals_attention_over_the_union(dtype: torch.dtype, spre
     assert (merged.flatten(-2).double() - want).norm() <= limit * want.norm()
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_merging_keeps_its_own_choice_as_attention_does(backend: str) -> None:
+    q, (k, v) = torch.randn(1, 4, 48), torch.randn(2, 1, 13, 3, 16)
+    options: dict[str, Any] = {"ring": ops.RingPosition(20, 2), "recent": 5}
+    want = ops.windowed_attention(q, k, v, 13, **options)
+    with ops.use_backend(backend):
+        assert torch.equal(ops.windowed_attention(q, k, v, 13, **options), want)
+
+
 REFUSALS: dict[str, tuple[Callable[[Arguments], Arguments], Errors, str]] = {
     "q dims": (lambda a: {"q": a["q"][0]}, ValueError, r"q: got shape \[4, 48\], must be \[2, S, 48\]"),
     "q one dim": (lambda a: {"q": a["q"][0, 0]}, ValueError, r"q: got shape \[48\]"),
