@@ -24,7 +24,7 @@ import torch
 import triton
 
 from lingbot_kernels import reference
-from lingbot_kernels.ops.ring import RingPosition
+from lingbot_kernels.ring import RingPosition
 from lingbot_kernels.triton import _rows
 from lingbot_kernels.triton import gated_residual as gated
 from lingbot_kernels.triton import gated_residual_camera_norm as camera

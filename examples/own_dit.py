@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lingbot_kernels import reference
 from lingbot_kernels.integrations import functional as lingbot
-from lingbot_kernels.realtime.kv_cache import KVRing
+from lingbot_kernels.ring import KVRing
 
 HEADS, HEAD_DIM, EPS = 4, 32, 1e-6
 ROWS, COLUMNS, FRAMES = 4, 6, 2

@@ -16,7 +16,7 @@ from lingbot_kernels.benchmarks import timeline
 from lingbot_kernels.benchmarks.model import ModelBench, Session, free, timed
 from lingbot_kernels.benchmarks.rows import GREEN, RED
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
-from lingbot_kernels.ops import RingPosition
+from lingbot_kernels.ring import RingPosition
 
 
 class ShardedModelBench(ModelBench):

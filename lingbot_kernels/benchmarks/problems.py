@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lingbot_kernels import ops, reference
 from lingbot_kernels.benchmarks.cases import SINK_FRAMES, WINDOW_FRAMES, Case
-from lingbot_kernels.ops import RingPosition
 from lingbot_kernels.ops.windowed_attention import LIBRARIES
+from lingbot_kernels.ring import RingPosition
 
 EPS = 1e-6
 THETA = 10000.0

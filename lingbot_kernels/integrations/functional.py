@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lingbot_kernels import ops
 from lingbot_kernels.ops import _check
-from lingbot_kernels.realtime.kv_cache import ChunkPosition, KVRing
+from lingbot_kernels.ring import ChunkPosition, KVRing
 
 LAYOUTS = ("BSHD", "BHSD")
 
@@ -117,7 +117,7 @@ def place_chunk(ring: KVRing, token_start: int, num_tokens: int) -> ChunkPositio
     """
     plan = ring.plan(token_start, num_tokens)
     ring.commit(plan)
-    return ChunkPosition(ops.RingPosition(plan.chunk_start, ring.sink), plan.num_visible)
+    return ChunkPosition(ops.RingPosition(plan.first_slot, ring.sink), plan.num_visible)
 
 
 def norm_rope_write(

@@ -33,8 +33,9 @@ from lingbot_kernels.parallel.sequence_shard import SequenceShard
 from lingbot_kernels.parallel.shard_group import ShardGroup
 from lingbot_kernels.realtime import memory
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
-from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPosition, CrossAttentionCache, RingMemory
+from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, RingMemory
 from lingbot_kernels.realtime.runtime_cache import TensorIdentity
+from lingbot_kernels.ring import ChunkPosition
 
 WHOLE = SequenceShard()
 
@@ -363,7 +364,7 @@ class CausalLingBotTransformer(nn.Module):
         with nvtx.range("embeddings"):
             inputs = ChunkInputs(
                 latents.to(self.dtype),
-                self._prepare_cached_rope_for_sequence_shard(state, shard.num_tokens, plan.start + shard.start),
+                self._prepare_cached_rope_for_sequence_shard(state, shard.num_tokens, plan.first_token + shard.start),
                 self._prepare_cached_time_embeddings(state, float(timestep), step_index),
                 self._prepare_cached_text(state, text),
                 None if camera is None else self._prepare_cached_camera_modulation(state, camera, shard),

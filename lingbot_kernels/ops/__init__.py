@@ -16,10 +16,10 @@ from lingbot_kernels.ops.qk_norm_rope_pack import qk_norm_rope_pack
 from lingbot_kernels.ops.qk_norm_rope_push import qk_norm_rope_push
 from lingbot_kernels.ops.qkv_unpack_kv_write import qkv_unpack_kv_write
 from lingbot_kernels.ops.residual_norm_modulate import residual_norm_modulate
-from lingbot_kernels.ops.ring import RingPosition
 from lingbot_kernels.ops.rms_norm import rms_norm
 from lingbot_kernels.ops.rope_cos_sin import rope_cos_sin
 from lingbot_kernels.ops.windowed_attention import windowed_attention
+from lingbot_kernels.ring import RingPosition
 
 __all__ = [
     "BACKENDS",

@@ -11,7 +11,7 @@ from lingbot_kernels.ops import _check, _dispatch, _native
 from lingbot_kernels.ops._library import register_kernel
 from lingbot_kernels.ops._plan import Plan
 from lingbot_kernels.ops.qk_norm_rope_kv_write import check_table
-from lingbot_kernels.ops.ring import RingPosition
+from lingbot_kernels.ring import RingPosition
 
 
 def _check_arguments(

@@ -9,7 +9,7 @@ from lingbot_kernels import reference
 from lingbot_kernels.ops import _check, _dispatch, _native
 from lingbot_kernels.ops._library import register_kernel
 from lingbot_kernels.ops._plan import Plan
-from lingbot_kernels.ops.ring import RingPosition
+from lingbot_kernels.ring import RingPosition
 
 
 def _check_arguments(

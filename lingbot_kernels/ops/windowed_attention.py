@@ -14,7 +14,7 @@ from lingbot_kernels.ops import _check, _dispatch, _native
 from lingbot_kernels.ops._even_segments import TILE, even_segments, hopper_multiprocessors
 from lingbot_kernels.ops._library import register
 from lingbot_kernels.ops.merge_segments import merge_segments
-from lingbot_kernels.ops.ring import RingPosition
+from lingbot_kernels.ring import RingPosition
 
 Segments = Sequence[tuple[int, int]]
 LIBRARIES = ("fa4", "cudnn", "sdpa", "reference")

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lingbot_kernels import ops
-from lingbot_kernels.ops.ring import RingPosition
 from lingbot_kernels.parallel.peer_memory import PeerMemory
 from lingbot_kernels.parallel.sequence_shard import SequenceShard
 from lingbot_kernels.realtime.kv_cache import CacheLayout
+from lingbot_kernels.ring import RingPosition
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lingbot_kernels import ops
-from lingbot_kernels.ops.ring import RingPosition
+from lingbot_kernels.ring import RingPosition
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # named anew in torch 2.13
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels.realtime.graphs import SessionGraphs
-from lingbot_kernels.realtime.kv_cache import CacheLayout, ChunkPlan, CrossAttentionCache, KVCache, RingMemory
+from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, KVCache, RingMemory
 from lingbot_kernels.realtime.runtime_cache import RuntimeCache, Store, TensorIdentity, tensors_in
+from lingbot_kernels.ring import ChunkPlan
 
 
 class RealtimeCausalDiTState:
@@ -70,7 +71,7 @@ class RealtimeCausalDiTState:
     @property
     def chunk_start_frame(self) -> int:
         """Absolute index of the current chunk's first latent frame; 0 for a fresh session."""
-        return 0 if self.kv_cache is None else self.kv_cache.ring.chunk_start // self.kv_cache.layout.frame_tokens
+        return 0 if self.kv_cache is None else self.kv_cache.ring.first_token // self.kv_cache.layout.frame_tokens
 
     def plan_chunk(
         self,

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lingbot_kernels.realtime.kv_cache import ChunkPlan, KVCache
+from lingbot_kernels.realtime.kv_cache import KVCache
+from lingbot_kernels.ring import ChunkPlan
 
 Run = Callable[[Any, Any, Any, bool], "Tensor | None"]
 _live: weakref.WeakSet[SessionGraphs] = weakref.WeakSet()

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from lingbot_kernels.reference.rms_norm import rms_norm
 from lingbot_kernels.reference.rope_cos_sin import apply_rope
-
-if TYPE_CHECKING:
-    from lingbot_kernels.ops.ring import RingPosition
+from lingbot_kernels.ring import RingPosition
 
 
 def norm_rope(x: torch.Tensor, weight: torch.Tensor, cos_sin: torch.Tensor, eps: float) -> torch.Tensor:

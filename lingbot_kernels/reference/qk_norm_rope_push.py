@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from lingbot_kernels.reference.qk_norm_rope_kv_write import norm_rope
-
-if TYPE_CHECKING:
-    from lingbot_kernels.ops.ring import RingPosition
+from lingbot_kernels.ring import RingPosition
 
 
 def qk_norm_rope_push(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from lingbot_kernels.ops.ring import RingPosition
+from lingbot_kernels.ring import RingPosition
 
 
 def qkv_unpack_kv_write(

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from lingbot_kernels.ring import slot
+
 VECTOR_BYTES = 16
 MAX_DIM = 16384
 LONG_ROW = 4096  # values: from here on a row fills several warps
@@ -393,7 +395,7 @@ def reduced_position(chunk_start: int, cursor: torch.Tensor | None, sink: int, c
     """The cursor, or `chunk_start` brought below the capacity without changing any slot, so that it fits 32 bits."""
     if cursor is not None:
         return cursor
-    return chunk_start if chunk_start < capacity else sink + (chunk_start - sink) % (capacity - sink)
+    return slot(chunk_start, sink, capacity)
 
 
 def modulation_stride(vector: torch.Tensor | None) -> int:

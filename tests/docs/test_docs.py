@@ -112,8 +112,9 @@ def text_of(node: ast.expr) -> str:
 
 def messages() -> set[str]:
     found = set()
-    for folder in ("ops", "realtime", "parallel", "integrations", "stages"):
-        for path in (ROOT / "lingbot_kernels" / folder).glob("*.py"):
+    package = ROOT / "lingbot_kernels"
+    for pattern in ("ring.py", "ops/*.py", "realtime/*.py", "parallel/*.py", "integrations/*.py", "stages/*.py"):
+        for path in package.glob(pattern):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                     found.add(text_of(node.exc.args[0]))

@@ -9,7 +9,7 @@ import torch
 
 from lingbot_kernels import ops, reference
 from lingbot_kernels.integrations import functional as F
-from lingbot_kernels.realtime.kv_cache import KVRing
+from lingbot_kernels.ring import KVRing
 
 B, HEADS, HEAD_DIM, FRAME, WIDTH = 2, 3, 16, 6, 3
 D = HEADS * HEAD_DIM

@@ -22,7 +22,7 @@ def tagged_write(ring: KVRing, cache: torch.Tensor, start: int, tokens: int, tag
     plan = ring.plan(start, tokens)
     v = torch.tensor([[[float(start + i), float(tag)] for i in range(tokens)]], dtype=torch.float64)
     table = ops.rope_cos_sin(tokens, 0, 1, 1, HEAD_DIM, 1e4, "cpu")
-    position = RingPosition(plan.chunk_start, ring.sink)
+    position = RingPosition(plan.first_slot, ring.sink)
     ops.k_norm_rope_kv_write(v, v, v.new_ones(HEAD_DIM), table, torch.empty_like(cache), cache, position, 1e-6)
     ring.commit(plan)
     assert ring.num_visible == plan.num_visible
@@ -92,7 +92,7 @@ class RingAgainstList(RuleBasedStateMachine):
         seen = self.cache[0, : self.ring.num_visible, 0]
         assert sorted(map(tuple, seen.tolist())) == sorted((float(t), float(tag)) for t, tag in self.visible)
         assert self.cache[0, self.ring.num_visible :].isnan().all()
-        assert (self.ring.end, self.ring.chunk_start) == (start + tokens, start)
+        assert (self.ring.end, self.ring.first_token) == (start + tokens, start)
         # The sink lies in order at the front: the first tokens ever received.
         sink = self.visible[: self.ring.sink]
         assert seen[: len(sink)].tolist() == [[float(t), float(tag)] for t, tag in sink]
@@ -119,9 +119,9 @@ def test_slots_and_segments_of_a_plan_equal_the_list_however_long_the_rollout(da
         ring.reset()
     plan = ring.plan(origin + received, tokens)
     slot = [p if p < sink else sink + (p - sink) % (capacity - sink) for p in range(received, received + tokens)]
-    assert 0 <= plan.chunk_start < capacity
-    assert RingPosition(plan.chunk_start, sink).slots(tokens, capacity, "cpu").tolist() == slot
-    cursor = torch.tensor([plan.chunk_start], dtype=torch.int32)
+    assert 0 <= plan.first_slot < capacity
+    assert RingPosition(plan.first_slot, sink).slots(tokens, capacity, "cpu").tolist() == slot
+    cursor = torch.tensor([plan.first_slot], dtype=torch.int32)
     assert RingPosition(-7, sink, cursor).slots(tokens, capacity, "cpu").tolist() == slot
     assert plan.num_visible == min(received + tokens, capacity)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lingbot_kernels import reference
-from lingbot_kernels.ops.ring import RingPosition
+from lingbot_kernels.ring import RingPosition
 
 EPS = 1e-6
 

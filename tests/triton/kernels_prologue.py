@@ -12,7 +12,7 @@ import torch
 from checks import DEVICE, DTYPES, EPS, assert_as_good_as, poisoned, randn, same_bits
 
 from lingbot_kernels import reference
-from lingbot_kernels.ops.ring import RingPosition
+from lingbot_kernels.ring import RingPosition
 from lingbot_kernels.triton import _rows
 from lingbot_kernels.triton import qk_norm_rope_kv_write as prologue
 from lingbot_kernels.triton import qk_norm_rope_pack as packing
