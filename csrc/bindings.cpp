@@ -1,6 +1,7 @@
 // lingbot_kernels._C: every op on one page. A function takes its struct's fields positionally in declaration order,
 // nested structs flattened, pointers as ints (0: null), a Dtype as int; then `threads` (cpu) or `stream` (cuda).
-// Calls go through METH_FASTCALL: with some forty ints a call, a generic argument converter would cost more than a kernel.
+// Calls go through METH_FASTCALL: with some forty ints a call, a generic argument converter would cost more than a
+// kernel.
 #include <pybind11/pybind11.h>
 
 #include <climits>
@@ -122,7 +123,8 @@ std::vector<std::string> names_of() {
   return visit.names;
 }
 
-// Reads the arguments of a call in order; after the first that does not fit, a Python error is set and `at` stays on it.
+// Reads the arguments of a call in order; after the first that does not fit, a Python error is set and `at` stays on
+// it.
 struct Reader {
   PyObject* const* args;
   int at = 0;
@@ -198,7 +200,8 @@ void name_argument(const char* op, const std::string& argument) {
 template <class Op>
 PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   static const Py_ssize_t expected = static_cast<Py_ssize_t>(names_of<typename Op::Params>().size()) + 1;
-  if (count != expected) return PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, got %zd", Op::name, expected, count);
+  if (count != expected)
+    return PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, got %zd", Op::name, expected, count);
   typename Op::Params params;
   typename Op::Last last;
   Reader reader{args};
@@ -271,12 +274,14 @@ py::tuple cpu_isas() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Compiled core of lingbot_kernels: launchers that take raw pointers; the Python layer checks what it passes.";
+  module.doc() =
+      "Compiled core of lingbot_kernels: launchers that take raw pointers; the Python layer checks what it passes.";
   module.attr("version") = LINGBOT_KERNELS_VERSION;
   module.attr("cpu_isa") = cpu::active_isa();
   define_call_table(module);
 
-  py::module_ cpu_module = module.def_submodule("cpu", "Ops on the CPU; the last argument, threads, is 0 for every core.");
+  py::module_ cpu_module =
+      module.def_submodule("cpu", "Ops on the CPU; the last argument, threads, is 0 for every core.");
   LINGBOT_OPS(REGISTER_OP, cpu)
   cpu_module.attr("isas") = cpu_isas();
   cpu_module.def("set_isa", [module](const std::string& name) {
@@ -288,7 +293,8 @@ PYBIND11_MODULE(_C, module) {
 #if defined(LINGBOT_WITH_CUDA)
   module.attr("compiled_with_cuda") = true;
   module.attr("cuda_architectures") = LINGBOT_CUDA_ARCHITECTURES;
-  py::module_ cuda_module = module.def_submodule("cuda", "Ops on an NVIDIA GPU; the last argument is a stream's handle.");
+  py::module_ cuda_module =
+      module.def_submodule("cuda", "Ops on an NVIDIA GPU; the last argument is a stream's handle.");
   LINGBOT_OPS(REGISTER_OP, cuda)
 #else
   module.attr("compiled_with_cuda") = false;

@@ -1,8 +1,8 @@
-// A signature is all that an op's checks and the constants of its launch depend on: of a tensor the shape, strides, dtype,
-// device and the address modulo 16, of numbers and strings the value, of a list of tensors that of each. What differs
-// from call to call under one signature is looked at in each: addresses (a written tensor must lie apart from the others)
-// and the numbers declared as varying (0 or more). Tensors are read through the function table that DLPack 1.3 puts on
-// their type; where there is none, or another version, no call is ever found.
+// A signature is all that an op's checks and the constants of its launch depend on: of a tensor the shape, strides,
+// dtype, device and the address modulo 16, of numbers and strings the value, of a list of tensors that of each. What
+// differs from call to call under one signature is looked at in each: addresses (a written tensor must lie apart from
+// the others) and the numbers declared as varying (0 or more). Tensors are read through the function table that
+// DLPack 1.3 puts on their type; where there is none, or another version, no call is ever found.
 #include "call_table.h"
 
 #include <pybind11/stl.h>
@@ -87,7 +87,10 @@ class CallTable {
  public:
   CallTable(const py::object& exchange, const py::tuple& tensors, const py::tuple& constants,
             const std::vector<size_t>& written, const std::vector<size_t>& varying, size_t limit)
-      : tensors_(tensors), constants_(constants), written_(mask("written", written)), varying_(mask("varying", varying)),
+      : tensors_(tensors),
+        constants_(constants),
+        written_(mask("written", written)),
+        varying_(mask("varying", varying)),
         limit_(limit) {
     if (limit_ < 1) throw py::value_error("limit: must be at least 1");
     if (!PyCapsule_IsValid(exchange.ptr(), kDlCapsule)) return;
@@ -199,7 +202,8 @@ class CallTable {
       if (required != Py_False) return false;  // autograd has to see it
     }
     DlTensor tensor;
-    if (borrow_(argument, &tensor) != 0 || tensor.ndim < 0 || (tensor.ndim > 0 && tensor.strides == nullptr)) return false;
+    if (borrow_(argument, &tensor) != 0 || tensor.ndim < 0 || (tensor.ndim > 0 && tensor.strides == nullptr))
+      return false;
     const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset;
     int64_t last = 0;
     bool empty = false;
@@ -207,7 +211,8 @@ class CallTable {
       empty |= tensor.shape[d] == 0;
       last += (tensor.shape[d] - 1) * tensor.strides[d];
     }
-    const uint64_t nbytes = empty ? 0 : (static_cast<uint64_t>(last) + 1) * ((tensor.dtype_bits * tensor.dtype_lanes + 7) / 8);
+    const uint64_t nbytes =
+        empty ? 0 : (static_cast<uint64_t>(last) + 1) * ((tensor.dtype_bits * tensor.dtype_lanes + 7) / 8);
     reading.spans[reading.tensors++] = {start, start + nbytes, written};
     const size_t dims = sizeof(int64_t) * tensor.ndim;
     return reading.put('T') && reading.put(static_cast<char>(start % kAlignment)) && reading.put(tensor.device_type) &&
@@ -310,8 +315,8 @@ void define_call_table(py::module_& module) {
   PyObject* function = PyCFunction_NewEx(&method, nullptr, nullptr);
   if (function == nullptr) throw py::error_already_set();
   module.attr("environment") = py::reinterpret_steal<py::object>(function);
-  py::class_<CallTable, std::shared_ptr<CallTable>>(module, "CallTable",
-                                                    "Calls of an op that were found valid, by their arguments' signature.")
+  py::class_<CallTable, std::shared_ptr<CallTable>>(
+      module, "CallTable", "Calls of an op that were found valid, by their arguments' signature.")
       .def(py::init<const py::object&, const py::tuple&, const py::tuple&, const std::vector<size_t>&,
                     const std::vector<size_t>&, size_t>(),
            py::arg("exchange"), py::arg("tensors"), py::arg("constants"), py::arg("written"), py::arg("varying"),

@@ -1,4 +1,5 @@
-// Calls of an op that were found valid, by the signature of their arguments: what lets a call skip checks it has passed.
+// Calls of an op that were found valid, by the signature of their arguments: what lets a call skip checks it has
+// passed.
 #pragma once
 
 #include <pybind11/pybind11.h>

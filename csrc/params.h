@@ -20,8 +20,8 @@ struct Rows {
   int64_t token_stride;
 };
 
-// The same, written to. Head h of a token goes to group h / heads_per_group, `group_stride` apart: one group for a plain
-// [batch, tokens, D] tensor, one group a rank for the packed all-to-all buffer.
+// The same, written to. Head h of a token goes to group h / heads_per_group, `group_stride` apart: one group for a
+// plain [batch, tokens, D] tensor, one group a rank for the packed all-to-all buffer.
 struct OutRows {
   void* ptr;
   int64_t batch_stride;
@@ -45,7 +45,8 @@ struct Cache {  // [batch, capacity, heads, head_dim]; a token's heads are conti
   int64_t token_stride;
 };
 
-// out[i] = cos | sin of token n = token_start + i at (t, h, w) = (n / frame_stride, n % frame_stride / width, n % width).
+// out[i] = cos | sin of token n = token_start + i at
+// (t, h, w) = (n / frame_stride, n % frame_stride / width, n % width).
 struct RopeCosSinParams {
   float* out;  // [num_tokens, head_dim]
   int64_t num_tokens;
@@ -72,8 +73,8 @@ struct QkNormRopeKvWriteParams {
   float eps;
 };
 
-// The same norm and rotation, written into one all-to-all buffer: out is [ranks, tokens, batch, parts, heads / ranks, head_dim]
-// with parts = (q, k, v), or (k, v) when q.ptr is null.
+// The same norm and rotation, written into one all-to-all buffer: out is [ranks, tokens, batch, parts, heads / ranks,
+// head_dim] with parts = (q, k, v), or (k, v) when q.ptr is null.
 struct QkNormRopePackParams {
   Rows q, k, v;
   const void* q_weight;
@@ -86,7 +87,8 @@ struct QkNormRopePackParams {
   float eps;
 };
 
-// K and V of a received all-to-all buffer [tokens, batch, parts, heads, head_dim] go to their ring slots (heads are this rank's).
+// K and V of a received all-to-all buffer [tokens, batch, parts, heads, head_dim] go to their ring slots (heads are
+// this rank's).
 struct QkvUnpackKvWriteParams {
   const void* packed;
   int32_t parts;  // 3: q, k, v; 2: k, v
@@ -97,8 +99,8 @@ struct QkvUnpackKvWriteParams {
   Dtype dtype;
 };
 
-// The same norm and rotation, each rank's heads written straight to that rank: q to its rows, k and v to its ring. Token i
-// of this shard is token first_token + i of the chunk.
+// The same norm and rotation, each rank's heads written straight to that rank: q to its rows, k and v to its ring.
+// Token i of this shard is token first_token + i of the chunk.
 struct QkNormRopePushParams {
   Rows q, k, v;
   const void* q_weight;
@@ -132,8 +134,8 @@ struct AttentionOutputPushParams {
 };
 
 // Attention over disjoint sets of keys into attention over all of them: out = sum_p softmax_p(lse) * segments[p].
-// segments [count, batch, tokens, heads, head_dim], a token's heads contiguous; lse float32 [count, batch, heads, tokens],
-// tokens contiguous; out [batch, tokens, heads * head_dim], contiguous.
+// segments [count, batch, tokens, heads, head_dim], a token's heads contiguous; lse float32 [count, batch, heads,
+// tokens], tokens contiguous; out [batch, tokens, heads * head_dim], contiguous.
 struct MergeSegmentsParams {
   const void* segments;
   int64_t segment_stride, batch_stride, token_stride;

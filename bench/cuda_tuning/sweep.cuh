@@ -169,16 +169,25 @@ struct Sweep {
             p.strides.push_back((ends[r] - begin) * dim);
             p.addresses.push_back(reinterpret_cast<int64_t>(p.out + begin * batch * dim));
           }
-          one("attention_output_push width " + std::to_string(width) + " ranks " + std::to_string(p.ranks), p, 0.0, [&] {
-            Status status = nullptr;
-            for (int64_t r = 0; r < p.ranks && !status; ++r) {
-              const AttentionOutputPushParams a = {
-                  {p.in, p.tokens() * width, width}, p.addresses.data(), ends.data(), p.strides.data(), dim, r * width,
-                  batch, p.tokens(), static_cast<int32_t>(width), static_cast<int32_t>(p.ranks), kDtype};
-              status = lingbot::cuda::attention_output_push(a, stream);
-            }
-            return status;
-          });
+          one("attention_output_push width " + std::to_string(width) + " ranks " + std::to_string(p.ranks), p, 0.0,
+              [&] {
+                Status status = nullptr;
+                for (int64_t r = 0; r < p.ranks && !status; ++r) {
+                  const AttentionOutputPushParams a = {{p.in, p.tokens() * width, width},
+                                                       p.addresses.data(),
+                                                       ends.data(),
+                                                       p.strides.data(),
+                                                       dim,
+                                                       r * width,
+                                                       batch,
+                                                       p.tokens(),
+                                                       static_cast<int32_t>(width),
+                                                       static_cast<int32_t>(p.ranks),
+                                                       kDtype};
+                  status = lingbot::cuda::attention_output_push(a, stream);
+                }
+                return status;
+              });
         }
       }
     }

@@ -20,7 +20,8 @@ Status attention_output_push(const AttentionOutputPushParams& p, int threads) {
         int rank = 0;
         while (s >= p.ends[rank]) ++rank;
         const int64_t row = s - (rank == 0 ? 0 : p.ends[rank - 1]);
-        const T* from = static_cast<const T*>(p.attended.ptr) + b * p.attended.batch_stride + s * p.attended.token_stride;
+        const T* from =
+            static_cast<const T*>(p.attended.ptr) + b * p.attended.batch_stride + s * p.attended.token_stride;
         T* to = reinterpret_cast<T*>(p.addresses[rank]) + b * p.batch_strides[rank] + row * p.token_stride + p.column;
         __builtin_memcpy(to, from, bytes);
       }

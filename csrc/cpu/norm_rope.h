@@ -24,7 +24,8 @@ struct NormRopeRow {
   int64_t offset = 0;
 
   LINGBOT_INLINE T* head(int h, int head_dim) const {
-    T* group = groups ? reinterpret_cast<T*>(groups[h / heads_per_group]) + offset : out + h / heads_per_group * group_stride;
+    T* group =
+        groups ? reinterpret_cast<T*>(groups[h / heads_per_group]) + offset : out + h / heads_per_group * group_stride;
     return group + int64_t{h % heads_per_group} * head_dim;
   }
 };
@@ -49,7 +50,8 @@ LINGBOT_INLINE Lanes normalise(const T* x, const T* weight, float inverse, int c
   return round_to<T>(round_to<T>(load(x, count) * inverse) * load(weight, count));
 }
 
-// A float32 as the sum of one that has 12 bits and of the rest: a product of the first with a half-precision value is exact.
+// A float32 as the sum of one that has 12 bits and of the rest: a product of the first with a half-precision value is
+// exact.
 struct Split {
   float high, low;
 };
@@ -63,8 +65,8 @@ LINGBOT_INLINE Split split(float x) {
   return {high, x - high};
 }
 
-// Rotates `rows` (1 or 2 of them) of one token. With the table split in two a float32 rotation of half-precision values is
-// as exact as one in float64 but for a millionth of its roundings; with three plain roundings it is ten times that.
+// Rotates `rows` (1 or 2 of them) of one token. With the table split in two a float32 rotation of half-precision values
+// is as exact as one in float64 but for a millionth of its roundings; with three plain roundings it is ten times that.
 template <class T>
 LINGBOT_INLINE void norm_rope(const NormRopeRow<T>* rows, int num_rows, const Rope& rope, float eps) {
   float inverse[2];

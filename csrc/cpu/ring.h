@@ -7,7 +7,9 @@
 namespace lingbot::cpu::LINGBOT_ISA {
 namespace {
 
-LINGBOT_INLINE int64_t chunk_start(const Ring& ring) { return ring.cursor != nullptr ? *ring.cursor : ring.chunk_start; }
+LINGBOT_INLINE int64_t chunk_start(const Ring& ring) {
+  return ring.cursor != nullptr ? *ring.cursor : ring.chunk_start;
+}
 
 LINGBOT_INLINE int64_t slot(const Ring& ring, int64_t position) {
   return position < ring.sink ? position : ring.sink + (position - ring.sink) % (ring.capacity - ring.sink);

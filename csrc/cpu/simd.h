@@ -210,8 +210,8 @@ LINGBOT_INLINE void each_block(int n, const F& f) {
   if (i < n) f(i, n - i);
 }
 
-// Sum over [0, n) of value(offset, count), whose lanes beyond count must be zero. 64 partial sums of runs of 8 values, the
-// runs summed in double: rounded to float32 it is the exact sum's rounding for nearly all rows of some thousands.
+// Sum over [0, n) of value(offset, count), whose lanes beyond count must be zero. 64 partial sums of runs of 8 values,
+// the runs summed in double: rounded to float32 it is the exact sum's rounding for nearly all rows of some thousands.
 template <class F>
 LINGBOT_INLINE double sum_blocks(int n, const F& value) {
   constexpr int kBlock = 4 * kLanes, kRun = 8 * kBlock;

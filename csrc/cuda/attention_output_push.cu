@@ -1,5 +1,5 @@
-// Attention's output for this rank's heads, straight into the rows of the ranks that own the tokens: a pure copy. Blocks
-// take the ranks in turn, so that all links are busy at once.
+// Attention's output for this rank's heads, straight into the rows of the ranks that own the tokens: a pure copy.
+// Blocks take the ranks in turn, so that all links are busy at once.
 #include "../push.h"
 #include "block.cuh"
 #include "launch.cuh"

@@ -22,61 +22,27 @@ struct CameraNormKernelParams {
 template <typename T, typename R, typename Shape, typename Plan, bool kCamera>
 __global__ void __launch_bounds__(Shape::kThreads == 0 ? max_row_threads(Shape::kVecs) : Shape::kThreads,
                                   Plan::kMinBlocks) camera_norm_rows(const __grid_constant__ CameraNormKernelParams p) {
-  constexpr int V = Shape::V, kVecs = Shape::kVecs, kThreads = Shape::kThreads, kRows = Plan::kRows;
-  constexpr bool kAhead = Plan::kChannelLoad == ChannelLoad::kAhead;
+  constexpr int V = Shape::V, kVecs = Shape::kVecs, kRows = Plan::kRows;
   __shared__ float shared[2][kRows][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
-  const uint32_t batch = blockIdx.y, token = blockIdx.x * kRows;
-  const int64_t start = (static_cast<int64_t>(batch) * p.tokens + token) * p.dim;
-  const float* gate = batch_channels(p.gate, batch);
-  const auto inside = [&](int n, int e) {
-    return (kRows == 1 || token + n < p.tokens) && in_row<kThreads>(e, p.dim);
-  };
-
+  const BlockRows<Shape, Plan> rows(p.tokens, p.dim);
   Vec<R, V> x[kRows][kVecs];
-  Vec<T, V> delta[kRows][kVecs], cam_scale[kCamera ? kRows : 1][kCamera ? kVecs : 1],
-      cam_shift[kCamera ? kRows : 1][kCamera ? kVecs : 1];
-#pragma unroll
-  for (int n = 0; n < kRows; ++n) {
-    const int64_t row = start + static_cast<int64_t>(n) * p.dim;
-    const auto load = [&](const void* from, int e) {
-      return inside(n, e) ? load_stream<Plan::kLoad, V>(static_cast<const T*>(from) + row + e) : zero_vec<T, V>();
-    };
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      x[n][i] = inside(n, e) ? load_stream<Plan::kLoad, V>(static_cast<const R*>(p.x) + row + e) : zero_vec<R, V>();
-      delta[n][i] = load(p.delta, e);
-      if constexpr (kCamera) cam_scale[n][i] = load(p.cam_scale, e), cam_shift[n][i] = load(p.cam_shift, e);
-    }
+  Vec<T, V> delta[kRows][kVecs], cam_scale[kRows][kVecs], cam_shift[kRows][kVecs];
+  rows.load(p.x, x);
+  rows.load(p.delta, delta);
+  if constexpr (kCamera) {
+    rows.load(p.cam_scale, cam_scale);
+    rows.load(p.cam_shift, cam_shift);
   }
-  float weight_of_delta[kAhead ? kVecs : 1][V];
-  Vec<T, V> weight[kAhead ? kVecs : 1], bias[kAhead ? kVecs : 1];
-  const auto load_affine = [&](int i, int e) {
-    weight[kAhead ? i : 0] = load_channels<Plan::kChannelLoad, V>(static_cast<const T*>(p.weight) + e);
-    bias[kAhead ? i : 0] = load_channels<Plan::kChannelLoad, V>(static_cast<const T*>(p.bias) + e);
-  };
-  if constexpr (kAhead) {
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      if (in_row<kThreads>(e, p.dim)) load_modulation<V, Plan::kChannelLoad>(gate, e, 1.f, weight_of_delta[i]);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    const int e = row_element<V, kThreads>(i);
-    if (!in_row<kThreads>(e, p.dim)) continue;
-    if constexpr (!kAhead) load_modulation<V, Plan::kChannelLoad>(gate, e, 1.f, weight_of_delta[0]);
-#pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-      if (!inside(n, e)) break;
-      float f[V], d[V];
-      unpack(x[n][i], f);
-      unpack(delta[n][i], d);
-#pragma unroll
-      for (int j = 0; j < V; ++j) f[j] = fmaf(d[j], weight_of_delta[kAhead ? i : 0][j], f[j]);
+  auto gate = gate_channels<Shape, Plan>(p.gate, rows.batch, p.dim);
+  auto affine = affine_channels<T, Shape, Plan>(p.weight, p.bias, p.dim);
+  gate.ahead();
+  for_each_vector<Shape>(p.dim, [&](int i, int e) {
+    const GateVec<V> g = gate.at(i, e);
+    rows.for_each_row([&](int n) {
+      float f[V];
+      add_gated(x[n][i], delta[n][i], g, f);
       if constexpr (kCamera) {
         float s[V], b[V];
         unpack(cam_scale[n][i], s);
@@ -84,38 +50,13 @@ __global__ void __launch_bounds__(Shape::kThreads == 0 ? max_row_threads(Shape::
 #pragma unroll
         for (int j = 0; j < V; ++j) f[j] = fmaf(1.f + s[j], f[j], b[j]);
       }
-      x[n][i] = pack<R, V>(f);
-      store_vec<Plan::kStore>(static_cast<R*>(p.x_out) + start + static_cast<int64_t>(n) * p.dim + e, x[n][i]);
-    }
-  }
-  if constexpr (kAhead) {
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      if (in_row<kThreads>(e, p.dim)) load_affine(i, e);
-    }
-  }
+      x[n][i] = rows.template store<R>(p.x_out, n, e, f);
+    });
+  });
+  affine.ahead();
   RowMoments m[kRows];
-  row_moments<Plan::kStatistics, kThreads>(x, p.dim, p.inv_dim, p.eps, shared, m);
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    const int e = row_element<V, kThreads>(i);
-    if (!in_row<kThreads>(e, p.dim)) continue;
-    if constexpr (!kAhead) load_affine(i, e);
-    float w[V], b[V];
-    unpack(weight[kAhead ? i : 0], w);
-    unpack(bias[kAhead ? i : 0], b);
-#pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-      if (!inside(n, e)) break;
-      float f[V];
-      keep_packed(x[n][i]);
-      unpack(x[n][i], f);
-#pragma unroll
-      for (int j = 0; j < V; ++j) f[j] = fmaf((f[j] - m[n].mean) * m[n].inv_std, w[j], b[j]);
-      store_vec<Plan::kStore>(static_cast<T*>(p.y) + start + static_cast<int64_t>(n) * p.dim + e, pack<T, V>(f));
-    }
-  }
+  row_moments<Plan::kStatistics, Shape::kThreads>(x, p.dim, p.inv_dim, p.eps, shared, m);
+  store_normalised<T>(rows, x, m, affine, p.y);
 }
 
 template <typename T, typename R>

@@ -17,61 +17,18 @@ struct LayerNormKernelParams {
 template <typename T, typename R, typename Shape, typename Plan>
 __global__ void __launch_bounds__(Shape::kThreads == 0 ? max_row_threads(Shape::kVecs) : Shape::kThreads,
                                   Plan::kMinBlocks) layer_norm_rows(const __grid_constant__ LayerNormKernelParams p) {
-  constexpr int V = Shape::V, kVecs = Shape::kVecs, kThreads = Shape::kThreads, kRows = Plan::kRows;
-  constexpr bool kAhead = Plan::kChannelLoad == ChannelLoad::kAhead;
+  constexpr int V = Shape::V, kRows = Plan::kRows;
   __shared__ float shared[2][kRows][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
-  const uint32_t batch = blockIdx.y, token = blockIdx.x * kRows;
-  const int64_t start = (static_cast<int64_t>(batch) * p.tokens + token) * p.dim;
-  const R* in = static_cast<const R*>(p.x) + start;
-  T* out = static_cast<T*>(p.y) + start;
-  const float* scale = batch_channels(p.scale, batch);
-  const float* shift = batch_channels(p.shift, batch);
-
-  Vec<R, V> x[kRows][kVecs];
-#pragma unroll
-  for (int n = 0; n < kRows; ++n) {
-    const bool row_inside = kRows == 1 || token + n < p.tokens;
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      x[n][i] = row_inside && in_row<kThreads>(e, p.dim)
-                    ? load_stream<Plan::kLoad, V>(in + static_cast<int64_t>(n) * p.dim + e)
-                    : zero_vec<R, V>();
-    }
-  }
-  float gain[kAhead ? kVecs : 1][V], bias[kAhead ? kVecs : 1][V];
-  const auto load_gain = [&](int i, int e) {
-    load_modulation<V, Plan::kChannelLoad>(scale, e, 0.f, gain[kAhead ? i : 0]);
-    load_modulation<V, Plan::kChannelLoad>(shift, e, 0.f, bias[kAhead ? i : 0]);
-  };
-  if constexpr (kAhead) {
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      if (in_row<kThreads>(e, p.dim)) load_gain(i, e);
-    }
-  }
+  const BlockRows<Shape, Plan> rows(p.tokens, p.dim);
+  Vec<R, V> x[kRows][Shape::kVecs];
+  rows.load(p.x, x);
+  auto modulation = modulation_channels<Shape, Plan>(p.scale, p.shift, rows.batch, p.dim);
+  modulation.ahead();
   RowMoments m[kRows];
-  row_moments<Plan::kStatistics, kThreads>(x, p.dim, p.inv_dim, p.eps, shared, m);
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    const int e = row_element<V, kThreads>(i);
-    if (!in_row<kThreads>(e, p.dim)) continue;
-    if constexpr (!kAhead) load_gain(i, e);
-#pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-      if (kRows > 1 && token + n >= p.tokens) break;
-      float f[V];
-      keep_packed(x[n][i]);
-      unpack(x[n][i], f);
-#pragma unroll
-      for (int j = 0; j < V; ++j)
-        f[j] = fmaf((f[j] - m[n].mean) * m[n].inv_std, 1.f + gain[kAhead ? i : 0][j], bias[kAhead ? i : 0][j]);
-      store_vec<Plan::kStore>(out + static_cast<int64_t>(n) * p.dim + e, pack<T, V>(f));
-    }
-  }
+  row_moments<Plan::kStatistics, Shape::kThreads>(x, p.dim, p.inv_dim, p.eps, shared, m);
+  store_normalised<T>(rows, x, m, modulation, p.y);
 }
 
 // Blocks step through the rows of their batch gridDim.x apart, the modulation in registers and the next row in flight:
@@ -79,8 +36,9 @@ __global__ void __launch_bounds__(Shape::kThreads == 0 ? max_row_threads(Shape::
 template <typename T, typename R, typename Shape, int kMinBlocks>
 __global__ void __launch_bounds__(Shape::kThreads, kMinBlocks)
     layer_norm_steps(const __grid_constant__ LayerNormKernelParams p) {
-  constexpr int V = Shape::V, kVecs = Shape::kVecs, kThreads = Shape::kThreads;
-  static_assert(kThreads != 0, "for exact shapes");
+  constexpr int V = Shape::V, kVecs = Shape::kVecs;
+  using Plan = RowPlan<kMinBlocks, 1, ChannelLoad::kAhead>;
+  static_assert(Shape::kThreads != 0, "for exact shapes");
   __shared__ float shared[2][1][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
@@ -88,40 +46,27 @@ __global__ void __launch_bounds__(Shape::kThreads, kMinBlocks)
   const int64_t start = static_cast<int64_t>(batch) * p.tokens * p.dim;
   const R* in = static_cast<const R*>(p.x) + start;
   T* out = static_cast<T*>(p.y) + start;
-  const float* scale = batch_channels(p.scale, batch);
-  const float* shift = batch_channels(p.shift, batch);
 
-  const auto load_row = [&](uint64_t token, Vec<R, V>(&x)[kVecs]) {
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i)
-      x[i] = load_stream<LoadHint::kNoAllocate, V>(in + token * p.dim + row_element<V, kThreads>(i));
-  };
   Vec<R, V> x[1][kVecs];
-  load_row(blockIdx.x, x[0]);
-  float gain[kVecs][V], bias[kVecs][V];
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    load_modulation<V>(scale, row_element<V, kThreads>(i), 0.f, gain[i]);
-    load_modulation<V>(shift, row_element<V, kThreads>(i), 0.f, bias[i]);
-  }
+  load_row<Plan::kLoad, Shape>(in + blockIdx.x * static_cast<uint64_t>(p.dim), true, p.dim, x[0]);
+  auto modulation = modulation_channels<Shape, Plan>(p.scale, p.shift, batch, p.dim);
+  modulation.ahead();
   for (uint64_t token = blockIdx.x;;) {
     const uint64_t next = token + gridDim.x;
-    Vec<R, V> ahead[kVecs];
-    if (next < p.tokens) load_row(next, ahead);
+    Vec<R, V> following[kVecs];
+    if (next < p.tokens) load_row<Plan::kLoad, Shape>(in + next * p.dim, true, p.dim, following);
     RowMoments m[1];
-    row_moments<Statistics::kTwoPass, kThreads>(x, p.dim, p.inv_dim, p.eps, shared, m);
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      float f[V];
-      unpack(x[0][i], f);
-#pragma unroll
-      for (int j = 0; j < V; ++j) f[j] = fmaf((f[j] - m[0].mean) * m[0].inv_std, 1.f + gain[i][j], bias[i][j]);
-      store_vec<StoreHint::kWriteBack>(out + token * p.dim + row_element<V, kThreads>(i), pack<T, V>(f));
-    }
+    row_moments<Plan::kStatistics, Shape::kThreads>(x, p.dim, p.inv_dim, p.eps, shared, m);
+    for_each_vector<Shape>(p.dim, [&](int i, int e) {
+      float weight[V], bias[V], f[V];
+      modulation.at(i, e).affine(weight, bias);
+      normalise(x[0][i], m[0], weight, bias, f);
+      store_vec<Plan::kStore>(out + token * p.dim + e, pack<T, V>(f));
+    });
     if (next >= p.tokens) return;
     token = next;
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) x[0][i] = ahead[i];
+    for (int i = 0; i < kVecs; ++i) x[0][i] = following[i];
   }
 }
 

@@ -28,7 +28,8 @@ struct NormRopeParams {
   float inv_dim, eps;
 };
 
-// A row's heads go out in groups, one a rank: element e of group g lies jump[part][g] + e elements behind the part's row.
+// A row's heads go out in groups, one a rank: element e of group g lies jump[part][g] + e elements behind the part's
+// row.
 struct GroupedNormRopeParams : NormRopeParams {
   uint32_t group_width, groups;  // elements of a group
   int64_t jump[3][kMaxRanks];

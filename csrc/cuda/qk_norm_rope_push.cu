@@ -1,5 +1,6 @@
-// rope(rms_norm(q)), rope(rms_norm(k)) and v of this shard's tokens, each rank's heads straight into that rank's memory: Q
-// rows and ring slots. Where ranks reach each other's memory this is the norm and the whole exchange in one pass.
+// rope(rms_norm(q)), rope(rms_norm(k)) and v of this shard's tokens, each rank's heads straight into that rank's
+// memory: Q rows and ring slots. Where ranks reach each other's memory this is the norm and the whole exchange in one
+// pass.
 #include "../push.h"
 #include "norm_rope.cuh"
 

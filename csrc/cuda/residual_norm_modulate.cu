@@ -19,88 +19,30 @@ template <typename T, typename R, typename Shape, typename Plan>
 __global__ void __launch_bounds__(Shape::kThreads == 0 ? max_row_threads(Shape::kVecs) : Shape::kThreads,
                                   Plan::kMinBlocks)
     residual_norm_rows(const __grid_constant__ ResidualNormKernelParams p) {
-  constexpr int V = Shape::V, kVecs = Shape::kVecs, kThreads = Shape::kThreads, kRows = Plan::kRows;
-  constexpr bool kAhead = Plan::kChannelLoad == ChannelLoad::kAhead;
+  constexpr int V = Shape::V, kVecs = Shape::kVecs, kRows = Plan::kRows;
   __shared__ float shared[2][kRows][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
-  const uint32_t batch = blockIdx.y, token = blockIdx.x * kRows;
-  const int64_t start = (static_cast<int64_t>(batch) * p.tokens + token) * p.dim;
-  const float* gate = batch_channels(p.gate, batch);
-  const float* scale = batch_channels(p.scale, batch);
-  const float* shift = batch_channels(p.shift, batch);
-  const auto inside = [&](int n, int e) {
-    return (kRows == 1 || token + n < p.tokens) && in_row<kThreads>(e, p.dim);
-  };
-
+  const BlockRows<Shape, Plan> rows(p.tokens, p.dim);
   Vec<R, V> x[kRows][kVecs];
   Vec<T, V> delta[kRows][kVecs];
-#pragma unroll
-  for (int n = 0; n < kRows; ++n) {
-    const int64_t row = start + static_cast<int64_t>(n) * p.dim;
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      x[n][i] = inside(n, e) ? load_stream<Plan::kLoad, V>(static_cast<const R*>(p.x) + row + e) : zero_vec<R, V>();
-      delta[n][i] =
-          inside(n, e) ? load_stream<Plan::kLoad, V>(static_cast<const T*>(p.delta) + row + e) : zero_vec<T, V>();
-    }
-  }
-  float weight[kAhead ? kVecs : 1][V], gain[kAhead ? kVecs : 1][V], bias[kAhead ? kVecs : 1][V];
-  const auto load_gain = [&](int i, int e) {
-    load_modulation<V, Plan::kChannelLoad>(scale, e, 0.f, gain[kAhead ? i : 0]);
-    load_modulation<V, Plan::kChannelLoad>(shift, e, 0.f, bias[kAhead ? i : 0]);
-  };
-  if constexpr (kAhead) {
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      if (in_row<kThreads>(e, p.dim)) load_modulation<V, Plan::kChannelLoad>(gate, e, 1.f, weight[i]);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    const int e = row_element<V, kThreads>(i);
-    if (!in_row<kThreads>(e, p.dim)) continue;
-    if constexpr (!kAhead) load_modulation<V, Plan::kChannelLoad>(gate, e, 1.f, weight[0]);
-#pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-      if (!inside(n, e)) break;
-      float f[V], d[V];
-      unpack(x[n][i], f);
-      unpack(delta[n][i], d);
-#pragma unroll
-      for (int j = 0; j < V; ++j) f[j] = fmaf(d[j], weight[kAhead ? i : 0][j], f[j]);
-      x[n][i] = pack<R, V>(f);
-      store_vec<Plan::kStore>(static_cast<R*>(p.x_out) + start + static_cast<int64_t>(n) * p.dim + e, x[n][i]);
-    }
-  }
-  if constexpr (kAhead) {
-#pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int e = row_element<V, kThreads>(i);
-      if (in_row<kThreads>(e, p.dim)) load_gain(i, e);
-    }
-  }
-  RowMoments m[kRows];
-  row_moments<Plan::kStatistics, kThreads>(x, p.dim, p.inv_dim, p.eps, shared, m);
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    const int e = row_element<V, kThreads>(i);
-    if (!in_row<kThreads>(e, p.dim)) continue;
-    if constexpr (!kAhead) load_gain(i, e);
-#pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-      if (!inside(n, e)) break;
+  rows.load(p.x, x);
+  rows.load(p.delta, delta);
+  auto gate = gate_channels<Shape, Plan>(p.gate, rows.batch, p.dim);
+  auto modulation = modulation_channels<Shape, Plan>(p.scale, p.shift, rows.batch, p.dim);
+  gate.ahead();
+  for_each_vector<Shape>(p.dim, [&](int i, int e) {
+    const GateVec<V> g = gate.at(i, e);
+    rows.for_each_row([&](int n) {
       float f[V];
-      keep_packed(x[n][i]);
-      unpack(x[n][i], f);
-#pragma unroll
-      for (int j = 0; j < V; ++j)
-        f[j] = fmaf((f[j] - m[n].mean) * m[n].inv_std, 1.f + gain[kAhead ? i : 0][j], bias[kAhead ? i : 0][j]);
-      store_vec<Plan::kStore>(static_cast<T*>(p.y) + start + static_cast<int64_t>(n) * p.dim + e, pack<T, V>(f));
-    }
-  }
+      add_gated(x[n][i], delta[n][i], g, f);
+      x[n][i] = rows.template store<R>(p.x_out, n, e, f);
+    });
+  });
+  modulation.ahead();
+  RowMoments m[kRows];
+  row_moments<Plan::kStatistics, Shape::kThreads>(x, p.dim, p.inv_dim, p.eps, shared, m);
+  store_normalised<T>(rows, x, m, modulation, p.y);
 }
 
 template <typename T, typename R>

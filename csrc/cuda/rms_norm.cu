@@ -15,6 +15,7 @@ struct RmsNormKernelParams {
 template <typename T, int V, int kVecs, int kThreads, int kMinBlocks, LoadHint kLoad, StoreHint kStore>
 __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks)
     rms_norm_rows(const __grid_constant__ RmsNormKernelParams p) {
+  using Shape = RowShape<V, kVecs, kThreads>;
   __shared__ float shared[1][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
@@ -23,11 +24,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   T* out = static_cast<T*>(p.y) + (static_cast<int64_t>(batch) * p.tokens + token) * p.dim;
 
   Vec<T, V> x[kVecs];
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    const int e = row_element<V, kThreads>(i);
-    x[i] = in_row<kThreads>(e, p.dim) ? load_stream<kLoad, V>(in + e) : zero_vec<T, V>();
-  }
+  load_row<kLoad, Shape>(in, true, p.dim, x);
   float sum[1] = {0.f};
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
@@ -39,10 +36,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   }
   row_sum(sum, shared);
   const float inv_rms = rsqrtf(sum[0] * p.inv_dim + p.eps);
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    const int e = row_element<V, kThreads>(i);
-    if (!in_row<kThreads>(e, p.dim)) continue;
+  for_each_vector<Shape>(p.dim, [&](int i, int e) {
     float f[V], w[V];
     unpack(x[i], f);
     unpack(load_cached<V>(static_cast<const T*>(p.weight) + e), w);
@@ -52,7 +46,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
 #pragma unroll
     for (int j = 0; j < V; ++j) f[j] *= w[j];
     store_vec<kStore>(out + e, pack<T, V>(f));
-  }
+  });
 }
 
 template <typename T>
