@@ -50,15 +50,16 @@ def quantize_rows(
     """(codes int8 [..., Kp], scale float32 [...]) of rows [..., K] in an accumulation dtype, float32 or float64.
 
     scale = amax / 127, code = round(value * (127 / amax)), ties to even, of the rotated row; amax is its largest
-    magnitude. A row of zeros (amax < 2**-119) has scale 0; one with a NaN or Inf has scale NaN; the codes of both are
-    0, so that a product with the row is 0, or NaN.
+    magnitude, and each operation is rounded for itself. A row of zeros (amax < 2**-119) has scale 0; one with a NaN or
+    Inf has scale NaN; the codes of both are 0, so that a product with the row is 0, or NaN.
     """
     value = rotated(value, signs, rotate)
     amax = value.abs().amax(-1) if value.shape[-1] else value.new_zeros(value.shape[:-1])
     usable = (amax >= SMALLEST_AMAX) & amax.isfinite()
-    inverse = torch.where(usable, LARGEST_CODE / amax, 0)
+    largest = torch.full_like(amax, LARGEST_CODE)  # a tensor: by a number torch may multiply with its reciprocal
+    inverse = torch.where(usable, largest / amax, 0)
     codes = torch.where(usable.unsqueeze(-1), (value * inverse.unsqueeze(-1)).round(), 0)
-    scale = torch.where(usable, amax / LARGEST_CODE, torch.where(amax < SMALLEST_AMAX, 0.0, math.nan))
+    scale = torch.where(usable, amax / largest, torch.where(amax < SMALLEST_AMAX, 0.0, math.nan))
     return codes.clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), scale.float()
 
 

@@ -47,6 +47,15 @@ def test_codes_are_within_half_a_step_of_the_rotated_row(width: int, with_signs:
         assert not codes[..., width:].any()
 
 
+def test_every_operation_is_rounded_for_itself() -> None:
+    x = torch.randn(1, 400, 128, generator=torch.Generator().manual_seed(6))
+    codes, scale = reference.rotate_quantize(x, None, rotate=False)
+    amax = x.abs().amax(-1).double()
+    inverse = (127 / amax).float()  # a quotient of float32 values, rounded by way of float64, is rounded correctly
+    assert torch.equal(scale, (amax / 127).float())
+    assert torch.equal(codes, (x.double() * inverse.double().unsqueeze(-1)).float().round().to(torch.int8))
+
+
 def test_ties_go_to_even_codes() -> None:
     x = torch.tensor([127.0, 0.5, 1.5, -2.5, 3.5, -126.5]).view(1, 1, -1)
     codes, scale = reference.rotate_quantize(x, None, rotate=False)
