@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lingbot_kernels.benchmarks.gate import ERROR_FACTOR
-from lingbot_kernels.benchmarks.rows import FAILED, GREEN, RED, Row
-from lingbot_kernels.commands.measure import percentiles
+from lingbot_kernels.benchmarks.gate import relative_error, within
+from lingbot_kernels.benchmarks.rows import FAILED, GREEN, RED, Row, failure_note
+from lingbot_kernels.benchmarks.timing import percentiles
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.integrations.diffusers import KVWindow, accelerate, restore, wan
 from lingbot_kernels.ops.windowed_attention import resolve_library
@@ -122,15 +122,14 @@ class WanBench:
                 for _ in range(3):
                     out = call()[0]
                 if not name.endswith("causal"):  # which sees other frames
-                    difference = float((out.double() - want.double()).norm() / want.double().norm())
+                    difference = relative_error(out, want)
                     if not difference < 0.05:
                         raise ArithmeticError(f"differs from plain diffusers by {difference:.2g}, must be below 0.05")
                     notes[name] += f"; differs from plain by {difference:.2g}"
             except Exception as failure:  # of one variant: a row of its own, not the end of the others
                 if name == "diffusers":
                     raise
-                note = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
-                self.report(self._row(name, [], note=note, **{**gated, "gate": FAILED}))
+                self.report(self._row(name, [], note=failure_note(failure), **{**gated, "gate": FAILED}))
                 del calls[name]
                 green &= not name.startswith("lingbot_kernels")
         times: dict[str, list[float]] = {name: [] for name in calls}
@@ -166,12 +165,12 @@ class WanBench:
         accelerate(half)
         got = half(**values, return_dict=False)[0]
         restore(half)
-        error, plain_error = (float((x.double() - truth).norm() / truth.norm()) for x in (got, plain))
+        error, plain_error = relative_error(got, truth), relative_error(plain, truth)
         del exact, half
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return (GREEN if error <= ERROR_FACTOR * plain_error else RED), error, plain_error
+        return (GREEN if within(error, plain_error) else RED), error, plain_error
 
     def _causal(self, fast: Any, values: dict[str, Tensor]) -> Callable[[], Any]:
         """A denoise step of a session whose window is full."""

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from lingbot_kernels.benchmarks import gate, timing
-from lingbot_kernels.benchmarks.cases import CASES, HEADLINE, Case
+from lingbot_kernels.benchmarks.kernel_cases import HEADLINE, KERNEL_CASES, KernelCase
 from lingbot_kernels.benchmarks.peers import Peer, gate_run, peers_of
 from lingbot_kernels.benchmarks.problems import Inputs, Outputs, Problem, as_tuple, problems
-from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row
+from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row, failure_note
 from lingbot_kernels.benchmarks.timing import QUICK, Effort, measure, measure_copy, rotated_sets, wall_us
 from lingbot_kernels.ops import _dispatch
 from lingbot_kernels.ops.windowed_attention import LIBRARIES
@@ -25,11 +25,11 @@ BACKENDS = (*_dispatch.BACKENDS, *(name for name in LIBRARIES if name not in _di
 
 
 @dataclass(frozen=True)
-class Plan:
+class KernelPlan:
     """What to measure.
 
     Attributes:
-        cases: names of `cases.CASES`.
+        cases: names of `KERNEL_CASES`.
         ops: names, or empty for every op.
         backends: names, or empty for those of the device: a backend asked for that can't serve gives a row that
             says why.
@@ -51,7 +51,7 @@ class Plan:
 class KernelBench:
     """One run of a plan; `report` is given each row as soon as it is there."""
 
-    plan: Plan
+    plan: KernelPlan
     report: Callable[[Row], None]
     rows: list[Row] = field(default_factory=list)
 
@@ -63,7 +63,7 @@ class KernelBench:
     def run(self) -> bool:
         """Measure everything; whether every gate of ours is green. A failure of one op leaves the others alone."""
         for name in self.plan.cases:
-            case = CASES[name]
+            case = KERNEL_CASES[name]
             for problem in problems(case, self.plan.dtype):
                 if not self.plan.ops or problem.op in self.plan.ops:
                     self._problem(case, problem)
@@ -71,7 +71,7 @@ class KernelBench:
                         torch.cuda.empty_cache()
         return not any(row.gate in (RED, FAILED) for row in self.rows if not row.peer)
 
-    def _problem(self, case: Case, problem: Problem) -> None:
+    def _problem(self, case: KernelCase, problem: Problem) -> None:
         peers = peers_of(problem.op) if self.plan.peers and not case.wrap else []
         peers = [p for p in peers if not p.compiles or (case.name == HEADLINE and not self.plan.quick)]
         backends = self._backends(problem)
@@ -81,7 +81,7 @@ class KernelBench:
             work = _Work(self, case, problem)
         except Exception as error:
             for backend in backends:
-                self._add(_row(problem, backend, gate=FAILED, note=_one_line(error)))
+                self._add(_row(problem, backend, gate=FAILED, note=failure_note(error)))
             return
         for backend in backends:
             self._add(work.guarded(backend, False, partial(work.backend, backend)))
@@ -96,6 +96,7 @@ class KernelBench:
         return [name for name in problem.backends if name not in (*unused, *libraries)]
 
     def _add(self, row: Row) -> None:
+        row = dataclasses.replace(row, precision=str(self.plan.dtype).removeprefix("torch."))
         self.rows.append(row)
         self.report(row)
 
@@ -103,7 +104,7 @@ class KernelBench:
 class _Work:
     """One problem's inputs, expectation and ceiling, shared by its backends and peers."""
 
-    def __init__(self, bench: KernelBench, case: Case, problem: Problem) -> None:
+    def __init__(self, bench: KernelBench, case: KernelCase, problem: Problem) -> None:
         self.bench, self.case, self.problem = bench, case, problem
         torch.manual_seed(20)
         self.sets = [problem.make(bench.device)]
@@ -114,7 +115,7 @@ class _Work:
         try:
             return measured()
         except Exception as error:
-            return _row(self.problem, backend, peer=peer, gate=FAILED, note=_one_line(error))
+            return _row(self.problem, backend, peer=peer, gate=FAILED, note=failure_note(error))
 
     def backend(self, backend: str) -> Row:
         problem, device = self.problem, self.bench.device
@@ -195,11 +196,6 @@ def _row(problem: Problem, backend: str, *, gate: str, peer: bool = False, note:
         dtype=str(problem.dtype).removeprefix("torch."), tokens=problem.tokens, dim=problem.dim, gate=gate,
         bytes=problem.bytes, note=note,
     )  # fmt: skip
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
 
 
 def format_row(row: Row) -> str:

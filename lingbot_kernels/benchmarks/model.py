@@ -21,9 +21,10 @@ from torch import Tensor
 
 from lingbot_kernels import ops
 from lingbot_kernels.benchmarks import flashdreams_peer, model_compiled, timeline
-from lingbot_kernels.benchmarks.model_compiled import relative_error
-from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row
-from lingbot_kernels.commands.measure import ChunkTimer, ChunkTimes, percentiles
+from lingbot_kernels.benchmarks.chunk_timer import ChunkTimer, ChunkTimes
+from lingbot_kernels.benchmarks.gate import relative_error, within
+from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row, failure_note
+from lingbot_kernels.benchmarks.timing import percentiles
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.ops._dispatch import use_backend
@@ -101,7 +102,7 @@ class ModelBench:
         torch.manual_seed(0)
         model = CausalLingBotTransformer(self.config, device=self.device, dtype=torch.bfloat16)
         self._remember("weights")
-        session = Session(self, model)
+        session = BenchSession(self, model)
         first, steady = session.fill(lambda: self._remember("session")), []
         self._remember("graphs")
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -140,7 +141,7 @@ class ModelBench:
         for op, (milliseconds, said) in rows.items():
             self.report_times(op, "lingbot_kernels", milliseconds, ceiling, note=said, **gated)
 
-    def step_by_kernel(self, session: Session, ceiling_ms: float, gated: dict[str, Any]) -> None:
+    def step_by_kernel(self, session: BenchSession, ceiling_ms: float, gated: dict[str, Any]) -> None:
         """Rows of where a replayed step's time goes, of how busy the GPU is, and of the launches a block."""
         replays = 5
         step = session.repeated_step()
@@ -171,7 +172,7 @@ class ModelBench:
         row = self._row("launches_per_block", "lingbot_kernels", [], **gated, note=note)
         self.report(dataclasses.replace(row, calls=round(own)))
 
-    def timelines(self, session: Session, replay_floor: Callable[[], None], path: Path) -> None:
+    def timelines(self, session: BenchSession, replay_floor: Callable[[], None], path: Path) -> None:
         """Record the floor, the floor with the products' epilogues, and the step; print a table, write JSON."""
         assert session.state.kv_cache is not None and session.state.crossattn_cache is not None
         rings, texts = session.state.kv_cache.layers, session.state.crossattn_cache.layers
@@ -201,9 +202,9 @@ class ModelBench:
                 compiled_error = relative_error(_small_rollout(model), truth)
         del model, exact
         free()
-        return (GREEN if error <= 1.25 * plain_error else RED), error, plain_error, compiled_error
+        return (GREEN if within(error, plain_error) else RED), error, plain_error, compiled_error
 
-    def floor(self, session: Session) -> Callable[[], None]:
+    def floor(self, session: BenchSession) -> Callable[[], None]:
         """A graph of every layer's products and attention on its own weights and K/V, with random activations."""
         assert session.state.kv_cache is not None and session.state.crossattn_cache is not None
         rings, texts = session.state.kv_cache.layers, session.state.crossattn_cache.layers
@@ -211,7 +212,7 @@ class ModelBench:
 
     def floor_graph(
         self,
-        session: Session,
+        session: BenchSession,
         rings: Sequence[tuple[Tensor, Tensor]],
         texts: Sequence[tuple[Tensor, Tensor]],
         own_tokens: int,
@@ -256,7 +257,7 @@ class ModelBench:
         graph.replay()
         return graph.replay
 
-    def peer(self, session: Session, ceiling: float) -> bool:
+    def peer(self, session: BenchSession, ceiling: float) -> bool:
         """FlashDreams' denoise step at a full window, gated against ours on a first chunk; False if it disagrees."""
         missing = flashdreams_peer.why_not()
         if missing is not None:
@@ -265,8 +266,8 @@ class ModelBench:
         try:
             error, times = session.run_peer()
         except Exception as failure:  # a peer's failure is a row of its own, not the end of ours
-            note = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
-            self.report(self._row("denoise_step", "flashdreams", [], peer=True, gate=FAILED, note=note))
+            row = self._row("denoise_step", "flashdreams", [], peer=True, gate=FAILED, note=failure_note(failure))
+            self.report(row)
             return True
         gate = GREEN if error < 0.05 else RED
         self.report_times(
@@ -292,7 +293,7 @@ class ModelBench:
             row = self._row(op, "lingbot_kernels", [], **gated, note=f"{held / 2**30:.2f} GiB: {notes[phase]}")
             self.report(dataclasses.replace(row, bytes=held, method=""))
 
-    def _note(self, session: Session) -> str:
+    def _note(self, session: BenchSession) -> str:
         phases = ", ".join(f"{phase} {held / 2**30:.1f}" for phase, held in self.memory.items())
         whole = LingBotConfig.preset(self.plan.preset).num_layers
         scaled = (
@@ -311,7 +312,8 @@ class ModelBench:
     def _row(self, op: str, backend: str, times_ms: Sequence[float], *, peer: bool = False, **fields: Any) -> Row:
         row = Row(
             bench="model", case=self.case, op=op, backend=backend, peer=peer, shape=(1, self.tokens, self.config.dim),
-            dtype="bfloat16", tokens=self.tokens, dim=self.config.dim, bytes=0, method="events", **fields,
+            dtype="bfloat16", precision="bfloat16", tokens=self.tokens, dim=self.config.dim, bytes=0, method="events",
+            **fields,
         )  # fmt: skip
         if not times_ms or fields["gate"] != GREEN:
             return row
@@ -321,7 +323,7 @@ class ModelBench:
         )
 
 
-class Session:
+class BenchSession:
     """A rollout of the bench's model with random inputs, one chunk at a time."""
 
     def __init__(self, bench: ModelBench, model: CausalLingBotTransformer) -> None:
@@ -393,7 +395,7 @@ class Session:
         _, ph, pw = model.config.patch_size
         shaped = theirs.unflatten(1, (self.latents[2], *bench.grid)).unflatten(-1, (-1, ph, pw))
         shaped = shaped.permute(0, 4, 1, 2, 5, 3, 6).reshape(ours.shape).float()
-        error = float((shaped - ours).norm() / ours.norm())
+        error = relative_error(shaped, ours)
         peer.end_chunk(0)
         fresh.dispose()
         chunks = -(-model.config.window_frames // model.config.frames_per_chunk)

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from lingbot_kernels.benchmarks.rows import FAILED, GREEN, RED
+from lingbot_kernels.benchmarks.gate import relative_error, within
+from lingbot_kernels.benchmarks.rows import FAILED, GREEN, RED, failure_note
 from lingbot_kernels.benchmarks.timeline import event_times
 
 if TYPE_CHECKING:
-    from lingbot_kernels.benchmarks.model import ModelBench, Session
+    from lingbot_kernels.benchmarks.model import BenchSession, ModelBench
 
 EAGER, COMPILED, REPLAYED = "lingbot_kernels, no graphs", "torch.compile", "torch.compile, graphs"
 _SECONDS = 1.5
@@ -39,14 +39,14 @@ def compiled(blocks: Iterable[torch.nn.Module]) -> Iterator[None]:
         torch._dynamo.reset()
 
 
-def measure(bench: ModelBench, session: Session, ceiling_ms: float, error: float, plain_error: float) -> bool:
+def measure(bench: ModelBench, session: BenchSession, ceiling_ms: float, error: float, plain_error: float) -> bool:
     """Rows of a steady step without graphs, compiled, and compiled within our graphs; whether the gates were green.
 
     Args:
         error, plain_error: of the compiled model and of the plain formulation against float64, see `ModelBench.gate`.
     """
     gated: dict[str, Any] = {"error": error, "plain_error": plain_error}
-    right, gates = error <= 1.25 * plain_error, []
+    right, gates = within(error, plain_error), []
     latents, camera = session.new_latents(), session.new_camera()
     want = session.step(camera, latents)
     model, graphs = session.model, session.state.graphs
@@ -77,15 +77,9 @@ def measure(bench: ModelBench, session: Session, ceiling_ms: float, error: float
                 note = f"no graph was replayed: {graphs.reason or 'not a CUDA device'}"
                 bench.report(bench._row("denoise_step", REPLAYED, [], gate=FAILED, **gated, note=note))
     except Exception as failure:  # a row of its own, not the end of ours
-        note = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
-        bench.report(bench._row("denoise_step", COMPILED, [], gate=FAILED, **gated, note=note))
+        bench.report(bench._row("denoise_step", COMPILED, [], gate=FAILED, **gated, note=failure_note(failure)))
         return False
     finally:
         graphs.clear()
         model.cuda_graphs = True
     return RED not in gates
-
-
-def relative_error(got: Tensor, truth: Tensor) -> float:
-    """||got - truth|| / ||truth||, in float64."""
-    return float((got.double() - truth.double()).norm() / truth.double().norm())

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lingbot_kernels.benchmarks import timeline
-from lingbot_kernels.benchmarks.model import ModelBench, Session, free, timed
+from lingbot_kernels.benchmarks.gate import relative_error
+from lingbot_kernels.benchmarks.model import BenchSession, ModelBench, free, timed
 from lingbot_kernels.benchmarks.rows import GREEN, RED
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.ring import RingPosition
@@ -29,13 +30,13 @@ class ShardedModelBench(ModelBench):
         torch.manual_seed(0)
         model = CausalLingBotTransformer(self.config, device=self.device, dtype=torch.bfloat16)
         torch.manual_seed(1)
-        alone, first = self._chunks(Session(self, model))
+        alone, first = self._chunks(BenchSession(self, model))
         model.shard_sequence(group)
         free()
         dist.barrier(group)
         self.case = self.case.removesuffix("-1gpu") + f"-{ranks}gpu"
         torch.manual_seed(1)  # the same text, noise and camera again
-        session = Session(self, model)
+        session = BenchSession(self, model)
         session.fill()
         replay, shared, floor = self._shard_floor(session), [], []
         for _ in range(self.plan.chunks):  # in turns, so that clocks and temperature are the same for both
@@ -45,7 +46,7 @@ class ShardedModelBench(ModelBench):
                 floor.append(timed(replay))
         assert session.first is not None
         first_shared = session.first
-        error = float((first_shared.double() - first.double()).norm() / first.double().norm())
+        error = relative_error(first_shared, first)
         gate: dict[str, Any] = {"gate": GREEN if error < 0.05 else RED, "error": error}
         ceiling = statistics.median(floor)
         exchange = self._exchange_ms(session)
@@ -67,14 +68,14 @@ class ShardedModelBench(ModelBench):
             self._timeline(session, replay, self.plan.timeline_path)
         return gate["gate"] == GREEN
 
-    def _chunks(self, session: Session) -> tuple[list[Any], Tensor]:
+    def _chunks(self, session: BenchSession) -> tuple[list[Any], Tensor]:
         """Times of the plan's steady chunks, and the first chunk's latents."""
         session.fill()
         times = [session.chunk() for _ in range(self.plan.chunks)]
         assert session.first is not None
         return times, session.first
 
-    def _timeline(self, session: Session, replay_floor: Callable[[], None], path: Path) -> None:
+    def _timeline(self, session: BenchSession, replay_floor: Callable[[], None], path: Path) -> None:
         """Record floor and step on every rank; rank 0 prints and writes what it saw."""
         calls = {"floor": replay_floor, "step": session.repeated_step()}
         report, table = timeline.compare(calls, self.config.num_layers, self.device, groups=5)
@@ -82,7 +83,7 @@ class ShardedModelBench(ModelBench):
             path.write_text(json.dumps({"case": self.case, **report}) + "\n", encoding="utf-8")
             self.say(table)
 
-    def _shard_floor(self, session: Session) -> Callable[[], None]:
+    def _shard_floor(self, session: BenchSession) -> Callable[[], None]:
         """The graph of this rank's products and attention alone: its tokens, and its heads over all tokens."""
         state = session.state
         assert state.kv_cache is not None and state.crossattn_cache is not None
@@ -92,7 +93,7 @@ class ShardedModelBench(ModelBench):
             session, state.kv_cache.layers, state.crossattn_cache.layers, shard.num_tokens, own_heads
         )
 
-    def _exchange_ms(self, session: Session) -> float:
+    def _exchange_ms(self, session: BenchSession) -> float:
         """Milliseconds of a step's norms, ring writes and exchanges when nothing else runs."""
         cfg, state = self.config, session.state
         assert state.kv_cache is not None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lingbot_kernels import reference
-from lingbot_kernels.benchmarks.cases import FRAMES_PER_CHUNK, Case
+from lingbot_kernels.benchmarks.kernel_cases import FRAMES_PER_CHUNK, KernelCase
 from lingbot_kernels.benchmarks.problems import CACHES, EPS, THETA, Inputs, Outputs, as_tuple, written_slots
 
 FULL, WRITE = "qk_norm_rope_kv_write", "k_norm_rope_kv_write"
@@ -39,9 +39,9 @@ class Peer:
 
     name: str
     ops: tuple[str, ...]
-    bind: Callable[[str, Case, Inputs], Callable[[], Any]]
+    bind: Callable[[str, KernelCase, Inputs], Callable[[], Any]]
     missing: Callable[[], str | None] = lambda: None
-    adapt: Callable[[Case, Inputs], Inputs] | None = None
+    adapt: Callable[[KernelCase, Inputs], Inputs] | None = None
     finish: Callable[[Inputs, Outputs], Outputs] = lambda inputs, outputs: outputs
     compiles: bool = False
     note: str = ""
@@ -82,12 +82,12 @@ def _chain_arguments(op: str, inputs: Inputs) -> tuple[Any, ...]:
     return (q, *[inputs[name] for name in names], inputs["ring"].chunk_start)
 
 
-def _official(op: str, case: Case, inputs: Inputs) -> Callable[[], Any]:
+def _official(op: str, case: KernelCase, inputs: Inputs) -> Callable[[], Any]:
     cos, sin = inputs["cos_sin"].double()[:, None].chunk(2, dim=-1)
     return functools.partial(_chain, _rotate_complex, torch.complex(cos, sin), *_chain_arguments(op, inputs))
 
 
-def _real(op: str, case: Case, inputs: Inputs) -> Callable[[], Any]:
+def _real(op: str, case: KernelCase, inputs: Inputs) -> Callable[[], Any]:
     return functools.partial(_chain, _rotate_real, inputs["cos_sin"], *_chain_arguments(op, inputs))
 
 
@@ -96,7 +96,7 @@ def _compiled_chain() -> Callable[..., Any]:
     return torch.compile(_chain, dynamic=False)
 
 
-def _compiled(op: str, case: Case, inputs: Inputs) -> Callable[[], Any]:
+def _compiled(op: str, case: KernelCase, inputs: Inputs) -> Callable[[], Any]:
     return functools.partial(_compiled_chain(), _rotate_real, inputs["cos_sin"], *_chain_arguments(op, inputs))
 
 
@@ -104,7 +104,7 @@ def _flashinfer_missing() -> str | None:
     return None if importlib.util.find_spec("flashinfer") else "flashinfer is not installed"
 
 
-def _flashinfer_sequence(op: str, case: Case, inputs: Inputs) -> Callable[[], Any]:
+def _flashinfer_sequence(op: str, case: KernelCase, inputs: Inputs) -> Callable[[], Any]:
     from flashinfer.norm import rmsnorm
     from flashinfer.rope import apply_rope_with_cos_sin_cache_inplace
 
@@ -123,13 +123,13 @@ def _flashinfer_sequence(op: str, case: Case, inputs: Inputs) -> Callable[[], An
     return run
 
 
-def _first_frames(case: Case, inputs: Inputs) -> Inputs:
+def _first_frames(case: KernelCase, inputs: Inputs) -> Inputs:
     """The same at frame 0: FlashInfer's fused op knows no frame offset."""
     sizes = (case.tokens, 0, case.frame_tokens, case.columns, case.head_dim, THETA)
     return {**inputs, "cos_sin": reference.rope_cos_sin(*sizes, inputs["cos_sin"].device)}
 
 
-def _flashinfer_fused(op: str, case: Case, inputs: Inputs) -> Callable[[], Any]:
+def _flashinfer_fused(op: str, case: KernelCase, inputs: Inputs) -> Callable[[], Any]:
     from flashinfer.norm import fused_qk_rmsnorm_rope
 
     spatial = 2 * (case.head_dim // 6)
@@ -150,7 +150,7 @@ def _write_fused(inputs: Inputs, outputs: Outputs) -> Outputs:
     return (q,)
 
 
-def _eager_gelu(op: str, case: Case, inputs: Inputs) -> Callable[[], Any]:
+def _eager_gelu(op: str, case: KernelCase, inputs: Inputs) -> Callable[[], Any]:
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
     return lambda: F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
@@ -172,6 +172,6 @@ def peers_of(op: str) -> list[Peer]:
     return [peer for peer in PEERS if op in peer.ops]
 
 
-def gate_run(peer: Peer, op: str, case: Case) -> Callable[[Inputs], Outputs]:
+def gate_run(peer: Peer, op: str, case: KernelCase) -> Callable[[Inputs], Outputs]:
     """What the gate judges: the measured call and whatever it leaves undone."""
     return lambda inputs: peer.finish(inputs, as_tuple(peer.bind(op, case, inputs)()))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lingbot_kernels import ops, reference
-from lingbot_kernels.benchmarks.cases import SINK_FRAMES, WINDOW_FRAMES, Case
+from lingbot_kernels.benchmarks.kernel_cases import SINK_FRAMES, WINDOW_FRAMES, KernelCase
 from lingbot_kernels.ops.windowed_attention import LIBRARIES
 from lingbot_kernels.ring import RingPosition
 
@@ -86,7 +86,7 @@ def _weight(dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return (1 + 0.2 * torch.randn(dim, device=device)).to(dtype)
 
 
-def _caches(case: Case, tokens: int, heads: int, device: torch.device, dtype: torch.dtype) -> Inputs:
+def _caches(case: KernelCase, tokens: int, heads: int, device: torch.device, dtype: torch.dtype) -> Inputs:
     """A window of K and V, and where the chunk goes in it; frames of a third of `tokens` each."""
     frame = tokens // 3
     capacity, sink = WINDOW_FRAMES * frame, SINK_FRAMES * frame
@@ -95,13 +95,13 @@ def _caches(case: Case, tokens: int, heads: int, device: torch.device, dtype: to
     return {**caches, "ring": RingPosition(case.ring_start(tokens, capacity, sink), sink)}
 
 
-def _table(case: Case, device: torch.device) -> Tensor:
+def _table(case: KernelCase, device: torch.device) -> Tensor:
     return reference.rope_cos_sin(
         case.tokens, case.token_start, case.frame_tokens, case.columns, case.head_dim, THETA, device
     )
 
 
-def _qkv(case: Case, device: torch.device, dtype: torch.dtype, caches: bool = True) -> Inputs:
+def _qkv(case: KernelCase, device: torch.device, dtype: torch.dtype, caches: bool = True) -> Inputs:
     """q, k, v as strided views of one projection [1, S, 3D], norm weights, the RoPE table, and the window."""
     qkv = _randn(1, case.tokens, 3 * case.dim, device=device, dtype=dtype)
     q, k, v = qkv.chunk(3, dim=-1)
@@ -133,7 +133,7 @@ def _plain(function: Callable[..., Any], names: tuple[str, ...], *rest: Any) -> 
     return lambda inputs: as_tuple(function(*[inputs[name] for name in names], *rest))
 
 
-def _rope_problem(case: Case) -> Problem:
+def _rope_problem(case: KernelCase) -> Problem:
     sizes = (case.tokens, case.token_start, case.frame_tokens, case.columns, case.head_dim, THETA)
 
     def make(device: torch.device) -> Inputs:
@@ -153,7 +153,7 @@ def _rope_problem(case: Case) -> Problem:
     )  # fmt: skip
 
 
-def _ring_problems(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
+def _ring_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
     tokens, dim, width = case.tokens, case.dim, dtype.itemsize
     common = (case.name, (1, tokens, dim), dtype, tokens, dim)
     yield Problem(
@@ -182,7 +182,7 @@ def _ring_problems(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
     )  # fmt: skip
 
 
-def _push_problems(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
+def _push_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
     """Both pushes of one rank, every rank's memory being this device's own: what the kernels need without the links."""
     tokens, dim, width, ranks = case.tokens, case.dim, dtype.itemsize, case.ranks
     heads, first = case.heads // ranks, (ranks - 1) * tokens
@@ -230,7 +230,7 @@ def _push_problems(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
     )  # fmt: skip
 
 
-def _pack_and_norm(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
+def _pack_and_norm(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
     tokens, dim, width = case.tokens, case.dim, dtype.itemsize
     common = (case.name, (1, tokens, dim), dtype, tokens, dim)
     yield Problem(
@@ -249,7 +249,7 @@ def _pack_and_norm(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
     )  # fmt: skip
 
 
-def _residual_problems(case: Case, dtype: torch.dtype, residual: torch.dtype) -> Iterator[Problem]:
+def _residual_problems(case: KernelCase, dtype: torch.dtype, residual: torch.dtype) -> Iterator[Problem]:
     tokens, dim, width, wide = case.tokens, case.dim, dtype.itemsize, residual.itemsize
     name = case.name + ("-r32" if residual != dtype else "")
     shape = (1, tokens, dim)
@@ -313,7 +313,7 @@ def _plain_attention(inputs: Inputs) -> Outputs:
     return ((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(-2),)
 
 
-def _library_problems(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
+def _library_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
     tokens, heads, head_dim = case.ranks * case.tokens, case.heads // case.ranks, case.head_dim
     visible = WINDOW_FRAMES * case.frame_tokens
 
@@ -364,7 +364,7 @@ def _library_problems(case: Case, dtype: torch.dtype) -> Iterator[Problem]:
     )  # fmt: skip
 
 
-def problems(case: Case, dtype: torch.dtype = torch.bfloat16) -> Iterator[Problem]:
+def problems(case: KernelCase, dtype: torch.dtype = torch.bfloat16) -> Iterator[Problem]:
     """Every op's problems in this case, in the order data flows through a block."""
     if not case.wrap:
         yield _rope_problem(case)

@@ -3,53 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
-import os
 import re
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import device as Device
+from lingbot_kernels.benchmarks.environment import ROOT, Environment
 
-from lingbot_kernels._version import __version__
-
-ROOT = Path(__file__).resolve().parents[2]  # of a checkout; the folder of site-packages otherwise
 GREEN, RED, FAILED, ABSENT = "green", "red", "failed", "not installed"
 REQUIRED = (
     "bench", "case", "op", "backend", "gpu", "driver", "torch", "triton", "commit",
     "p20_us", "p50_us", "p80_us", "bytes", "ceiling_us", "ratio", "gate",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Environment:
-    """Where a run took place; the same for all of its rows."""
-
-    gpu: str
-    driver: str | None
-    torch: str
-    cuda: str | None
-    triton: str | None
-    commit: str
-    date: str
-
-    @classmethod
-    def collect(cls, device: Device) -> Environment:
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {cpu_name()}"
-        return cls(
-            gpu=gpu,
-            driver=driver_version() if device.type == "cuda" else None,
-            torch=torch.__version__,
-            cuda=torch.version.cuda,
-            triton=_triton_version(),
-            commit=commit_name(),
-            date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +34,8 @@ class Row:
         gate: "green", "red", "failed" (it raised) or "not installed"; `note` says why.
         error, plain_error: relative to the float64 oracle: this row's, and the plain formulation's.
         method, calls, samples: how it was timed, see `timing.Timing`.
+        precision: of the network that this is part of: "bfloat16" (or another dtype's name), "int8" (its products) or
+            "int8_qk" (its products and its attention).
     """
 
     bench: str
@@ -95,6 +64,7 @@ class Row:
     calls: int = 0
     samples: int = 0
     note: str = ""
+    precision: str = "bfloat16"
 
     def to_json(self, environment: Environment) -> dict[str, Any]:
         row = {**dataclasses.asdict(self), **dataclasses.asdict(environment)}
@@ -117,7 +87,7 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file.
+    """All rows of a JSON-lines file; those from before there was a `precision` get the one that they had.
 
     Raises:
         ValueError: naming the line that is no row, and what it lacks.
@@ -133,6 +103,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         missing = [field for field in REQUIRED if not isinstance(row, dict) or field not in row]
         if missing:
             raise ValueError(f"{path}:{number}: not a row of this bench, lacks {', '.join(missing)}")
+        row.setdefault("precision", row.get("dtype", "bfloat16") if row["bench"] == "caching" else "bfloat16")
         rows.append(row)
     return rows
 
@@ -141,7 +112,8 @@ def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of rows that measure the same on the same GPU, the last one of each."""
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        key = (row["gpu"], row["op"], row["case"], row["backend"], row.get("peer", False))
+        which = (row["op"], row["case"], row["backend"], row.get("peer", False), row.get("precision", "bfloat16"))
+        key = (row["gpu"], *which)
         kept.pop(key, None)
         kept[key] = row
     return list(kept.values())
@@ -154,45 +126,6 @@ def default_path(environment: Environment, bench: str = "kernels") -> Path:
     return base / "bench" / "results" / f"{bench}-{slug}.jsonl"
 
 
-def commit_name(root: Path = ROOT) -> str:
-    """LINGBOT_KERNELS_COMMIT where it is set; else the commit of the checkout, "-dirty" behind it where tracked files
-    differ; else the version.
-    """
-    if told := os.environ.get("LINGBOT_KERNELS_COMMIT"):
-        return told
-    if (root / ".git").exists():
-        head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
-        if head:
-            return head + ("-dirty" if _output("git", "-C", str(root), "status", "--porcelain", "-uno") else "")
-    return f"v{__version__}"
-
-
-def driver_version() -> str | None:
-    """Version of the NVIDIA driver, None where it can't be told."""
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0].strip() if found else None
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
-
-
-def _output(*command: str) -> str:
-    """What a command prints; "" where it fails or is absent."""
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return run.stdout.strip() if run.returncode == 0 else ""
+def failure_note(error: BaseException) -> str:
+    """An exception in one line, for a row's note."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

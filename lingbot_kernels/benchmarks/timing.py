@@ -65,13 +65,17 @@ def rotated_sets(bytes_per_call: int, device: torch.device) -> int:
     return min(max(wanted, _MIN_SETS), _MAX_SETS)
 
 
-def _percentiles(samples: Sequence[float], calls: int, method: str) -> Timing:
-    if len(samples) == 1:
-        p20 = p50 = p80 = samples[0]
-    else:
-        tenths = statistics.quantiles(samples, n=10, method="inclusive")
-        p20, p50, p80 = tenths[1], tenths[4], tenths[7]
-    return Timing(p20, p50, p80, calls, len(samples), method)
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p20, p50 and p80 by linear interpolation."""
+    if len(values) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), values[0])
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return {"p20": tenths[1], "p50": tenths[4], "p80": tenths[7]}
+
+
+def _timing(samples: Sequence[float], calls: int, method: str) -> Timing:
+    p = percentiles(samples)
+    return Timing(p["p20"], p["p50"], p["p80"], calls, len(samples), method)
 
 
 def measure(calls: Sequence[Thunk], device: torch.device, effort: Effort, *, graph: bool = True) -> Timing:
@@ -101,7 +105,7 @@ def _measure_clock(calls: Sequence[Thunk], effort: Effort) -> Timing:
         start = time.perf_counter_ns()
         call()
         samples.append((time.perf_counter_ns() - start) / 1e3)
-    return _percentiles(samples, 1, "clock")
+    return _timing(samples, 1, "clock")
 
 
 def _warm_up(calls: Sequence[Thunk]) -> float:
@@ -145,7 +149,7 @@ def _measure_graph(calls: Sequence[Thunk], per_call: float, effort: Effort) -> T
         graph.replay()
         end.record()
     torch.cuda.synchronize()
-    return _percentiles([start.elapsed_time(end) * 1e3 / count for start, end in events], count, "graph")
+    return _timing([start.elapsed_time(end) * 1e3 / count for start, end in events], count, "graph")
 
 
 def _measure_events(calls: Sequence[Thunk], per_call: float, effort: Effort) -> Timing:
@@ -159,7 +163,7 @@ def _measure_events(calls: Sequence[Thunk], per_call: float, effort: Effort) -> 
         end.record()
         torch.cuda.synchronize()
         samples.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return _percentiles(samples, len(calls), "events")
+    return _timing(samples, len(calls), "events")
 
 
 def wall_us(calls: Sequence[Thunk], device: torch.device, call_us: float, batches: int = 15) -> float:

@@ -104,6 +104,16 @@ def output_path(*suffixes: str) -> click.Path:
     return OutputPath(dir_okay=False, writable=True)
 
 
+def require_plots() -> None:
+    """Refuse `--plot` where matplotlib isn't there, before anything is measured."""
+    from lingbot_kernels.benchmarks import plots
+
+    try:
+        plots.require()
+    except ImportError as error:
+        raise click.UsageError(f"--plot: {error}") from error
+
+
 @contextlib.contextmanager
 def blame(option: str, *also: type[Exception]) -> Iterator[None]:
     """Report ValueError, TypeError, OSError (and `also`) as a bad value of `option`: one line, exit code 2."""

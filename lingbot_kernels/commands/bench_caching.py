@@ -1,7 +1,9 @@
-"""`lingbot-kernels bench caching`: options of the caching bench; `caching` measures."""
+"""`lingbot-kernels bench caching`: options of the caching bench; `lingbot_kernels.benchmarks.caching` measures."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -38,7 +40,16 @@ _output = option_group("Output")
     type=output_path(".jsonl"),
     help="Append a row for each switch. [default: bench/results/caching-<gpu>.jsonl on a GPU, else none]",
 )
-def command(**options: Any) -> None:
+def command(
+    chunks: int,
+    repeats: int,
+    interleave: str,
+    cuda_graphs: bool,
+    layers: int | None,
+    json_path: Path | None,
+    rows_path: Path | None,
+    **options: Any,
+) -> None:
     """Measure what each cache of a session is worth.
 
     The same rollout runs with each of the RoPE, time-embedding, camera and text K/V caches switched off, with a full
@@ -52,9 +63,26 @@ def command(**options: Any) -> None:
       lingbot-kernels bench caching --preset lingbot-world-14b --layers 8 --height 464 --chunks 16 --repeats 1
     """
     session = SessionOptions.take(options)
-    if options["layers"] is not None and session.checkpoint is not None:
+    if layers is not None and session.checkpoint is not None:
         raise click.UsageError("--layers and --checkpoint exclude each other: a checkpoint has its own layers.")
 
-    from lingbot_kernels.commands import caching
+    from lingbot_kernels.benchmarks import caching, tables
+    from lingbot_kernels.benchmarks.environment import Environment
+    from lingbot_kernels.benchmarks.rows import append_rows, default_path
+    from lingbot_kernels.commands.session import chosen_backend, make_scene
 
-    caching.run(caching.CachingOptions(session, **options))
+    scene = make_scene(session, chunks, num_layers=layers)
+    with chosen_backend(session.backend, scene.model):
+        report = caching.measure(scene, caching.CachingPlan(chunks, repeats, interleave, cuda_graphs))
+    tables.print_caching(tables.console(), report)
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    environment = Environment.collect(scene.model.device)
+    path = rows_path or (default_path(environment, "caching") if scene.model.device.type == "cuda" else None)
+    if path is not None:
+        fresh = [{**row.to_json(environment), **more} for row, more in caching.bench_rows(report)]
+        append_rows(path, fresh)
+        click.echo(f"{len(fresh)} rows appended to {path}")
+    differing = [row["off"] for row in report["rows"] if not row["bit_identical"]]
+    if differing:
+        raise click.ClickException(f"the latents differ without: {', '.join(map(str, differing))}")

@@ -49,7 +49,8 @@ def command(
     """
     import torch
 
-    from lingbot_kernels.benchmarks.rows import Environment, Row, append_rows, default_path
+    from lingbot_kernels.benchmarks.environment import Environment
+    from lingbot_kernels.benchmarks.rows import Row, append_rows, default_path
     from lingbot_kernels.commands.session import pick_device
     from lingbot_kernels.config import PRESETS
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from lingbot_kernels.benchmarks.kernels import Plan
+    from lingbot_kernels.benchmarks.kernels import KernelPlan
 
 
 class NameList(click.ParamType):
@@ -99,36 +99,30 @@ def command(
 
 def _plan(
     ops: tuple[str, ...], cases: tuple[str, ...], backends: tuple[str, ...], device: str, peers: bool, quick: bool
-) -> Plan:
+) -> KernelPlan:
     """The options as a plan; a name that doesn't exist is a usage error."""
     import torch
 
-    from lingbot_kernels.benchmarks.cases import CASES, default_cases
-    from lingbot_kernels.benchmarks.kernels import BACKENDS, Plan
+    from lingbot_kernels.benchmarks.kernel_cases import KERNEL_CASES, default_kernel_cases
+    from lingbot_kernels.benchmarks.kernels import BACKENDS, KernelPlan
+    from lingbot_kernels.commands.session import pick_device
     from lingbot_kernels.ops._dispatch import OPS
 
     _known("--ops", ops, OPS)
-    _known("--cases", cases, CASES)
+    _known("--cases", cases, KERNEL_CASES)
     _known("--backends", backends, BACKENDS)
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        where = torch.device(name)
-    except RuntimeError as error:
-        raise click.BadParameter(str(error).splitlines()[0], param_hint="--device") from error
-    if where.type not in ("cpu", "cuda"):
-        raise click.BadParameter(f"{name!r} must be auto, cpu, cuda or cuda:N.", param_hint="--device")
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise click.BadParameter(f"{name!r}: there are {torch.cuda.device_count()} GPUs.", param_hint="--device")
+    where = pick_device(device)
     if where.type == "cuda":
         where = torch.device("cuda", where.index or 0)
         torch.cuda.set_device(where)
-    return Plan(cases or default_cases(where.type, quick), where, ops, backends, peers, quick)
+    return KernelPlan(cases or default_kernel_cases(where.type, quick), where, ops, backends, peers, quick)
 
 
-def _run(plan: Plan, json_path: Path | None) -> tuple[list[dict[str, Any]], Path, bool]:
+def _run(plan: KernelPlan, json_path: Path | None) -> tuple[list[dict[str, Any]], Path, bool]:
     """Measure, printing and appending each row at once; the rows, their file, and whether every gate was green."""
+    from lingbot_kernels.benchmarks.environment import Environment
     from lingbot_kernels.benchmarks.kernels import KernelBench, format_row
-    from lingbot_kernels.benchmarks.rows import Environment, Row, append_rows, default_path
+    from lingbot_kernels.benchmarks.rows import Row, append_rows, default_path
 
     environment = Environment.collect(plan.device)
     path = json_path or default_path(environment)
@@ -155,7 +149,7 @@ def _conclude(
 ) -> None:
     """Draw the rows of this run and update the winners from all that are known."""
     if plot_path is not None:
-        from lingbot_kernels.benchmarks.plotting import plot
+        from lingbot_kernels.benchmarks.kernels_plot import plot
 
         try:
             plot(drawn, plot_path)

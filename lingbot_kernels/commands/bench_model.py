@@ -74,9 +74,10 @@ def command(
         program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
         raise click.exceptions.Exit(subprocess.call([*program, "-m", "lingbot_kernels", *sys.argv[1:]]))
 
+    from lingbot_kernels.benchmarks.environment import Environment
     from lingbot_kernels.benchmarks.model import ModelBench, ModelPlan
     from lingbot_kernels.benchmarks.model_sharded import ShardedModelBench
-    from lingbot_kernels.benchmarks.rows import Environment, Row, append_rows, default_path
+    from lingbot_kernels.benchmarks.rows import Row, append_rows, default_path
     from lingbot_kernels.config import PRESETS
 
     if gpus > 1 and compiled:

@@ -30,7 +30,7 @@ def command(dtype: str, as_json: bool) -> None:
     """
     import torch
 
-    from lingbot_kernels.commands import backends, environment, tables
+    from lingbot_kernels.benchmarks import backends, environment, tables
     from lingbot_kernels.commands._click import blame
     from lingbot_kernels.ops._dispatch import requested_backend
 

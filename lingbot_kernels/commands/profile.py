@@ -1,14 +1,23 @@
-"""`lingbot-kernels profile`: options of a profiled rollout or op; `profiling` does the work."""
+"""`lingbot-kernels profile`: options of a profiled rollout or op; `lingbot_kernels.benchmarks.profiling` measures."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lingbot_kernels.commands._click import GroupedCommand, option_group, output_path
+from lingbot_kernels.commands._click import GroupedCommand, option_group, output_path, require_plots
 from lingbot_kernels.commands._options import SessionOptions, session_options
+
+if TYPE_CHECKING:
+    import torch
+
+    from lingbot_kernels.benchmarks.profiling import Subject
 
 _profile = option_group("Profile")
 _output = option_group("Output")
@@ -61,10 +70,68 @@ def command(
     if (what == "op") != (name is not None):
         raise click.UsageError("profile op needs the op's name, and profile rollout takes none.")
 
-    from lingbot_kernels.commands import profiling
+    from lingbot_kernels.benchmarks import plots, profiling, tables
+    from lingbot_kernels.commands._click import blame
+    from lingbot_kernels.commands.session import CameraOptions, make_scene, pick_device
+    from lingbot_kernels.ops import BackendUnavailable, use_backend
+    from lingbot_kernels.ops._dispatch import requested_backend
 
-    profiling.run(
-        profiling.ProfileOptions(
-            session, what, name, case, calls, chunks, no_camera, nsys, under_nsys, trace_path, json_path, plot_path
-        )
-    )
+    if plot_path is not None:
+        require_plots()
+    device = pick_device(session.device)
+    nsys_program = _nsys_program(nsys, device) if not under_nsys else None
+    with blame("LINGBOT_KERNELS_BACKEND"):
+        backend = session.backend or requested_backend()
+    with use_backend(backend), blame("--backend", BackendUnavailable):
+        if name is None:
+            scene = make_scene(
+                session, lambda cfg: profiling.rollout_chunks(cfg, chunks), CameraOptions(no_camera=no_camera)
+            )
+            subject = profiling.rollout_subject(scene, chunks)
+        else:
+            subject = _op(session, name, case, calls, device)
+        subject.run()
+        if under_nsys:
+            profiling.record_for_nsys(subject)
+            return
+        report = profiling.measure(subject, trace_path)
+    tables.print_profile(tables.console(), report)
+    click.echo(f"\ntrace: {trace_path} (open it in https://ui.perfetto.dev or chrome://tracing)")
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    if plot_path is not None:
+        plots.profile(report, plot_path)
+    if nsys_program is not None:
+        output = trace_path.with_suffix(".nsys-rep")
+        again = profiling.nsys_command(nsys_program, output, [*sys.argv[1:], "--under-nsys"])
+        done = subprocess.run(again, check=False)
+        if done.returncode != 0:
+            raise click.ClickException(f"nsys ended with exit code {done.returncode}")
+        click.echo(f"nsys: {output}")
+
+
+def _op(session: SessionOptions, name: str, case: str | None, calls: int, device: torch.device) -> Subject:
+    import torch
+
+    from lingbot_kernels.benchmarks.kernel_cases import KERNEL_CASES, default_kernel_cases
+    from lingbot_kernels.benchmarks.profiling import op_subject
+    from lingbot_kernels.commands._click import blame
+    from lingbot_kernels.ops._dispatch import OPS
+
+    if name not in OPS:
+        raise click.BadParameter(f"no op {name!r}; there are {', '.join(OPS)}.", param_hint="NAME")
+    case = case or default_kernel_cases(device.type, quick=True)[0]
+    if case not in KERNEL_CASES:
+        raise click.BadParameter(f"no case {case!r}; there are {', '.join(KERNEL_CASES)}.", param_hint="--case")
+    dtype = getattr(torch, session.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    with blame("--case"):
+        return op_subject(name, KERNEL_CASES[case], device, dtype, calls, session.seed)
+
+
+def _nsys_program(wanted: bool | None, device: torch.device) -> str | None:
+    """The path of nsys where it is to be run."""
+    found = shutil.which("nsys")
+    if wanted and (found is None or device.type != "cuda"):
+        missing = "nsys is not on PATH" if found is None else f"nsys records CUDA work, and the device is {device}"
+        raise click.UsageError(f"--nsys: {missing}.")
+    return found if (device.type == "cuda" if wanted is None else wanted) else None

@@ -1,14 +1,27 @@
-"""`lingbot-kernels rollout`: the options of a timed rollout; `timed_rollout` does the work."""
+"""`lingbot-kernels rollout`: options of a timed rollout; `lingbot_kernels.benchmarks.rollout` measures."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lingbot_kernels.commands._click import GroupedCommand, option_group, output_path
+from lingbot_kernels.commands._click import GroupedCommand, blame, option_group, output_path, require_plots
 from lingbot_kernels.commands._options import SessionOptions, session_options
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
+
+    from lingbot_kernels.benchmarks.rollout import Chunk, RolloutPlan
+    from lingbot_kernels.benchmarks.scene import Scene
+    from lingbot_kernels.commands.session import CameraOptions
 
 _INPUT = click.Path(exists=True, dir_okay=False, path_type=Path)
 _rollout = option_group("Rollout")
@@ -64,7 +77,8 @@ def command(
     session = SessionOptions.take(options)
     prompt_embeds = options.pop("prompt_embeds")
 
-    from lingbot_kernels.commands import timed_rollout
+    from lingbot_kernels.benchmarks import plots, tables
+    from lingbot_kernels.benchmarks.rollout import RolloutPlan
     from lingbot_kernels.commands.session import CameraOptions
     from lingbot_kernels.parallel import launch
 
@@ -73,20 +87,93 @@ def command(
             f"{session.device!r} must be auto, cuda or cpu: torchrun says which GPU a rank takes.",
             param_hint="--device",
         )
-    rollout = timed_rollout.RolloutOptions(
-        session=session,
-        camera=CameraOptions(**options),
-        chunks=chunks,
-        prompt_embeds=prompt_embeds,
-        camera_cache=not no_camera_cache,
-        cuda_graphs=not no_cuda_graphs,
-        json_path=json_path,
-        plot_path=plot_path,
-        save_latents=save_latents,
-        quiet=quiet or not launch.is_main(),
-    )
+    if plot_path is not None:
+        require_plots()
+    plan = RolloutPlan(chunks, camera_cache=not no_camera_cache, cuda_graphs=not no_cuda_graphs)
+    kept: list[Tensor] | None = None if save_latents is None else []
+    quiet = quiet or not launch.is_main()
     try:
         with launch.process_group(session.device) as group:
-            timed_rollout.run(rollout, group)
+            report = _measure(session, CameraOptions(**options), prompt_embeds, plan, group, kept, quiet)
+            if not launch.is_main():
+                return
+            tables.print_rollout(tables.console(), report)
+            if json_path is not None:
+                json_path.write_text(json.dumps(report, indent=2) + "\n")
+            if plot_path is not None:
+                plots.latency_per_chunk(report, plot_path)
+            if save_latents is not None and kept is not None:
+                _save(save_latents, kept)
+            bad = [chunk["index"] for chunk in report["chunks"] if not math.isfinite(chunk["latents_rms"])]
+            if bad:
+                raise click.ClickException(f"the latents of chunk {bad[0]} are not finite")
     except launch.RankFailed as error:
         raise click.ClickException(str(error)) from error
+
+
+def _measure(
+    session: SessionOptions,
+    camera: CameraOptions,
+    prompt_embeds: Path | None,
+    plan: RolloutPlan,
+    group: dist.ProcessGroup | None,
+    kept: list[Tensor] | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    """The report of the rollout, over the ranks of `group`; `kept` gets each chunk's latents, on the CPU."""
+    from rich.console import Console
+
+    from lingbot_kernels.benchmarks import rollout
+    from lingbot_kernels.commands.session import chosen_backend, make_scene
+
+    scene = make_scene(session, plan.chunks, camera, prompt_embeds)
+    if group is not None:
+        with blame("torchrun --nproc_per_node"):
+            scene.model.shard_sequence(group)
+    notes = Console(stderr=True, quiet=quiet, soft_wrap=True)
+    for note in _notes(scene, plan.chunks * scene.model.config.frames_per_chunk):
+        notes.print(f"note: {note}", highlight=False)
+    with chosen_backend(session.backend, scene.model), _progress(plan.chunks, quiet) as advance:
+
+        def each(chunk: Chunk, entry: dict[str, Any]) -> None:
+            if kept is not None:
+                kept.append(chunk.latents.cpu())
+            advance(entry)
+
+        return rollout.measure(scene, plan, each)
+
+
+def _notes(scene: Scene, frames: int) -> Iterator[str]:
+    if scene.checkpoint is None:
+        yield f"random weights, seed {scene.seed}: times are real, the latents mean nothing"
+    if scene.prompt == "seeded noise":
+        yield f"no --prompt-embeds: the prompt is noise, seed {scene.seed}"
+    if scene.camera is not None and len(scene.camera.trajectory) < frames:
+        length = len(scene.camera.trajectory)
+        yield f"the camera path has {length} latent frames of {frames}: the camera then stands still"
+
+
+@contextlib.contextmanager
+def _progress(chunks: int, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function to call after each chunk, with its entry; draws on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("chunk"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[latest]}"))
+    disabled = quiet or not sys.stderr.isatty()
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=disabled) as progress:
+        task = progress.add_task("rollout", total=chunks, latest="")
+        yield lambda entry: progress.update(task, advance=1, latest=f"{entry['total_ms']:.1f} ms")
+
+
+def _save(path: Path, chunks: list[Tensor]) -> None:
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    latents = torch.cat(chunks, dim=2)
+    if path.suffix == ".npy":
+        np.save(path, latents.numpy())
+    else:
+        save_file({"latents": latents.contiguous()}, path)

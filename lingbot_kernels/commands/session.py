@@ -1,9 +1,10 @@
-"""From command-line options to a model, a prompt and each chunk's inputs; a bad value is reported under its option."""
+"""From command-line options to a scene and a backend; a bad value is reported under its option."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lingbot_kernels.benchmarks import backends
+from lingbot_kernels.benchmarks.scene import CameraPath, Scene, allocated
 from lingbot_kernels.commands._click import blame
 from lingbot_kernels.commands._options import SessionOptions
 from lingbot_kernels.config import LingBotConfig
@@ -21,6 +24,8 @@ from lingbot_kernels.models.camera import CELL, CameraStream, CameraTrajectory, 
 from lingbot_kernels.models.checkpoint import infer_config
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.models.poses import load_array
+from lingbot_kernels.ops import BackendUnavailable, use_backend
+from lingbot_kernels.ops._dispatch import requested_backend
 from lingbot_kernels.stages.schedule import Schedule
 
 DEFAULT_SIZE = (480, 832)
@@ -40,8 +45,73 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def make_model(options: SessionOptions, **shape: int) -> CausalLingBotTransformer:
-    """The checkpoint's network, or a preset's with random weights drawn from `--seed`, its fields replaced by `shape`.
+@contextlib.contextmanager
+def chosen_backend(option: str | None, model: CausalLingBotTransformer) -> Iterator[None]:
+    """Within the block, ops use the backend of `--backend`, else that of the environment.
+
+    One that can't serve a rollout of this network is reported under its option, before anything runs.
+    """
+    where = "LINGBOT_KERNELS_BACKEND" if option is None else "--backend"
+    with blame(where):
+        name = requested_backend() if option is None else option
+    with use_backend(name):
+        with blame(where, BackendUnavailable):
+            backends.serving(model.config, model.device.type, model.dtype, tokens=1)
+        yield
+
+
+@dataclass(frozen=True)
+class CameraOptions:
+    """Where the camera path comes from: a file of poses, keys, or, with neither, a made path; or no camera at all."""
+
+    poses: Path | None = None
+    intrinsics: Path | None = None
+    actions: str | None = None
+    no_camera: bool = False
+    camera_scale: str = "clip"
+
+    @property
+    def source(self) -> str:
+        """One word for reports."""
+        return "poses" if self.poses else "actions" if self.actions is not None else "made path"
+
+
+def make_scene(
+    session: SessionOptions,
+    chunks: int | Callable[[LingBotConfig], int],
+    camera: CameraOptions | None = None,
+    prompt_embeds: Path | None = None,
+    num_layers: int | None = None,
+) -> Scene:
+    """Everything for a rollout of `chunks` chunks (or as many as the network's configuration asks for).
+
+    Args:
+        num_layers: of a preset's network, in place of its own.
+
+    Raises:
+        click.ClickException (exit code 1): the checkpoint can't be read, with everything that is wrong with it.
+    """
+    model = make_model(session, num_layers)
+    weights_bytes = allocated(model.device)
+    schedule, size = make_schedule(session), video_size(session, model.config)
+    count = chunks if isinstance(chunks, int) else chunks(model.config)
+    path = make_camera(camera or CameraOptions(), model.config, count * model.config.frames_per_chunk)
+    return Scene(
+        model=model,
+        preset=None if session.checkpoint else session.preset or "tiny",
+        checkpoint=str(session.checkpoint) if session.checkpoint else None,
+        schedule=schedule,
+        size=size,
+        camera=path,
+        text=load_prompt(prompt_embeds, model, session.seed),
+        prompt="seeded noise" if prompt_embeds is None else str(prompt_embeds),
+        seed=session.seed,
+        weights_bytes=weights_bytes,
+    )
+
+
+def make_model(options: SessionOptions, num_layers: int | None = None) -> CausalLingBotTransformer:
+    """The checkpoint's network, or a preset's (of `num_layers` blocks, where given) with random weights from `--seed`.
 
     Raises:
         click.ClickException (exit code 1): the checkpoint can't be read, with everything that is wrong with it.
@@ -55,7 +125,9 @@ def make_model(options: SessionOptions, **shape: int) -> CausalLingBotTransforme
     }
     if options.checkpoint is None:
         with blame("/".join("--" + name.replace("_", "-") for name in changes)):
-            cfg = LingBotConfig.preset(options.preset or "tiny", **changes, **shape)
+            cfg = LingBotConfig.preset(options.preset or "tiny", **changes)
+        if num_layers is not None:
+            cfg = dataclasses.replace(cfg, num_layers=num_layers)
         torch.manual_seed(options.seed)
         return CausalLingBotTransformer(cfg, device=device, dtype=dtype).eval()
     try:
@@ -113,30 +185,6 @@ def load_prompt(path: Path | None, model: CausalLingBotTransformer, seed: int) -
     return embeds.to(model.device, model.dtype)
 
 
-@dataclass(frozen=True)
-class CameraOptions:
-    """Where the camera path comes from: a file of poses, keys, or, with neither, a made path; or no camera at all."""
-
-    poses: Path | None = None
-    intrinsics: Path | None = None
-    actions: str | None = None
-    no_camera: bool = False
-    camera_scale: str = "clip"
-
-    @property
-    def source(self) -> str:
-        """One word for reports."""
-        return "poses" if self.poses else "actions" if self.actions is not None else "made path"
-
-
-@dataclass(frozen=True)
-class CameraPath:
-    """A trajectory and what its translations are divided by (None: their running maximum)."""
-
-    trajectory: CameraTrajectory
-    scale: float | None
-
-
 def make_camera(options: CameraOptions, cfg: LingBotConfig, num_frames: int) -> CameraPath | None:
     """The path for `num_frames` latent frames, or None without a camera."""
     given = [name for name in ("poses", "intrinsics", "actions") if getattr(options, name) is not None]
@@ -162,47 +210,8 @@ def make_camera(options: CameraOptions, cfg: LingBotConfig, num_frames: int) -> 
     else:
         trajectory = example_trajectory(num_frames)
     if options.camera_scale in ("clip", "running"):
-        return CameraPath(trajectory, trajectory.scale if options.camera_scale == "clip" else None)
+        return CameraPath(trajectory, trajectory.scale if options.camera_scale == "clip" else None, options.source)
     with blame("--camera-scale"):
         scale = float(options.camera_scale)
         CameraStream(CELL, CELL, scale=scale)
-    return CameraPath(trajectory, scale)
-
-
-@dataclass(frozen=True)
-class ChunkInputs:
-    """noise [1, C, F, H, W], renoise [steps - 1, 1, C, F, H, W], camera [1, 384, F, H, W] or None."""
-
-    noise: Tensor
-    renoise: Tensor
-    camera: Tensor | None
-
-
-def chunk_inputs(
-    model: CausalLingBotTransformer,
-    schedule: Schedule,
-    size: tuple[int, int],
-    camera: CameraPath | None,
-    seed: int,
-) -> Iterator[ChunkInputs]:
-    """The inputs of chunk after chunk, without end, on the model's device; the same for the same seed and device.
-
-    After the end of its path the camera stands still.
-    """
-    cfg, device = model.config, model.device
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    shape = (1, cfg.out_channels, cfg.frames_per_chunk, size[0] // CELL, size[1] // CELL)
-    generator = torch.Generator(device).manual_seed(seed)
-    stream = None if camera is None else CameraStream(*size, scale=camera.scale, device=device, dtype=dtype)
-    start = 0
-    while True:
-        embedding = None
-        if camera is not None and stream is not None:
-            path = camera.trajectory
-            frames = np.minimum(np.arange(start, start + cfg.frames_per_chunk), len(path) - 1)
-            embedding = stream.advance(path.poses[frames], path.intrinsics[frames])
-        noise = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        steps = len(schedule.times) - 1
-        renoise = torch.randn((steps, *shape), generator=generator, device=device, dtype=dtype)
-        yield ChunkInputs(noise, renoise, embedding)
-        start += cfg.frames_per_chunk
+    return CameraPath(trajectory, scale, options.source)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from lingbot_kernels.benchmarks import gate
-from lingbot_kernels.benchmarks.cases import CASES, Case
+from lingbot_kernels.benchmarks.kernel_cases import KERNEL_CASES, KernelCase
 from lingbot_kernels.benchmarks.problems import Problem, as_tuple, problems, written_slots
 
 CPU = torch.device("cpu")
-SMALL = Case("small", 2, 4, heads=2, head_dim=64, ffn_dim=96, residual_float32=True)
+SMALL = KernelCase("small", 2, 4, heads=2, head_dim=64, ffn_dim=96, residual_float32=True)
 WRAP = dataclasses.replace(SMALL, name="small-wrap", wrap=True)
 
 
@@ -25,7 +25,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def find(op: str, case: Case = SMALL) -> Problem:
+def find(op: str, case: KernelCase = SMALL) -> Problem:
     return next(problem for problem in problems(case) if problem.op == op)
 
 
@@ -128,7 +128,7 @@ def test_wrong_counts_and_shapes_are_red():
 
 
 def test_attention_is_judged_beyond_the_sampled_rows_for_finiteness():
-    problem = find("windowed_attention", CASES["s192-d512"])
+    problem = find("windowed_attention", KERNEL_CASES["s192-d512"])
 
     def spoil(inputs, outputs):
         out = outputs[0].clone()
@@ -154,10 +154,10 @@ def test_the_rope_table_may_be_one_ulp_off(steps, green):
 
 
 def test_bytes_are_those_of_the_activations():
-    case = CASES["s4524-d5120"]
+    case = KERNEL_CASES["s4524-d5120"]
     by_op = {(p.op, p.case): p.bytes for p in problems(case)}
     assert by_op["qk_norm_rope_kv_write", case.name] == 6 * 4524 * 5120 * 2  # q, k, v in; q, K, V out
     assert by_op["k_norm_rope_kv_write", case.name] == 4 * 4524 * 5120 * 2
     assert by_op["gated_residual_camera_norm", case.name + "-camera"] == 6 * 4524 * 5120 * 2
     assert by_op["gated_residual", case.name + "-r32"] == (4 + 2 + 4) * 4524 * 5120
-    assert [CASES[name].tokens for name in ("s4524-d5120", "s2262-d5120", "s1131-d5120")] == [4524, 2262, 1131]
+    assert [KERNEL_CASES[name].tokens for name in ("s4524-d5120", "s2262-d5120", "s1131-d5120")] == [4524, 2262, 1131]

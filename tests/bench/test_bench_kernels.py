@@ -13,9 +13,10 @@ import torch
 from click.testing import CliRunner
 
 from lingbot_kernels import reference
-from lingbot_kernels.benchmarks import kernels, peers, rows
-from lingbot_kernels.benchmarks.cases import CASES, default_cases
-from lingbot_kernels.benchmarks.rows import REQUIRED, Environment, Row, append_rows, latest, read_rows
+from lingbot_kernels.benchmarks import environment, kernels, peers
+from lingbot_kernels.benchmarks.environment import Environment
+from lingbot_kernels.benchmarks.kernel_cases import KERNEL_CASES, default_kernel_cases
+from lingbot_kernels.benchmarks.rows import REQUIRED, Row, append_rows, latest, read_rows
 from lingbot_kernels.commands.bench_kernels import command
 
 HOT = "qk_norm_rope_kv_write"
@@ -197,17 +198,21 @@ def test_rows_round_trip_and_the_latest_of_a_kind_is_kept(tmp_path):
 
 def test_commit_names_the_environment_then_the_checkout(tmp_path, monkeypatch):
     monkeypatch.setenv("LINGBOT_KERNELS_COMMIT", "fedcba")
-    assert rows.commit_name(tmp_path) == "fedcba"
+    assert environment.commit_of(tmp_path) == "fedcba"
     monkeypatch.delenv("LINGBOT_KERNELS_COMMIT")
-    assert rows.commit_name(tmp_path).startswith("v")
+    assert environment.commit_of(tmp_path) is None
+    monkeypatch.setattr(environment, "commit_of", lambda: None)
+    assert Environment.collect(torch.device("cpu")).commit.startswith("v")
+    monkeypatch.undo()
+    monkeypatch.delenv("LINGBOT_KERNELS_COMMIT", raising=False)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
-        assert rows._output(*git, *arguments) == ""
+        assert environment._output(*git, *arguments) == ""
     (tmp_path / "file").write_text("1")
-    clean = rows.commit_name(tmp_path)
+    clean = environment.commit_of(tmp_path)
     assert len(clean) == 12 and not clean.endswith("-dirty")
-    rows._output(*git, "add", "file")
-    assert rows.commit_name(tmp_path) == clean + "-dirty"
+    environment._output(*git, "add", "file")
+    assert environment.commit_of(tmp_path) == clean + "-dirty"
 
 
 def test_a_file_of_other_rows_is_refused_before_anything_is_measured(tmp_path):
@@ -221,8 +226,8 @@ def test_a_file_of_other_rows_is_refused_before_anything_is_measured(tmp_path):
 def test_default_cases_exist_and_cover_the_targets():
     for device in ("cuda", "cpu"):
         for quick in (False, True):
-            assert set(default_cases(device, quick)) <= set(CASES)
-    assert {"s4524-d5120", "s4680-d5120", "s1131-d5120", "s4680-d1536"} <= set(default_cases("cuda", False))
+            assert set(default_kernel_cases(device, quick)) <= set(KERNEL_CASES)
+    assert {"s4524-d5120", "s4680-d5120", "s1131-d5120", "s4680-d1536"} <= set(default_kernel_cases("cuda", False))
 
 
 def synthetic_rows() -> list[dict]:
@@ -242,16 +247,16 @@ def synthetic_rows() -> list[dict]:
 
 def test_plot_is_a_png_of_one_gpu(tmp_path):
     pytest.importorskip("matplotlib")
-    from lingbot_kernels.benchmarks import plotting
+    from lingbot_kernels.benchmarks import kernels_plot
 
     path = tmp_path / "plots" / "out.png"
-    plotting.plot(synthetic_rows(), path)
+    kernels_plot.plot(synthetic_rows(), path)
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG") and len(data) > 20_000
     with pytest.raises(ValueError, match="several GPUs"):
-        plotting.plot([*synthetic_rows(), {**synthetic_rows()[0], "gpu": "Another"}], path)
+        kernels_plot.plot([*synthetic_rows(), {**synthetic_rows()[0], "gpu": "Another"}], path)
     with pytest.raises(ValueError, match="no green row"):
-        plotting.plot([{**row, "gate": "red", "p50_us": None} for row in synthetic_rows()], path)
+        kernels_plot.plot([{**row, "gate": "red", "p50_us": None} for row in synthetic_rows()], path)
 
 
 def test_from_plots_and_updates_without_measuring(tmp_path, monkeypatch):

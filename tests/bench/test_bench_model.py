@@ -129,7 +129,7 @@ def test_no_kernels_are_said_to_be_none(no_gpu: None, monkeypatch: pytest.Monkey
 
 def test_a_floor_with_epilogues_runs_the_same_products(no_gpu: None) -> None:
     bench = model.ModelBench(small_plan(), torch.device("cpu"), lambda row: None)
-    session = model.Session(bench, model.CausalLingBotTransformer(bench.config, dtype=torch.bfloat16))
+    session = model.BenchSession(bench, model.CausalLingBotTransformer(bench.config, dtype=torch.bfloat16))
     session.fill()
     assert session.state.kv_cache is not None and session.state.crossattn_cache is not None
     caches = session.state.kv_cache.layers, session.state.crossattn_cache.layers
@@ -160,7 +160,7 @@ def test_a_failure_to_compile_is_a_row(no_gpu: None, monkeypatch: pytest.MonkeyP
         raise RuntimeError("no compiler")
 
     bench = model.ModelBench(small_plan(), torch.device("cpu"), (rows := []).append)
-    session = model.Session(bench, model.CausalLingBotTransformer(bench.config, dtype=torch.bfloat16))
+    session = model.BenchSession(bench, model.CausalLingBotTransformer(bench.config, dtype=torch.bfloat16))
     session.fill()
     monkeypatch.setattr(torch.nn.Module, "compile", refuse)
     assert not model_compiled.measure(bench, session, 1.0, 0.001, 0.001)

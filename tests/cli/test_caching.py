@@ -9,9 +9,10 @@ import torch
 from small_video import SMALL
 
 from lingbot_kernels import CausalLingBotTransformer, LingBotConfig
+from lingbot_kernels.benchmarks import caching
 from lingbot_kernels.benchmarks.rows import latest, read_rows
-from lingbot_kernels.commands import caching
 from lingbot_kernels.commands._options import SessionOptions
+from lingbot_kernels.commands.session import make_scene
 from lingbot_kernels.realtime.memory import GIB, session_memory, weights_memory
 
 NAMES = [
@@ -87,7 +88,7 @@ def test_layers_are_a_preset_s(invoke, tmp_path):
 
 
 def small_bench(chunks=3):
-    return caching.CachingBench(SessionOptions(device="cpu", height=32, width=32), chunks)
+    return caching.CachingBench(make_scene(SessionOptions(device="cpu", height=32, width=32), chunks), chunks)
 
 
 def test_each_variant_switches_off_what_it_says():
@@ -96,10 +97,10 @@ def test_each_variant_switches_off_what_it_says():
     misses, heads = {}, {}
     for variant in caching.VARIANTS:
         calls = []
-        handle = bench.model.head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        handle = bench.scene.model.head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         session = bench.begin(variant)
         for inputs in bench.inputs():
-            session.denoise(inputs, bench.text)
+            session.denoise(inputs, bench.scene.text)
         handle.remove()
         stats = session.state.stats()
         misses[variant.off] = {name: stats[name]["misses"] for name in stats if "misses" in str(stats[name])}
@@ -151,7 +152,7 @@ def test_the_order_rotates_and_memory_decides():
 def test_a_session_s_bytes_are_the_plan_s():
     bench = small_bench()
     session = bench.begin(caching.VARIANTS[0])
-    session.denoise(next(bench.inputs()), bench.text)
+    session.denoise(next(bench.inputs()), bench.scene.text)
     assert session.state.nbytes() < bench.session_bytes() < session.state.nbytes() + 2**27
 
 

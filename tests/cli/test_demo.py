@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lingbot_kernels import CausalLingBotTransformer, LingBotConfig, RealtimeCausalDiTState, demo
+from lingbot_kernels.benchmarks.gate import relative_error
 from lingbot_kernels.commands import session
 from lingbot_kernels.reference.lingbot_world import PlainLingBotWorld
 from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
@@ -58,7 +59,7 @@ def test_plain_network_agrees_in_float64(camera, window, sink, frames):
         ours = stage.denoise_chunk(state, noise, text=text, camera=rays, renoise=renoise, start_frame=start)
         expected, context = plain.denoise_chunk(stage.schedule, noise, renoise, text, start, rays, context)
         # The model's RoPE table is float32, by contract; everything else is float64.
-        assert demo.relative_error(ours, expected) < 1e-6
+        assert relative_error(ours, expected) < 1e-6
     assert context[0][0].shape[1] == window * 6
 
 
@@ -70,4 +71,4 @@ def test_plain_network_in_bfloat16_rounds_like_bfloat16():
     exact, _ = PlainLingBotWorld(cfg, weights, torch.float64).forward(*inputs)
     rounded, _ = PlainLingBotWorld(cfg, weights).forward(*inputs)
     assert rounded.dtype == torch.float32
-    assert 1e-4 < demo.relative_error(rounded, exact) < 3e-2
+    assert 1e-4 < relative_error(rounded, exact) < 3e-2

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from lingbot_kernels.commands import environment, tables
+from lingbot_kernels.benchmarks import environment, tables
 from lingbot_kernels.ops import _native, windowed_attention
 from lingbot_kernels.ops._dispatch import BACKENDS, OPS, resolve, why_not
 
@@ -77,8 +77,8 @@ def test_float64_is_the_reference_s(invoke):
 
 
 def test_commit_is_none_outside_a_checkout(monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "a" / "b" / "environment.py"))
-    assert environment._commit() is None
+    monkeypatch.delenv("LINGBOT_KERNELS_COMMIT", raising=False)
+    assert environment.commit_of(tmp_path) is None
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (86016, "86.0 kB"), (3.7e9, "3.7 GB")])

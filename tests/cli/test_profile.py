@@ -10,7 +10,7 @@ import pytest
 from small_video import SMALL
 
 from lingbot_kernels import nvtx
-from lingbot_kernels.commands import profiling, trace_report
+from lingbot_kernels.benchmarks import profiling, trace_report
 from lingbot_kernels.ops._dispatch import OPS
 
 GEMM, FLASH = "nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", "flash_fwd_sm90"

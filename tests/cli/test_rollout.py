@@ -22,8 +22,9 @@ from lingbot_kernels import (
     RealtimeCausalDiTState,
     ops,
 )
-from lingbot_kernels.commands import backends, tables
-from lingbot_kernels.commands.measure import ChunkTimer, percentiles, steady
+from lingbot_kernels.benchmarks import backends, tables
+from lingbot_kernels.benchmarks.chunk_timer import ChunkTimer, steady
+from lingbot_kernels.benchmarks.timing import percentiles
 from lingbot_kernels.models.camera import CameraTrajectory, example_trajectory
 
 STORES = ("rope", "time_embeddings", "camera_modulation", "text")
@@ -168,7 +169,7 @@ def test_latents_that_are_not_finite_fail(invoke, tmp_path):
 
 def test_the_plot_is_a_png_for_few_chunks_and_many(invoke, tmp_path):
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
-    from lingbot_kernels import plots
+    from lingbot_kernels.benchmarks import plots
 
     report, _ = report_of(invoke, tmp_path, "--chunks", 2, "--plot", "rollout.png")
     png = (tmp_path / "rollout.png").read_bytes()
@@ -226,12 +227,12 @@ def test_the_backends_reported_are_those_that_ran(backend, dtype):
 
 
 def test_the_progress_bar_is_drawn_on_terminals_only(invoke, monkeypatch):
-    from lingbot_kernels.commands import timed_rollout
+    from lingbot_kernels.commands import rollout
 
     shown = []
-    monkeypatch.setattr(timed_rollout, "Progress", progress_that_notes(shown))
+    monkeypatch.setattr("rich.progress.Progress", progress_that_notes(shown))
     for quiet, terminal in ((False, True), (True, True), (False, False)):
-        monkeypatch.setattr(timed_rollout, "sys", SimpleNamespace(stderr=Terminal(terminal), platform="linux"))
+        monkeypatch.setattr(rollout, "sys", SimpleNamespace(stderr=Terminal(terminal)))
         invoke("rollout", *SMALL, "--chunks", 1, *(["--quiet"] if quiet else []))
     assert shown == [False, True, True]
 

@@ -13,7 +13,7 @@ from helpers import same_bits
 from torch.utils._pytree import tree_map
 
 from lingbot_kernels import _C, ops, reference
-from lingbot_kernels.benchmarks.cases import Case
+from lingbot_kernels.benchmarks.kernel_cases import KernelCase
 from lingbot_kernels.benchmarks.problems import as_tuple, problems
 from lingbot_kernels.ops._library import KEPT_CALLS, KernelOp
 from ops.op_case import CACHES, kv_arguments, run
@@ -136,7 +136,7 @@ def test_dense_but_transposed_tensors_give_contiguous_outputs() -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_op_keeps_its_calls(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On other tensors of the same signature a call gives what a checked one gives, without checking."""
-    case = Case("small", 2, 4, heads=2, head_dim=64, ffn_dim=96, ranks=2)
+    case = KernelCase("small", 2, 4, heads=2, head_dim=64, ffn_dim=96, ranks=2)
     problem = next(problem for problem in problems(case) if problem.op == name)
     planned = Planned(kernel_op(name), monkeypatch)
     cpu = torch.device("cpu")

@@ -1,9 +1,8 @@
-"""Times of a chunk and its forwards, and the medians over steady chunks."""
+"""Times of a chunk and its forwards, and which chunks are steady."""
 
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -107,14 +106,6 @@ def _milliseconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event
         return start.elapsed_time(end)
     assert isinstance(start, float) and isinstance(end, float)
     return 1e3 * (end - start)
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 by linear interpolation."""
-    if len(values) == 1:
-        return dict.fromkeys(("p20", "p50", "p80"), values[0])
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
 
 
 def steady(full: Sequence[bool], captures: Sequence[int]) -> list[int]:

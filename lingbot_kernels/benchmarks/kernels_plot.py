@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lingbot_kernels.benchmarks.cases import HEADLINE
+from lingbot_kernels.benchmarks.kernel_cases import HEADLINE
 from lingbot_kernels.benchmarks.rows import GREEN, latest
 
 if TYPE_CHECKING:

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from lingbot_kernels.commands._click import blame
 from lingbot_kernels.config import LingBotConfig
-from lingbot_kernels.ops import BackendUnavailable, _dispatch, use_backend
+from lingbot_kernels.ops import BackendUnavailable, _dispatch
 from lingbot_kernels.ops.windowed_attention import LIBRARIES, resolve_library
 from lingbot_kernels.ops.windowed_attention import why_not as attention_why_not
 
 # Matrix products are torch's own: cuBLAS(Lt) on CUDA, oneDNN or MKL on the CPU.
 _MATRIX_PRODUCTS = "torch"
-
-
-@contextlib.contextmanager
-def chosen_backend(option: str | None, cfg: LingBotConfig, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, ops use the backend of `--backend`, else that of the environment.
-
-    One that can't serve a rollout of this network is reported under its option, before anything runs.
-    """
-    where = "LINGBOT_KERNELS_BACKEND" if option is None else "--backend"
-    with blame(where):
-        name = _dispatch.requested_backend() if option is None else option
-    with use_backend(name):
-        with blame(where, BackendUnavailable):
-            serving(cfg, device.type, dtype, tokens=1)
-        yield
 
 
 def _chosen(op: str, device_type: str, dtype: torch.dtype, tokens: int, dim: int, head_dim: int) -> str:

@@ -11,7 +11,7 @@ SINK_FRAMES = 3
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """One shape.
 
     Attributes:
@@ -64,19 +64,19 @@ class Case:
 _14B: dict[str, Any] = {"heads": 40, "head_dim": 128, "ffn_dim": 13824}
 _1_3B: dict[str, Any] = {"heads": 12, "head_dim": 128, "ffn_dim": 8960}
 
-CASES: dict[str, Case] = {
+KERNEL_CASES: dict[str, KernelCase] = {
     case.name: case
     for case in (
-        Case("s4524-d5120", 29, 52, **_14B, residual_float32=True),
-        Case("s4680-d5120", 30, 52, **_14B),
-        Case("s2262-d5120", 29, 52, **_14B, ranks=2),
-        Case("s1131-d5120", 29, 52, **_14B, ranks=4),
-        Case("s4680-d1536", 30, 52, **_1_3B, residual_float32=True),
-        Case("s4524-d5120-wrap", 29, 52, **_14B, wrap=True),
-        Case("s780-d1536", 13, 20, **_1_3B, residual_float32=True),
-        Case("s780-d1536-wrap", 13, 20, **_1_3B, wrap=True),
-        Case("s192-d512", 8, 8, heads=4, head_dim=128, ffn_dim=1024, residual_float32=True),
-        Case("s192-d512-wrap", 8, 8, heads=4, head_dim=128, ffn_dim=1024, wrap=True),
+        KernelCase("s4524-d5120", 29, 52, **_14B, residual_float32=True),
+        KernelCase("s4680-d5120", 30, 52, **_14B),
+        KernelCase("s2262-d5120", 29, 52, **_14B, ranks=2),
+        KernelCase("s1131-d5120", 29, 52, **_14B, ranks=4),
+        KernelCase("s4680-d1536", 30, 52, **_1_3B, residual_float32=True),
+        KernelCase("s4524-d5120-wrap", 29, 52, **_14B, wrap=True),
+        KernelCase("s780-d1536", 13, 20, **_1_3B, residual_float32=True),
+        KernelCase("s780-d1536-wrap", 13, 20, **_1_3B, wrap=True),
+        KernelCase("s192-d512", 8, 8, heads=4, head_dim=128, ffn_dim=1024, residual_float32=True),
+        KernelCase("s192-d512-wrap", 8, 8, heads=4, head_dim=128, ffn_dim=1024, wrap=True),
     )
 }
 HEADLINE = "s4524-d5120"
@@ -90,6 +90,6 @@ _DEFAULT = {
 }  # fmt: skip
 
 
-def default_cases(device_type: str, quick: bool) -> tuple[str, ...]:
+def default_kernel_cases(device_type: str, quick: bool) -> tuple[str, ...]:
     """Names of the cases measured where none are asked for."""
     return _DEFAULT[device_type, quick]

@@ -54,3 +54,29 @@ def latency_per_chunk(report: dict[str, Any], path: Path) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)
+
+
+def profile(report: dict[str, Any], path: Path) -> None:
+    """Bars: time of each phase and of each op; the ops' TB/s beside theirs."""
+    require()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    clock = "host_us" if report["gpu_idle_share"] is None else "gpu_us"
+    groups = [(name, row[clock] / 1e3, "") for name, row in report["phases"].items()]
+    ops = [
+        (f"{row['op']}{' in ' + row['phase'] if row['phase'] else ''}", row[clock] / 1e3,
+         "" if row["tbps"] is None else f" {row['tbps']:.3g} TB/s")
+        for row in report["ops"]
+    ]  # fmt: skip
+    panels = [(title, bars) for title, bars in (("phases", groups), ("ops", ops)) if bars]
+    figure = Figure(figsize=(6.5 * len(panels), 1.2 + 0.3 * max(len(bars) for _, bars in panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, bars) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        drawn = axes.barh([name for name, _, _ in bars], [value for _, value, _ in bars], color="C0")
+        axes.bar_label(drawn, [f"{value:.2f} ms{note}" for _, value, note in bars], padding=3, fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.35)
+        axes.set_title(f"{title}, milliseconds in all", fontsize=10)
+    figure.suptitle(f"{report['what']}: {report['case']}, {report['dtype']}, {report['device']}", fontsize=10)
+    figure.savefig(path, dpi=120)

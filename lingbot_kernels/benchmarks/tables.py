@@ -31,7 +31,7 @@ def _table(title: str, first: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False)
     table.add_column(first)
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "in" else "right", no_wrap=True)
     return table
 
 
@@ -184,3 +184,41 @@ def print_caching(console: Console, report: dict[str, Any]) -> None:
         f"{len(report['steady_chunks'])} steady chunks x {settings['repeats']} repeats"
     )
     console.print(facts, highlight=False, soft_wrap=True)
+
+
+def print_profile(console: Console, report: dict[str, Any]) -> None:
+    """Two tables and what is said in a line."""
+    gpu = report["gpu_idle_share"] is not None
+    times = ("host ms", "GPU ms", "launches") if gpu else ("ms",)
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        host = f"{row['host_us'] / 1e3:.3f}"
+        return [host, f"{row['gpu_us'] / 1e3:.3f}", str(row["launches"])] if gpu else [host]
+
+    console.print(
+        f"{report['what']}: {report['case']}, {report['dtype']}, {report['tokens']} tokens, {report['device']}"
+    )
+    if report["phases"]:
+        table = _table("Phases (totals)", "phase", "calls", *times)
+        for name, row in report["phases"].items():
+            table.add_row(name, str(row["calls"]), *cells(row))
+        console.print(table)
+    table = _table("Ops (totals; bytes of a call)", "op", "in", "calls", *times, "us a call", "MB", "TB/s")
+    for row in report["ops"]:
+        call = (row["gpu_us"] if gpu else row["host_us"]) / row["calls"]
+        rate = "-" if row["tbps"] is None else f"{row['tbps']:.3g}"
+        table.add_row(
+            row["op"], row["phase"] or "-", str(row["calls"]), *cells(row), f"{call:.1f}",
+            f"{row['bytes'] / 1e6:.2f}", rate,
+        )  # fmt: skip
+    console.print(table)
+    if report["launches_per_block"] is not None:
+        each = report["launches_per_block"]
+        console.print(
+            f"launches a block: {each['all']:.1f}, of which {each['outside']:.1f} are neither products nor attention, "
+            f"{each['own']:.1f} of these the library's own"
+        )
+    if gpu:
+        console.print(f"GPU idle: {report['gpu_idle_share']:.1%} of the recorded time, launching every kernel")
+    if report["gpu_idle_share_graphs"] is not None:
+        console.print(f"GPU idle: {report['gpu_idle_share_graphs']:.1%} replaying CUDA graphs")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -24,27 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
-from lingbot_kernels.benchmarks.rows import GREEN, RED, Environment, Row, append_rows, default_path
-from lingbot_kernels.commands import backends, environment, tables
-from lingbot_kernels.commands._options import SessionOptions
-from lingbot_kernels.commands.measure import ChunkTimer, ChunkTimes, percentiles, steady
-from lingbot_kernels.commands.session import (
-    CameraOptions,
-    ChunkInputs,
-    chunk_inputs,
-    load_prompt,
-    make_camera,
-    make_model,
-    make_schedule,
-    video_size,
-)
-from lingbot_kernels.commands.timed_rollout import RolloutOptions, cache_bytes, describe_model, settings
+from lingbot_kernels.benchmarks import environment
+from lingbot_kernels.benchmarks.chunk_timer import ChunkTimer, ChunkTimes, steady
+from lingbot_kernels.benchmarks.rollout import RolloutPlan, cache_bytes, settings
+from lingbot_kernels.benchmarks.rows import GREEN, RED, Row
+from lingbot_kernels.benchmarks.scene import Scene, StageInputs
+from lingbot_kernels.benchmarks.timing import percentiles
 from lingbot_kernels.config import LingBotConfig
-from lingbot_kernels.models.camera import CELL
 from lingbot_kernels.realtime import memory
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
@@ -92,7 +80,7 @@ VARIANTS = (
 
 
 @dataclass
-class Session:
+class VariantRun:
     """A variant under way: its state, its stage, and what came out so far."""
 
     variant: Variant
@@ -103,7 +91,7 @@ class Session:
     full: list[bool] = field(default_factory=list)
     captures: list[int] = field(default_factory=list)
 
-    def denoise(self, inputs: ChunkInputs, text: Tensor) -> Tensor:
+    def denoise(self, inputs: StageInputs, text: Tensor) -> Tensor:
         self.timer.start()
         self.timer.inputs_ready()
         latents = self.stage.denoise_chunk(
@@ -147,55 +135,46 @@ class CachingBench:
         cache_bytes: what each store of that variant held in the end.
     """
 
-    def __init__(
-        self, options: SessionOptions, chunks: int, cuda_graphs: bool = True, layers: int | None = None
-    ) -> None:
-        self.model = make_model(options) if layers is None else make_model(options, num_layers=layers)
-        self.model.cuda_graphs = cuda_graphs
-        self.schedule = make_schedule(options)
-        self.size = video_size(options, self.model.config)
-        frames = chunks * self.model.config.frames_per_chunk
-        self.camera = make_camera(CameraOptions(), self.model.config, frames)
-        self.text = load_prompt(None, self.model, options.seed)
-        self.chunks, self.seed = chunks, options.seed
+    def __init__(self, scene: Scene, chunks: int, cuda_graphs: bool = True) -> None:
+        self.scene, self.chunks = scene, chunks
+        scene.model.cuda_graphs = cuda_graphs
         self.identical = [True] * len(VARIANTS)
         self.cache_bytes: dict[str, int] = {}
 
-    def inputs(self, chunks: int | None = None) -> Iterator[ChunkInputs]:
-        endless = chunk_inputs(self.model, self.schedule, self.size, self.camera, self.seed)
-        return itertools.islice(endless, chunks or self.chunks)
+    def inputs(self, chunks: int | None = None) -> Iterator[StageInputs]:
+        return itertools.islice(self.scene.inputs(), chunks or self.chunks)
 
-    def begin(self, variant: Variant) -> Session:
-        timer = ChunkTimer(self.model.device)
+    def begin(self, variant: Variant) -> VariantRun:
+        timer = ChunkTimer(self.scene.model.device)
         kind = CausalDenoisingStage if variant.update_cache_only else FullContextStage
-        stage = kind(self.model, schedule=self.schedule, observe=timer.observe)
-        return Session(variant, stage, timer, variant.session())
+        stage = kind(self.scene.model, schedule=self.scene.schedule, observe=timer.observe)
+        return VariantRun(variant, stage, timer, variant.session())
 
-    def end(self, session: Session) -> None:
+    def end(self, session: VariantRun) -> None:
         if session.variant.off is None:
             self.cache_bytes = cache_bytes(session.state.stats())
         session.state.dispose()
 
-    def by_chunk(self, repeat: int, chunks: int | None = None) -> list[Session]:
+    def by_chunk(self, repeat: int, chunks: int | None = None) -> list[VariantRun]:
         """All variants take a chunk each, then the next one; `chunks` of them, where that is given."""
         sessions = [self.begin(variant) for variant in VARIANTS]
         for index, inputs in enumerate(self.inputs(chunks)):
             results: dict[int, Tensor] = {}
             for i in rotated(len(sessions), repeat + index):
-                results[i] = sessions[i].denoise(inputs, self.text)
+                results[i] = sessions[i].denoise(inputs, self.scene.text)
             for i, latents in results.items():
                 self.identical[i] &= torch.equal(latents, results[0])
         for session in sessions:
             self.end(session)
         return sessions
 
-    def by_rollout(self, repeat: int, chunks: int | None = None) -> list[Session]:
+    def by_rollout(self, repeat: int, chunks: int | None = None) -> list[VariantRun]:
         """One session at a time: a rollout of one variant, then of the next."""
-        sessions: dict[int, Session] = {}
+        sessions: dict[int, VariantRun] = {}
         results: dict[int, list[Tensor]] = {}
         for i in rotated(len(VARIANTS), repeat):
             session = sessions[i] = self.begin(VARIANTS[i])
-            results[i] = [session.denoise(inputs, self.text) for inputs in self.inputs(chunks)]
+            results[i] = [session.denoise(inputs, self.scene.text) for inputs in self.inputs(chunks)]
             self.end(session)
         for i, latents in results.items():
             self.identical[i] &= all(map(torch.equal, latents, results[0]))
@@ -203,15 +182,15 @@ class CachingBench:
 
     def session_bytes(self) -> int:
         """Bytes that a session with everything on needs, at most."""
-        cfg, (height, width) = self.model.config, self.size
-        grid = (height // CELL // cfg.patch_size[1], width // CELL // cfg.patch_size[2])
+        scene, model = self.scene, self.scene.model
         return memory.session_memory(
-            cfg, grid, self.model.dtype, camera=self.camera is not None, time_entries=len(self.schedule.times) + 1,
-            cuda_graphs=self.model.cuda_graphs and self.model.device.type == "cuda",
+            model.config, scene.grid, model.dtype, camera=scene.camera is not None,
+            time_entries=len(scene.schedule.times) + 1,
+            cuda_graphs=model.cuda_graphs and model.device.type == "cuda",
         ).total  # fmt: skip
 
 
-def rows(bench: CachingBench, passes: Sequence[Sequence[Session]]) -> tuple[list[dict[str, Any]], list[int]]:
+def rows(bench: CachingBench, passes: Sequence[Sequence[VariantRun]]) -> tuple[list[dict[str, Any]], list[int]]:
     """(the report's rows, the steady chunks) of the sessions of each pass."""
     chosen = steady(passes[0][0].full, passes[0][0].captures)
 
@@ -259,8 +238,8 @@ def bench_rows(report: dict[str, Any]) -> Iterator[tuple[Row, dict[str, Any]]]:
     for variant, found in zip(VARIANTS, measured, strict=True):
         row = Row(
             bench="caching", case=case, op=variant.op, backend="lingbot_kernels", peer=False,
-            shape=(1, tokens, cfg["dim"]), dtype=settings["dtype"], tokens=tokens, dim=cfg["dim"], gate=RED,
-            bytes=found["cache_bytes"] or 0, note=f"{note}; the latents differ",
+            shape=(1, tokens, cfg["dim"]), dtype=settings["dtype"], precision=settings["dtype"], tokens=tokens,
+            dim=cfg["dim"], gate=RED, bytes=found["cache_bytes"] or 0, note=f"{note}; the latents differ",
         )  # fmt: skip
         if not found["bit_identical"]:
             yield row, {}
@@ -280,52 +259,38 @@ def bench_rows(report: dict[str, Any]) -> Iterator[tuple[Row, dict[str, Any]]]:
 
 
 @dataclass(frozen=True)
-class CachingOptions:
-    session: SessionOptions
+class CachingPlan:
+    """`repeats` rollouts of `chunks` chunks by every variant; `interleave`: what alternates between variants, "chunk",
+    "rollout", or "auto": chunks, where all sessions fit in three quarters of the free memory.
+    """
+
     chunks: int
     repeats: int
-    interleave: str
+    interleave: str = "auto"
     cuda_graphs: bool = True
-    layers: int | None = None
-    json_path: Path | None = None
-    rows_path: Path | None = None
 
 
-def run(options: CachingOptions) -> None:
-    """The command: measure, print, write. click.ClickException (exit code 1) where bits differ."""
-    session, interleave = options.session, options.interleave
-    bench = CachingBench(session, options.chunks, options.cuda_graphs, options.layers)
-    model = bench.model
-    with backends.chosen_backend(session.backend, model.config, model.device, model.dtype):
-        like_rollout = RolloutOptions(session, CameraOptions(), options.chunks, cuda_graphs=options.cuda_graphs)
-        described = settings(like_rollout, model, bench.schedule, bench.size, bench.camera)
-        if interleave == "auto":
-            interleave = pick_interleave(bench.session_bytes(), len(VARIANTS), _free_bytes(model.device))
-        one_pass = bench.by_chunk if interleave == "chunk" else bench.by_rollout
-        one_pass(0, chunks=2)  # warm up: the allocator, and what libraries pick for these shapes
-        passes = [one_pass(repeat) for repeat in range(options.repeats)]
+def measure(scene: Scene, plan: CachingPlan) -> dict[str, Any]:
+    """Measure every variant and report; to be called under the backend that is to serve them."""
+    model, interleave = scene.model, plan.interleave
+    bench = CachingBench(scene, plan.chunks, plan.cuda_graphs)
+    if interleave == "auto":
+        interleave = pick_interleave(bench.session_bytes(), len(VARIANTS), _free_bytes(model.device))
+    one_pass = bench.by_chunk if interleave == "chunk" else bench.by_rollout
+    one_pass(0, chunks=2)  # warm up: the allocator, and what libraries pick for these shapes
+    passes = [one_pass(repeat) for repeat in range(plan.repeats)]
     table, chosen = rows(bench, passes)
     layers = model.config.num_layers
-    whole = layers if session.checkpoint else LingBotConfig.preset(session.preset or "tiny").num_layers
-    report = {
+    whole = layers if scene.preset is None else LingBotConfig.preset(scene.preset).num_layers
+    return {
         "environment": environment.collect(),
         "device": environment.device_name(model.device),
-        "model": describe_model(session, model),
+        "model": scene.describe(),
         "settings": {
-            **described, "repeats": options.repeats, "interleave": interleave, "layers": f"{layers} of {whole}",
+            **settings(scene, RolloutPlan(plan.chunks, cuda_graphs=plan.cuda_graphs)),
+            "repeats": plan.repeats, "interleave": interleave, "layers": f"{layers} of {whole}",
         },
         "steady_chunks": chosen,
         "bit_identical": all(bench.identical),
         "rows": table,
     }  # fmt: skip
-    tables.print_caching(tables.console(), report)
-    if options.json_path is not None:
-        options.json_path.write_text(json.dumps(report, indent=2) + "\n")
-    place = Environment.collect(model.device)
-    path = options.rows_path or (default_path(place, "caching") if model.device.type == "cuda" else None)
-    if path is not None:
-        append_rows(path, [{**row.to_json(place), **more} for row, more in bench_rows(report)])
-        click.echo(f"{len(VARIANTS)} rows appended to {path}")
-    differing = [variant.off for variant, same in zip(VARIANTS, bench.identical, strict=True) if not same]
-    if differing:
-        raise click.ClickException(f"the latents differ without: {', '.join(map(str, differing))}")

@@ -1,0 +1,229 @@
+"""A steady chunk or an op under torch.profiler, and under nsys.
+
+The report (`--json`) is one object:
+
+- environment, device, what ("rollout" or an op's name), case, dtype, tokens (of a chunk, or the op's).
+- phases: name -> calls, host_us, gpu_us, launches: forwards of the chunk, then the parts of a forward over all of them.
+- ops: a list of op, phase, calls, host_us, gpu_us, launches (totals), bytes (of a call: activations read and written
+  once) and tbps (achieved, by GPU time, on a CPU by the host's; None where there is none).
+- launches_per_block: all, own (of the library's ops), outside (neither products nor attention), means; None without a
+  GPU.
+- gpu_idle_share: of the recorded chunks; gpu_idle_share_graphs: of chunks that replay graphs; None without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lingbot_kernels import nvtx
+from lingbot_kernels.benchmarks import environment, trace_report
+from lingbot_kernels.benchmarks.kernel_cases import KernelCase
+from lingbot_kernels.benchmarks.problems import problems
+from lingbot_kernels.benchmarks.scene import Scene
+from lingbot_kernels.config import LingBotConfig
+from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
+from lingbot_kernels.ops._dispatch import OPS, requested_backend
+from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
+
+LEFT_TO_LIBRARIES = ("windowed_attention", "linear_gelu")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is profiled.
+
+    Attributes:
+        run: does it once, eagerly; `replay` with CUDA graphs, None where there are none.
+        op_bytes: (op, phase) -> bytes of a call.
+    """
+
+    what: str
+    case: str
+    device: torch.device
+    dtype: torch.dtype
+    tokens: int
+    run: Callable[[], None]
+    replay: Callable[[], None] | None
+    op_bytes: Callable[[str, str], int]
+
+
+def measure(subject: Subject, trace_path: Path) -> dict[str, Any]:
+    """Run the subject once under torch.profiler, and once more with CUDA graphs where it has them; the report.
+
+    Args:
+        trace_path: gets the Chrome trace of the first run.
+    """
+    trace = _record(subject.run, subject.device, trace_path)
+    idle_replayed = None
+    if subject.replay is not None:
+        subject.replay()
+        idle_replayed = trace_report.idle_share(_record(subject.replay, subject.device, None))
+    return make_report(subject, trace, idle_replayed)
+
+
+def rollout_chunks(cfg: LingBotConfig, chunks: int) -> int:
+    """Chunks that the camera's path is made for, where `chunks` of them are recorded."""
+    return _filling(cfg) + 4 * chunks + 4
+
+
+def _filling(cfg: LingBotConfig) -> int:
+    return -(-cfg.window_frames // cfg.frames_per_chunk) + 1
+
+
+def rollout_subject(scene: Scene, chunks: int) -> Subject:
+    """A session whose window is full, and its next `chunks` chunks."""
+    model, cfg, inputs = scene.model, scene.model.config, scene.inputs()
+    stage, state = CausalDenoisingStage(model, schedule=scene.schedule), RealtimeCausalDiTState()
+
+    def roll(count: int, graphs: bool) -> None:
+        model.cuda_graphs = graphs
+        for _ in range(count):
+            chunk = next(inputs)
+            stage.denoise_chunk(state, chunk.noise, text=scene.text, camera=chunk.camera, renoise=chunk.renoise)
+
+    roll(_filling(cfg), graphs=False)
+    name = scene.preset or Path(str(scene.checkpoint)).name
+    return Subject(
+        "rollout", f"{name}, {scene.size[0]}x{scene.size[1]}, {chunks} chunk{'s' * (chunks > 1)}", model.device,
+        model.dtype, scene.chunk_tokens, lambda: roll(chunks, graphs=False),
+        (lambda: roll(2 + chunks, graphs=True)) if model.device.type == "cuda" else None,
+        _bytes_of_a_call(model, scene.chunk_tokens, cfg.window_frames * scene.frame_tokens, scene.camera is not None),
+    )  # fmt: skip
+
+
+def _bytes_of_a_call(
+    model: CausalLingBotTransformer, tokens: int, visible: int, camera: bool
+) -> Callable[[str, str], int]:
+    """(op, phase) -> activations that one call reads and writes once; weights only where they are the larger part."""
+    cfg, width = model.config, model.dtype.itemsize
+    wide, whole = model.residual_dtype.itemsize, tokens * cfg.dim
+    table = {
+        "rope_cos_sin": tokens * cfg.head_dim * 4,
+        "qk_norm_rope_kv_write": 6 * whole * width,
+        "k_norm_rope_kv_write": 4 * whole * width,
+        "rms_norm": 2 * whole * width,
+        "layer_norm_modulate": whole * (wide + width),
+        "residual_norm_modulate": whole * (2 * wide + 2 * width),
+        "gated_residual_camera_norm": whole * (2 * wide + (4 if camera else 2) * width),
+        "gated_residual": whole * (2 * wide + width),
+        "linear_gelu": (tokens * (cfg.dim + cfg.ffn_dim) + cfg.dim * cfg.ffn_dim) * width,
+    }
+
+    def of(op: str, phase: str) -> int:
+        if op == "windowed_attention":
+            return 2 * (tokens + (cfg.text_len if phase == "cross_attn" else visible)) * cfg.dim * width
+        return table[op]
+
+    return of
+
+
+def op_subject(name: str, case: KernelCase, device: torch.device, dtype: torch.dtype, count: int, seed: int) -> Subject:
+    """`count` calls of one op on the kernel bench's inputs, a fresh set for each of a few calls.
+
+    Raises:
+        ValueError: the op isn't measured in this case.
+    """
+    found = [problem for problem in problems(case, dtype) if problem.op == name]
+    if not found:
+        raise ValueError(f"{case.name!r} has no problem for {name}.")
+    problem = found[0]
+    torch.manual_seed(seed)
+    backend = "auto" if name in LEFT_TO_LIBRARIES else requested_backend()
+    thunks = [problem.bind(problem.make(device), backend) for _ in range(min(4, count))]
+
+    if name == "linear_gelu":  # a plain function, without a range of its own
+        thunks = [nvtx.ranged(name)(thunk) for thunk in thunks]
+
+    def calls() -> None:
+        for i in range(count):
+            thunks[i % len(thunks)]()
+
+    return Subject(
+        name, problem.case, device, problem.dtype, problem.tokens, calls, None, lambda op, phase: problem.bytes
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _ranges() -> Iterator[None]:
+    before = nvtx.enabled()
+    nvtx.enable()
+    try:
+        yield
+    finally:
+        nvtx.enable(before)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _record(run: Callable[[], None], device: torch.device, path: Path | None) -> dict[str, Any]:
+    """Run once under torch.profiler, with ranges; the trace, kept in `path` where one is given."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    _synchronize(device)
+    with _ranges(), profile(activities=activities) as recorded:
+        run()
+        _synchronize(device)
+    target = path or Path(f"{Path.cwd()}/.profile-{id(recorded)}.json")
+    try:
+        recorded.export_chrome_trace(str(target))
+        trace: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+    finally:
+        if path is None:
+            target.unlink(missing_ok=True)
+    return trace
+
+
+def make_report(subject: Subject, trace: dict[str, Any], idle_replayed: float | None) -> dict[str, Any]:
+    """The report of a recorded run; its keys are in the module's docstring."""
+    ranges = trace_report.read_ranges(trace)
+    rows = []
+    for (op, phase), held in trace_report.op_sums(ranges, OPS).items():
+        size = subject.op_bytes(op, phase)
+        busy = (held.gpu_us if subject.device.type == "cuda" else held.host_us) / held.calls
+        tbps = size / busy / 1e6 if busy else None  # bytes / us = MB/s
+        rows.append({"op": op, "phase": phase, **dataclasses.asdict(held), "bytes": size, "tbps": tbps})
+    return {
+        "environment": environment.collect(),
+        "device": environment.device_name(subject.device),
+        "what": subject.what,
+        "case": subject.case,
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "tokens": subject.tokens,
+        "phases": {name: dataclasses.asdict(held) for name, held in trace_report.phases(ranges).items()},
+        "ops": rows,
+        "launches_per_block": trace_report.block_launches(ranges, OPS, LEFT_TO_LIBRARIES),
+        "gpu_idle_share": trace_report.idle_share(trace),
+        "gpu_idle_share_graphs": idle_replayed,
+    }
+
+
+def record_for_nsys(subject: Subject) -> None:
+    """Run the subject between cudaProfilerStart and Stop, with ranges: what `nsys_command`'s program does."""
+    _synchronize(subject.device)
+    with _ranges():
+        torch.cuda.profiler.start()
+        subject.run()
+        _synchronize(subject.device)
+        torch.cuda.profiler.stop()
+
+
+def nsys_command(nsys: str, output: Path, arguments: list[str]) -> list[str]:
+    """What records `python -m lingbot_kernels <arguments>` between cudaProfilerStart and Stop."""
+    return [
+        nsys, "profile", "--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--trace=cuda,nvtx",
+        "--sample=none", "--cpuctxsw=none", "--force-overwrite=true", f"--output={output.with_suffix('')}",
+        sys.executable, "-m", "lingbot_kernels", *arguments,
+    ]  # fmt: skip
