@@ -13,12 +13,13 @@ _COLUMNS = ("case", "op", "backend", "p20", "p50", "p80", "ceiling", "p50 / ceil
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The latest row of each bench, GPU, case, op and backend, in the order of the files."""
+    """The latest row of each bench, GPU, case, op, backend and precision, in the order of the files."""
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            latest[tuple(row.get(key) for key in ("bench", "gpu", "case", "op", "backend", "peer"))] = row
+            row.setdefault("precision", "bfloat16")  # the field came with the second one
+            latest[tuple(row.get(key) for key in ("bench", "gpu", "case", "op", "backend", "peer", "precision"))] = row
     return list(latest.values())
 
 
@@ -30,8 +31,9 @@ def _time(microseconds: float | None) -> str:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     ratio, rate = row.get("ratio"), row.get("tbps")
+    backend = row["backend"] + (f", {row['precision']}" if row["precision"] != "bfloat16" else "")
     return [
-        row["case"], row["op"], row["backend"], *(_time(row.get(f"{p}_us")) for p in ("p20", "p50", "p80")),
+        row["case"], row["op"], backend, *(_time(row.get(f"{p}_us")) for p in ("p20", "p50", "p80")),
         _time(row.get("ceiling_us")), "-" if ratio is None else f"{ratio:.3f}", "-" if rate is None else f"{rate:.2f}",
         row["gate"], str(row.get("commit", "-")),
     ]  # fmt: skip

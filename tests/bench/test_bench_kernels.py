@@ -47,7 +47,7 @@ def test_rows_have_every_field_and_times_behind_green_gates(tmp_path):
         ("windowed_attention", "sdpa"),
     }  # fmt: skip
     for row in found:
-        assert set(REQUIRED) <= set(row)
+        assert set(REQUIRED) <= set(row) and row["precision"] == "bfloat16"
         if row["backend"].startswith("flashinfer") and row["gate"] == "not installed":
             assert row["note"] and row["p50_us"] is None
             continue
@@ -185,6 +185,12 @@ def test_rows_round_trip_and_the_latest_of_a_kind_is_kept(tmp_path):
     found = read_rows(path)
     assert [r["p50_us"] for r in found] == [1.2346, 2.0]
     assert [r["p50_us"] for r in latest(found)] == [2.0]
+    append_rows(path, [{**row.to_json(environment), "precision": "int8"}])
+    assert [r["precision"] for r in latest(read_rows(path))] == ["bfloat16", "int8"]
+    older = row.to_json(environment)
+    del older["precision"]
+    path.write_text(json.dumps(older) + "\n")
+    assert [r["precision"] for r in read_rows(path)] == ["bfloat16"]
     assert Row("kernels", "c", "op", "b", False, (), "f", 1, 2, "red", 8, error=float("inf")).to_json(environment)[
         "error"
     ] is None  # fmt: skip

@@ -88,7 +88,7 @@ def small_plan(**options: Any) -> model.ModelPlan:
 def test_rows_of_a_run(no_gpu: None, tmp_path: Path) -> None:
     path = tmp_path / "timeline.json"
     green, rows, said = run(small_plan(timeline_path=path))
-    assert green
+    assert green and {row.precision for row in rows.values()} == {"bfloat16"}
     ours = "lingbot_kernels"
     for op in ("denoise_step", "context_update", "chunk", "first_chunk"):
         assert rows[f"{op} {ours}"].p50_us is not None and rows[f"{op} {ours}"].ceiling == "bare floor"

@@ -30,7 +30,7 @@ def test_calls_take_turns():
 
 
 def test_percentiles_are_of_the_samples():
-    timed = timing._percentiles([float(i) for i in range(1, 12)], 4, "graph")
+    timed = timing._timing([float(i) for i in range(1, 12)], 4, "graph")
     assert (timed.p20_us, timed.p50_us, timed.p80_us) == (3.0, 6.0, 9.0)
     assert (timed.calls, timed.samples, timed.method) == (4, 11, "graph")
 

@@ -63,6 +63,7 @@ def test_rows(interleave, invoke, tmp_path):
     assert [row["op"] for row in rows] == [variant.op for variant in caching.VARIANTS]
     for row, entry in zip(rows, report["rows"], strict=True):
         assert (row["bench"], row["case"], row["gate"]) == ("caching", "tiny-s12-kv24", "green")
+        assert row["precision"] == row["dtype"] == "float32"
         assert row["p50_us"] == pytest.approx(1e3 * entry["total_ms"]["p50"], rel=1e-4)
         assert row["ratio"] == pytest.approx(row["p50_us"] / rows[0]["p50_us"], rel=1e-3)
         saved = entry["saved"].get("total_ms", {"ms": 0, "share": 0})
