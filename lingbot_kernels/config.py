@@ -117,12 +117,6 @@ class LingBotConfig:
         """Channels of the Pluecker input on the latent grid: 6 a pixel, 8 x 8 pixels a latent position."""
         return 6 * 8 * 8
 
-    @property
-    def rope_split(self) -> tuple[int, int, int]:
-        """Channels of a head that RoPE rotates by frame, row and column; each is even."""
-        spatial = 2 * (self.head_dim // 6)
-        return self.head_dim - 2 * spatial, spatial, spatial
-
     def num_parameters(self) -> int:
         """Number of parameters, counted from the shapes of the official checkpoint."""
         d, f = self.dim, self.ffn_dim

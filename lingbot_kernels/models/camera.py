@@ -184,20 +184,6 @@ class CameraTrajectory:
         """Divisor of the whole clip's translations: their largest norm, or 1 where the camera stands still."""
         return largest_translation(relative_poses(self.poses)) or 1.0
 
-    def resampled(self, count: int) -> CameraTrajectory:
-        """The same path in `count` latent frames, evenly spaced from the first pose to the last."""
-        positions = np.linspace(0, len(self) - 1, check_count(count, "count"))
-        low = np.minimum(positions.astype(np.int64), max(len(self) - 2, 0))
-        share = (positions - low)[:, None]
-        high = np.minimum(low + 1, len(self) - 1)
-        intrinsics = (1 - share) * self.intrinsics[low] + share * self.intrinsics[high]
-        return CameraTrajectory(interpolate_poses(self.poses, positions), intrinsics)
-
-    def with_length(self, count: int) -> CameraTrajectory:
-        """The first `count` latent frames; after the end of the path the camera stands still at its last pose."""
-        index = np.minimum(np.arange(check_count(count, "count")), len(self) - 1)
-        return CameraTrajectory(self.poses[index], self.intrinsics[index])
-
     def embedding(self, height: int, width: int, *, scale: float | None = None, **options: Any) -> torch.Tensor:
         """The embedding [B, 384, N, height / 8, width / 8] of the whole clip; `options` are CameraStream's.
 

@@ -25,7 +25,7 @@ from lingbot_kernels import (
 from lingbot_kernels.benchmarks import backends, tables
 from lingbot_kernels.benchmarks.chunk_timer import ChunkTimer, steady
 from lingbot_kernels.benchmarks.timing import percentiles
-from lingbot_kernels.models.camera import CameraTrajectory, example_trajectory
+from lingbot_kernels.models.camera import CameraTrajectory, example_trajectory, interpolate_poses
 
 STORES = ("rope", "time_embeddings", "camera_modulation", "text")
 
@@ -99,7 +99,8 @@ def test_latents_are_the_stage_s(invoke, tmp_path):
     prompt = torch.randn(5, 64)
     save_file({"other": torch.zeros(1), "prompt_embeds": prompt}, tmp_path / "prompt.safetensors")
     path = example_trajectory(9)
-    dense = path.resampled(33)  # a pose a pixel frame
+    poses = interpolate_poses(path.poses, np.linspace(0, 8, 33))  # one per pixel frame
+    dense = CameraTrajectory(poses, path.intrinsics[0])
     np.save(tmp_path / "poses.npy", dense.poses)
     np.save(tmp_path / "intrinsics.npy", dense.intrinsics)
     given = ("--poses", "poses.npy", "--intrinsics", "intrinsics.npy", "--prompt-embeds", "prompt.safetensors")
