@@ -4,6 +4,7 @@ What tests, benches and the demo compare `CausalLingBotTransformer` with."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,19 @@ from lingbot_kernels.reference.layer_norm_modulate import layer_norm_modulate
 from lingbot_kernels.reference.residual_norm_modulate import residual_norm_modulate
 from lingbot_kernels.reference.rms_norm import rms_norm
 from lingbot_kernels.reference.rope_cos_sin import apply_rope, rope_cos_sin
-from lingbot_kernels.stages.schedule import Schedule
 
 KeyValue = tuple[Tensor, Tensor]
+
+
+class Schedule(Protocol):
+    """What a denoising loop reads of a schedule, as `stages.schedule.Schedule` has it."""
+
+    @property
+    def times(self) -> tuple[float, ...]: ...
+    @property
+    def sigmas(self) -> tuple[float, ...]: ...
+    @property
+    def noise_sigmas(self) -> tuple[float, ...]: ...
 
 
 class PlainLingBotWorld:
