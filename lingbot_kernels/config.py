@@ -4,12 +4,13 @@ Needs nothing but the standard library, so that tools can read a configuration w
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lingbot_kernels.files import read_json
 
 RESIDUAL_DTYPES = ("bfloat16", "float32")
 
@@ -176,15 +177,16 @@ class LingBotConfig:
         """
         path = Path(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a JSON file: {error}") from error
+            content = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{path}: holds {type(content).__name__}, must hold an object")
         try:
             return cls.from_dict(_translate(content) if _is_foreign(content) else content)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            own = "" if _is_foreign(content) else "; without _class_name it is read as this project's own"
+            raise ValueError(f"{path}: {error}{own}") from error
 
 
 _DEFAULT_WINDOW = {"frames_per_chunk": 3, "window_frames": 18, "sink_frames": 3}

@@ -4,22 +4,25 @@ Everything is checked from the headers first; weights then go tensor by tensor f
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from lingbot_kernels.config import PLUECKER_CHANNELS, LingBotConfig
+from lingbot_kernels.files import read_json
+from lingbot_kernels.models.checkpoint_files import STEMS, CheckpointError, Entry, Headers, read_headers
 
 NAMINGS = ("official", "fastvideo", "diffusers")
 
@@ -67,24 +70,11 @@ _BLOCK: tuple[_Row, ...] = (
 _CAMERA_KEY = re.compile(r"(blocks\.\d+\.cam_|c2ws_hidden_states_layer|patch_embedding_wancamctrl)")
 _BLOCK_INDEX = re.compile(r"^blocks\.(0|[1-9]\d*)\.")
 
-# Some publishers save a wrapper around the network: all keys then start with one of these.
-_WRAPPERS = ("model.diffusion_model.", "model.", "module.", "transformer.")
-
-_STEMS = ("diffusion_pytorch_model", "model")
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
-_FLOATS = ("F64", "F32", "F16", "BF16")
+# torch.compile and FSDP put these between a module and its parts.
+_INNER_WRAPPER = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 # A shard is mapped anew after this many bytes, so that pages already copied do not count as memory in use.
 _MAPPED_BYTES = 64 * 2**20
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; `problems` has one line for each thing wrong with it."""
-
-    def __init__(self, path: Path, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n  ".join([f"{path}: {count}", *self.problems]))
 
 
 def _name_tables() -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
@@ -168,30 +158,6 @@ def parameter_shapes(config: LingBotConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor of a checkpoint, as the header of its file describes it."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        return {"F64": 8, "F32": 4}.get(self.dtype, 2) * math.prod(self.shape)
-
-
-@dataclass
-class _Headers:
-    """What the files of a checkpoint hold, by stored key, and what is wrong with them."""
-
-    entries: dict[str, _Entry]
-    problems: list[str]
-    unreadable: set[str]  # keys that the index puts in a file that cannot be read
-    complete: bool  # False: an unreadable file may hold keys that nothing tells
-
-
 def load_checkpoint(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -216,10 +182,13 @@ def load_checkpoint(
             fit them: all of them in one error, before anything in the model is changed.
     """
     path = Path(folder)
-    headers = _read_headers(path)
+    headers = read_headers(path)
     matches, problems = _match(headers, {name: tuple(slot.shape) for name, slot in model.state_dict().items()})
     if problems := headers.problems + problems:
         raise CheckpointError(path, problems)
+    _, prefix = _unwrapped(headers.entries)
+    if prefix:
+        warnings.warn(f"{path}: every key starts with {prefix!r}; read without it", stacklevel=2)
     _place(model, dtype, device)
     slots = model.state_dict()
     with torch.no_grad():
@@ -253,7 +222,7 @@ def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str], *, max_sha
             room = max_shard_bytes
         shards[-1].append(name)
         room -= slot.nbytes
-    stem, count = _STEMS[0], len(shards)
+    stem, count = STEMS[0], len(shards)
     files = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     if count == 1:
         files = [f"{stem}.safetensors"]
@@ -295,7 +264,7 @@ def infer_config(folder: str | os.PathLike[str]) -> LingBotConfig:
         CheckpointError: the files cannot be read, or the shapes are not those of such a network.
     """
     path = Path(folder)
-    headers = _read_headers(path)
+    headers = read_headers(path)
     if headers.problems:
         raise CheckpointError(path, headers.problems)
     shapes = {name: entry.shape for name, entry in _translate(headers)[0].items()}
@@ -303,7 +272,7 @@ def infer_config(folder: str | os.PathLike[str]) -> LingBotConfig:
     description = (path if path.is_dir() else path.parent) / "config.json"
     if description.is_file():
         config = LingBotConfig.from_json(description)
-        states_camera = "camera" in json.loads(description.read_text(encoding="utf-8"))
+        states_camera = "camera" in read_json(description)
         return config if states_camera else dataclasses.replace(config, camera=camera)
     needed = ("patch_embedding.weight", "blocks.0.ffn.0.weight", "text_embedding.0.weight", "time_embedding.0.weight")
     absent = [name for name in (*needed, "head.head.weight") if len(shapes.get(name, ())) < 2]
@@ -332,109 +301,43 @@ def infer_config(folder: str | os.PathLike[str]) -> LingBotConfig:
         raise CheckpointError(path, [f"the shapes give no valid configuration: {error}"]) from error
 
 
-def _read_headers(path: Path) -> _Headers:
-    """Read the header of every file of a checkpoint, and the index; no tensor data."""
-    problems: list[str] = []
-    index, files = _find_files(path, problems)
-    headers = _Headers({}, problems, set(), bool(files))
-    for file in files:
-        if not file.is_file():
-            headers.problems.append(f"{file.name}: no such file")
-            _give_up(headers, file, index)
-            continue
-        try:
-            with safe_open(file, framework="pt", device="cpu") as shard:
-                for key in shard.keys():  # noqa: SIM118, not a mapping
-                    view = shard.get_slice(key)
-                    _add(headers, _Entry(file, key, tuple(view.get_shape()), view.get_dtype()), index)
-        except SafetensorError as error:
-            headers.problems.append(f"{file.name}: truncated or damaged: {error}")
-            _give_up(headers, file, index)
-    for key, name in (index or {}).items():
-        if key not in headers.entries and key not in headers.unreadable:
-            headers.problems.append(f"{key}: the index puts it in {name}, which does not hold it")
-            headers.unreadable.add(key)
-    return headers
+def _unwrapped(keys: Iterable[str]) -> tuple[dict[str, str], str]:
+    """Stored key -> key of the network itself, and the prefix that all of them share.
+
+    Trainers save a wrapper around the network (`module.`, `model.diffusion_model.`, ...): of what all keys start with,
+    as much is taken off as makes most of them known.
+    """
+    inner = {key: _INNER_WRAPPER.sub("", key) for key in keys}
+    columns = zip(*(key.split(".") for key in inner.values()), strict=False)
+    shared = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)]
+    prefixes = ["".join(f"{part}." for part in shared[:n]) for n in range(len(shared) + 1)]
+
+    def known(prefix: str) -> int:
+        return sum(official_name(key.removeprefix(prefix)) is not None for key in inner.values())
+
+    prefix = max(prefixes, key=known)  # of equals the first, which is the shortest
+    return {key: name.removeprefix(prefix) for key, name in inner.items()}, prefix
 
 
-def _find_files(path: Path, problems: list[str]) -> tuple[dict[str, str] | None, list[Path]]:
-    """The index's key -> file name, where there is an index, and all files to read."""
-    if not path.is_dir():
-        if path.suffix == ".safetensors" and path.is_file():
-            return None, [path]
-        problems.append("neither a folder nor a .safetensors file")
-        return None, []
-    for stem in _STEMS:
-        index_file = path / f"{stem}.safetensors.index.json"
-        if index_file.is_file():
-            return _read_index(index_file, problems)
-        if (path / f"{stem}.safetensors").is_file():
-            return None, [path / f"{stem}.safetensors"]
-    files = {file.name: file for file in sorted(path.glob("*.safetensors"))}
-    for shard in [match for name in files if (match := _SHARD.fullmatch(name))]:
-        for number in range(1, int(shard["count"]) + 1):
-            name = f"{shard['stem']}-{number:05d}-of-{shard['count']}.safetensors"
-            files.setdefault(name, path / name)
-    if not files:
-        hint = "; its subfolder transformer has some" if list(path.glob("transformer/*.safetensors")) else ""
-        problems.append(f"no .safetensors files in this folder{hint}")
-    return None, list(files.values())
-
-
-def _read_index(index_file: Path, problems: list[str]) -> tuple[dict[str, str] | None, list[Path]]:
-    try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        names = dict.fromkeys(index.values())
-        plain = all(isinstance(name, str) and Path(name).name == name for name in names)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        problems.append(f'{index_file.name}: must be a JSON object with "weight_map": {type(error).__name__}: {error}')
-        return None, []
-    if not plain:
-        problems.append(
-            f"{index_file.name}: weight_map must give names of files in the same folder, gives {list(names)}"
-        )
-        return None, []
-    return index, [index_file.parent / name for name in names]
-
-
-def _give_up(headers: _Headers, file: Path, index: dict[str, str] | None) -> None:
-    if index is None:
-        headers.complete = False
-    else:
-        headers.unreadable.update(key for key, name in index.items() if name == file.name)
-
-
-def _add(headers: _Headers, entry: _Entry, index: dict[str, str] | None) -> None:
-    if entry.dtype not in _FLOATS:
-        headers.problems.append(f"{entry.key}: stored as {entry.dtype} in {entry.file.name}, must be one of {_FLOATS}")
-    if index is not None and entry.key not in index:
-        headers.problems.append(f"{entry.key}: in {entry.file.name}, but not in the index")
-    elif index is not None and index[entry.key] != entry.file.name:
-        return  # the index prefers another file, which is reported if it lacks the key
-    if entry.key in headers.entries:
-        first = headers.entries[entry.key].file.name
-        headers.problems.append(f"{entry.key}: in both {first} and {entry.file.name}")
-    headers.entries[entry.key] = entry
-
-
-def _translate(headers: _Headers) -> tuple[dict[str, _Entry], set[str], list[str], str]:
+def _translate(headers: Headers) -> tuple[dict[str, Entry], set[str], list[str], str]:
     """(entries by official name, official names of unreadable keys, problems, naming)."""
-    keys = [*headers.entries, *headers.unreadable]
-    wrapper = next((prefix for prefix in _WRAPPERS if keys and all(key.startswith(prefix) for key in keys)), "")
-    naming = detect_naming(key.removeprefix(wrapper) for key in keys)
-    found: dict[str, _Entry] = {}
+    names, _ = _unwrapped([*headers.entries, *headers.unreadable])
+    naming = detect_naming(names.values())
+    found: dict[str, Entry] = {}
     problems = []
     for key, entry in headers.entries.items():
-        name = official_name(key.removeprefix(wrapper), naming)
+        name = official_name(names[key], naming)
         if name is None:
             problems.append(f"{key}: unexpected, in {entry.file.name} ({naming} naming)")
+        elif name in found:
+            problems.append(f"{key}: in {entry.file.name}, stands for {name}, as {found[name].key} does")
         else:
             found[name] = entry
-    unreadable = {official_name(key.removeprefix(wrapper), naming) or key for key in headers.unreadable}
+    unreadable = {official_name(names[key], naming) or key for key in headers.unreadable}
     return found, unreadable, problems, naming
 
 
-def _match(headers: _Headers, slots: dict[str, tuple[int, ...]]) -> tuple[dict[str, _Entry], list[str]]:
+def _match(headers: Headers, slots: dict[str, tuple[int, ...]]) -> tuple[dict[str, Entry], list[str]]:
     """Pair the model's slots (official name -> shape) with the checkpoint's entries; say what does not fit."""
     found, unreadable, problems, naming = _translate(headers)
     missing = [name for name in slots if name not in found and name not in unreadable]
@@ -479,9 +382,9 @@ def _place(model: nn.Module, dtype: torch.dtype | None, device: torch.device | s
         model.to(dtype=dtype, device=device)
 
 
-def _groups(matches: dict[str, _Entry]) -> Iterator[list[tuple[str, _Entry]]]:
+def _groups(matches: dict[str, Entry]) -> Iterator[list[tuple[str, Entry]]]:
     """The matched tensors in groups of one file and at most _MAPPED_BYTES (or one tensor)."""
-    group: list[tuple[str, _Entry]] = []
+    group: list[tuple[str, Entry]] = []
     nbytes = 0
     for name, entry in sorted(matches.items(), key=lambda item: item[1].file.name):
         if group and (group[0][1].file != entry.file or nbytes + entry.nbytes > _MAPPED_BYTES):
