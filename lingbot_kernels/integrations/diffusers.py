@@ -16,6 +16,8 @@ from lingbot_kernels import ops
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, KVCache
 from lingbot_kernels.realtime.runtime_cache import Store, TensorIdentity
+from lingbot_kernels.realtime.weights import WeightsIdentity
+from lingbot_kernels.ring import ChunkPlan
 
 try:
     from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -94,6 +96,7 @@ def accelerate(transformer: nn.Module, kv_cache: KVWindow | None = None) -> None
     accelerated: Any = transformer
     accelerated.lingbot_kv_window = kv_cache
     accelerated.lingbot_owner = object()
+    accelerated.lingbot_weights = WeightsIdentity()
     accelerated.rope.__class__ = AcceleratedWanRotaryPosEmbed
     accelerated.rope.lingbot_tables = Store(4)
     for block in accelerated.blocks:
@@ -120,7 +123,8 @@ def restore(transformer: nn.Module) -> None:
             attention.set_processor(processor)
         del block.lingbot_processors
         block.__class__ = wan.WanTransformerBlock
-    del accelerated.rope.lingbot_tables, accelerated.lingbot_kv_window, accelerated.lingbot_owner
+    del accelerated.rope.lingbot_tables, accelerated.lingbot_kv_window
+    del accelerated.lingbot_owner, accelerated.lingbot_weights
     accelerated.rope.__class__ = wan.WanRotaryPosEmbed
     transformer.__class__ = wan.WanTransformer3DModel
 
@@ -306,6 +310,7 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
 
     lingbot_kv_window: KVWindow | None
     lingbot_owner: object
+    lingbot_weights: WeightsIdentity
 
     def forward(
         self,
@@ -350,12 +355,30 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
             return None
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
+    def weights_changed(self) -> None:
+        """Say that weights were written through `.data`, which can't be seen: sessions then drop their text K/V. Other
+        changes are noticed, see `realtime.weights`.
+        """
+        self.lingbot_weights.renew()
+
+    @torch.compiler.disable(recursive=False)
     def _causal_forward(
         self, latents: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None, state: RealtimeCausalDiTState,
         start_frame: int | None, update_cache_only: bool,
     ) -> Tensor | None:  # fmt: skip
-        self._check_chunk(latents, timestep, start_frame)
-        assert start_frame is not None
+        """The session's bookkeeping around `_causal_pass`; where it raises, the session is as it was."""
+        with state.attempt():
+            self._check_chunk(latents, timestep, text, image, start_frame)
+            assert start_frame is not None
+            kv, plan = self._enter_chunk(state, latents, start_frame)
+            out = self._causal_pass(latents, timestep, text, image, state, start_frame, update_cache_only, kv, plan)
+            state.commit(plan)
+        return out
+
+    def _causal_pass(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None, state: RealtimeCausalDiTState,
+        start_frame: int, update_cache_only: bool, kv: KVCache, plan: ChunkPlan,
+    ) -> Tensor | None:  # fmt: skip
         batch, _, frames, height, width = latents.shape
         patch = self.config.patch_size
         grid = (height // patch[1], width // patch[2])
@@ -368,7 +391,7 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
         if image_context is not None:
             context = torch.cat([image_context, context], dim=1)
         text_kv = self._text_kv(state, text, image, context)
-        kv, (cursor, sink, num_visible) = self._enter_chunk(state, latents, grid, start_frame, frames)
+        cursor, sink, num_visible = self._write_chunk(state, kv, plan)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             k_cache, v_cache = kv.layers[i]
@@ -382,14 +405,15 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
         y = y.view(batch, frames, *grid, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return y.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _check_chunk(self, latents: Tensor, timestep: Tensor, start_frame: int | None) -> None:
+    def _check_chunk(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None, start_frame: int | None
+    ) -> None:
         if self.lingbot_kv_window is None:
             raise ValueError("state: got one, but accelerate was not given a kv_cache window")
         if not isinstance(start_frame, int) or isinstance(start_frame, bool) or start_frame < 0:
             raise ValueError(f"start_frame: got {start_frame!r}, must be an int of 0 or more")
-        if timestep.ndim != 1:
-            raise ValueError(f"timestep: got shape {list(timestep.shape)}, must be [B] in a causal forward")
-        patch, channels = self.config.patch_size, self.config.in_channels
+        cfg = self.config
+        patch, channels = cfg.patch_size, cfg.in_channels
         if patch[0] != 1:
             raise ValueError(f"patch_size: got {patch}, must be 1 in its first place: the window counts latent frames")
         if latents.ndim != 5 or latents.shape[1] != channels or any(
@@ -399,26 +423,46 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
                 f"hidden_states: got {list(latents.shape)}, must be [B, {channels}, F, H, W] with H, W multiples of "
                 f"{patch[1]}, {patch[2]}"
             )
+        batch = latents.shape[0]
+        if timestep.shape != (batch,):
+            raise ValueError(f"timestep: got shape {list(timestep.shape)}, must be [{batch}] in a causal forward")
+        if timestep.device.type == "cpu" and not timestep.isfinite().all():  # to read a device's would wait for it
+            raise ValueError(f"timestep: got {timestep.tolist()}, must be finite")
+        given = [("encoder_hidden_states", text, cfg.text_dim)]
+        if image is not None:
+            given.append(("encoder_hidden_states_image", image, cfg.image_dim))
+        for name, x, dim in given:
+            if x.ndim != 3 or x.shape[0] != batch or x.shape[1] < 1 or x.shape[2] != dim:
+                raise ValueError(f"{name}: got shape {list(x.shape)}, must be [{batch}, L >= 1, {dim}]")
 
-    @torch.compiler.disable
     def _enter_chunk(
-        self, state: RealtimeCausalDiTState, latents: Tensor, grid: tuple[int, int], start_frame: int, frames: int
-    ) -> tuple[KVCache, tuple[Tensor, int, int]]:
-        """The session's cache and the chunk's (cursor, sink, visible slots) in it, once its place is taken."""
+        self, state: RealtimeCausalDiTState, latents: Tensor, start_frame: int
+    ) -> tuple[KVCache, ChunkPlan]:
+        """The session's cache, allocated where it begins, and what the chunk is going to do to it."""
         window, cfg = self.lingbot_kv_window, self.config
         assert window is not None
+        batch, _, frames, height, width = latents.shape
+        grid = (height // cfg.patch_size[1], width // cfg.patch_size[2])
         layout = CacheLayout(
-            cfg.num_layers, latents.shape[0], cfg.num_attention_heads, cfg.attention_head_dim, grid,
+            cfg.num_layers, batch, cfg.num_attention_heads, cfg.attention_head_dim, grid,
             window.window_frames, window.sink_frames, latents.dtype, latents.device,
         )  # fmt: skip
+        plan = state.plan(self.lingbot_owner, layout, start_frame, frames)
+        if state.kv_cache is None:
+            with torch.inference_mode(False):
+                state.begin(self.lingbot_owner, layout)
+        assert state.kv_cache is not None
+        state.use_weights(self.lingbot_weights.token(self))
+        return state.kv_cache, plan
+
+    @torch.compiler.disable
+    def _write_chunk(self, state: RealtimeCausalDiTState, kv: KVCache, plan: ChunkPlan) -> tuple[Tensor, int, int]:
+        """(cursor, sink, visible slots) of the chunk, whose keys and values are written from now on."""
+        state.write(plan)
         with torch.inference_mode(False):
-            plan = state.plan_chunk(self.lingbot_owner, layout, start_frame, frames)
-            kv = state.kv_cache
-            assert kv is not None
-            kv.ring.commit(plan)
             place = kv.device_position(plan)
         assert place.ring.cursor is not None
-        return kv, (place.ring.cursor, place.ring.sink, place.num_visible)
+        return place.ring.cursor, place.ring.sink, place.num_visible
 
     @torch.compiler.disable
     def _text_kv(

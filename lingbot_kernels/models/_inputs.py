@@ -1,59 +1,14 @@
-"""What a chunk's forward reads, and checks of what it is given; each error names the argument, what it was and what it
-must be.
-"""
+"""Checks of what a chunk's forward is given; each error names the argument, what it was and what it must be."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from lingbot_kernels.config import LingBotConfig
-from lingbot_kernels.parallel.sequence_shard import SequenceShard
-
-KeyValue = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class TimeEmbeddings:
-    """What a timestep contributes, float32: blocks [L, 6, d] (shift, scale, gate of attention, then of the MLP), head
-    [2, d].
-    """
-
-    blocks: Tensor
-    head: Tensor
-
-    @property
-    def layers(self) -> list[Tensor]:
-        return [self.blocks, self.head]
-
-
-@dataclass(frozen=True)
-class ChunkInputs:
-    """What a forward reads besides the K/V ring: latents [B, C, F, H, W], cos‖sin and each block's camera pairs of
-    this rank's tokens, and each block's text pairs.
-    """
-
-    latents: Tensor
-    cos_sin: Tensor
-    time: TimeEmbeddings
-    text_kv: Sequence[KeyValue] | PerBlock
-    camera: Sequence[KeyValue] | PerBlock | None
-    shard: SequenceShard
-
-
-class PerBlock:
-    """A value for each block, computed when the block asks: what stands in for a cache that is turned off."""
-
-    def __init__(self, compute: Callable[[int], KeyValue]) -> None:
-        self._compute = compute
-
-    def __getitem__(self, index: int) -> KeyValue:
-        return self._compute(index)
 
 
 def check_chunk(

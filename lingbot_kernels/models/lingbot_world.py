@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lingbot_kernels import nvtx, ops
 from lingbot_kernels.config import LingBotConfig
-from lingbot_kernels.models import checkpoint
-from lingbot_kernels.models._inputs import ChunkInputs, KeyValue, PerBlock, TimeEmbeddings, check_chunk
+from lingbot_kernels.models import checkpoint, session_forward
 from lingbot_kernels.models.embeddings import (
     PatchEmbedding,
     TextEmbedding,
@@ -33,8 +32,9 @@ from lingbot_kernels.parallel.sequence_shard import SequenceShard
 from lingbot_kernels.parallel.shard_group import ShardGroup
 from lingbot_kernels.realtime import memory
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
-from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, RingMemory
-from lingbot_kernels.realtime.runtime_cache import TensorIdentity
+from lingbot_kernels.realtime.chunk_inputs import ChunkInputs, TimeEmbeddings
+from lingbot_kernels.realtime.kv_cache import CacheLayout, KeyValue
+from lingbot_kernels.realtime.weights import WeightsIdentity
 from lingbot_kernels.ring import ChunkPosition
 
 WHOLE = SequenceShard()
@@ -211,11 +211,6 @@ class Head(nn.Module):
         return self.head(y)
 
 
-def _renew_weights(model: nn.Module, _: object = None) -> None:
-    """A new identity for new weights, so that a session made with the old ones can tell."""
-    model._weights = object()  # type: ignore[assignment]
-
-
 class CausalLingBotTransformer(nn.Module):
     """The causal video DiT. `state_dict()` has the official checkpoint's keys; sessions live in
     `RealtimeCausalDiTState`.
@@ -237,6 +232,8 @@ class CausalLingBotTransformer(nn.Module):
         self.config = cfg
         self.cuda_graphs = True
         self.shard_group = ShardGroup()
+        self.weights = WeightsIdentity()
+        self._disown_sessions()
         d = cfg.dim
         self.patch_embedding = PatchEmbedding(cfg.in_channels, d, cfg.patch_size, **factory)
         self.text_embedding = TextEmbedding(cfg.text_dim, d, cfg.text_len, **factory)
@@ -252,8 +249,7 @@ class CausalLingBotTransformer(nn.Module):
             LingBotTransformerBlock(cfg, **factory) for _ in range(cfg.num_layers)
         )
         self.head = Head(cfg, **factory)
-        _renew_weights(self)
-        self.register_load_state_dict_post_hook(_renew_weights)
+        self.register_load_state_dict_post_hook(CausalLingBotTransformer._disown_sessions)
 
     @classmethod
     def from_pretrained(
@@ -295,7 +291,21 @@ class CausalLingBotTransformer(nn.Module):
             ValueError, RuntimeError: on every rank alike, as `ShardGroup.join` says.
         """
         self.shard_group = ShardGroup.join(group, layout, self)
-        _renew_weights(self)
+        self._disown_sessions()
+
+    def weights_changed(self) -> None:
+        """Say that weights were written where it can't be seen: sessions then drop what the old ones made, their text
+        K/V, time embeddings, camera modulation and CUDA graphs, and go on with their window's keys and values.
+
+        Needed after writes through `parameter.data` (`parameter.data += delta`) and to weights made in inference mode.
+        Everything else is noticed: parameters or modules replaced, writes in place, adapters merged or switched. After
+        `load_state_dict` of the whole model a session that has begun is refused.
+        """
+        self.weights.renew()
+
+    def _disown_sessions(self, _: object = None) -> None:
+        """Refuse sessions that have begun: all of the weights, or the ranks, are others."""
+        self.session_owner = object()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -344,47 +354,25 @@ class CausalLingBotTransformer(nn.Module):
             ValueError, TypeError: naming the argument; the session is then as it was.
             NotEnoughMemory: a session begins and can't fit; nothing has been allocated for it.
         """
-        self.shard_group.agree_on_forward(
-            self, state, latents=latents, text=text, timestep=timestep, start_frame=start_frame, camera=camera,
-            step_index=step_index, update_cache_only=update_cache_only,
+        return session_forward.forward(
+            self, latents, text, timestep, state=state, start_frame=start_frame, camera=camera, step_index=step_index,
+            update_cache_only=update_cache_only,
         )  # fmt: skip
-        check_chunk(self.config, self.device, latents, text, timestep, start_frame, camera, step_index)
-        batch, _, frames, height, width = latents.shape
-        _, ph, pw = self.config.patch_size
-        layout = self.cache_layout(batch, (height // ph, width // pw))
-        self.shard_group.shard(frames * layout.frame_tokens)  # refuses ranks without a token before the session begins
-        plan = state.plan_chunk(
-            self._weights, layout, start_frame, frames,
-            lambda layout: self._ring_memory(state, layout, frames, camera is not None),
-        )  # fmt: skip
-        state.wait_for_context()
-        kv_cache = state.kv_cache
-        assert kv_cache is not None
-        shard = self.shard_group.shard(plan.tokens, kv_cache)
-        with nvtx.range("embeddings"):
-            inputs = ChunkInputs(
-                latents.to(self.dtype),
-                self._prepare_cached_rope_for_sequence_shard(state, shard.num_tokens, plan.first_token + shard.start),
-                self._prepare_cached_time_embeddings(state, float(timestep), step_index),
-                self._prepare_cached_text(state, text),
-                None if camera is None else self._prepare_cached_camera_modulation(state, camera, shard),
-                shard,
-            )
-        kv_cache.ring.commit(plan)
-        graphs = state.graphs if self.cuda_graphs and self.device.type == "cuda" else None
-        if graphs is not None and graphs.ready(inputs, kv_cache, plan, update_cache_only):
-            return graphs.run(self._run, inputs, kv_cache, plan, update_cache_only)
-        # A warm-up sees the ring as the capture will: compiled blocks then have nothing new to compile.
-        warming = graphs is not None and graphs.warming
-        position = kv_cache.device_position(plan) if warming else kv_cache.position(plan)
-        return self._run(inputs, kv_cache.layers, position, update_cache_only)
 
     def _run(
-        self, inputs: ChunkInputs, layers: Sequence[KeyValue], position: ChunkPosition, update_cache_only: bool
+        self,
+        inputs: ChunkInputs,
+        layers: Sequence[KeyValue],
+        position: ChunkPosition,
+        update_cache_only: bool,
+        shard: SequenceShard = WHOLE,
     ) -> Tensor | None:
-        """Everything between the caches and the output: a function of tensors, which a CUDA graph can capture."""
+        """Everything between the caches and the output: a function of tensors, which a CUDA graph can capture.
+
+        latents [B, C, F, H, W] -> x, y [B, S, d] of this rank's tokens, through the blocks -> [B, out, F, H, W].
+        """
         time = inputs.time
-        x = self.patch_embedding(inputs.latents, inputs.shard.tokens).to(self.residual_dtype)
+        x = self.patch_embedding(inputs.latents, shard.tokens).to(self.residual_dtype)
         shift, scale = time.blocks[0, :2]
         y = ops.layer_norm_modulate(x, shift, scale, self.config.eps, out_dtype=self.dtype)
         last = len(self.blocks) - 1
@@ -401,14 +389,14 @@ class CausalLingBotTransformer(nn.Module):
                     inputs.text_kv[i],
                     None if inputs.camera is None else inputs.camera[i],
                     update_cache_only=update_cache_only and i == last,
-                    shard=inputs.shard,
+                    shard=shard,
                 )
             if after is None:
                 return None
             x, y = after
         _, _, frames, height, width = inputs.latents.shape
         with nvtx.range("head"):
-            out = inputs.shard.gather(self.head(y))
+            out = shard.gather(self.head(y))
             out = unpatchify(out, self.config.patch_size, frames, height, width)
         return out.to(torch.promote_types(self.dtype, torch.float32))
 
@@ -420,84 +408,15 @@ class CausalLingBotTransformer(nn.Module):
             cfg.sink_frames, self.dtype, self.device,
         )  # fmt: skip
 
-    def _ring_memory(
-        self, state: RealtimeCausalDiTState, layout: CacheLayout, frames: int, camera: bool
-    ) -> RingMemory | None:
-        """What the rings of a session that begins lie in, once all of the session is known to fit.
-
-        Raises:
-            NotEnoughMemory, ValueError: it can't fit, here or on another rank; every rank raises.
-        """
-        if not torch.compiler.is_compiling():
-            plan = memory.session_memory(
-                self.config, layout.grid, self.dtype, batch=layout.batch, frames=frames, ranks=self.shard_group.ranks,
-                camera=camera, cuda_graphs=self.cuda_graphs, **state.switches,
-            )  # fmt: skip
-            error = memory.shortage("session", plan, self.device, memory.savings(plan, self.config))
-            self.shard_group.agree({"memory": "enough" if error is None else str(error)})
-            if error is not None:
-                raise error
-        return self.shard_group.ring_memory(layout)
-
     def _prepare_cached_rope_for_sequence_shard(
         self, state: RealtimeCausalDiTState, num_tokens: int, token_start: int
     ) -> Tensor:
-        """cos‖sin [num_tokens, head_dim] of this rank's tokens, from absolute index `token_start`; once a chunk."""
-        assert state.kv_cache is not None
-        grid, device, cfg = state.kv_cache.layout.grid, self.device, self.config
-        key = (num_tokens, token_start, grid[0] * grid[1], grid[1], cfg.head_dim, cfg.rope_theta)
-        return state.runtime_cache["rope"].get_or_compute(
-            (*key, device),
-            lambda: ops.rope_cos_sin(*key, device),
-            lambda table: ops.rope_cos_sin(*key, device, out=table) if table.shape[0] == num_tokens else None,
-        )
+        return session_forward.rope(self, state, num_tokens, token_start)
 
     def _prepare_cached_time_embeddings(
         self, state: RealtimeCausalDiTState, timestep: float, step_index: int
     ) -> TimeEmbeddings:
-        """What `timestep` adds to every block's modulation and the head's; made once a step of the schedule."""
-        key = (step_index, timestep, (self.config.num_layers, self.config.dim), self.dtype, self.device)
-        return state.runtime_cache["time_embeddings"].get_or_compute(key, lambda: self._embed_time(timestep))
-
-    def _prepare_cached_text(self, state: RealtimeCausalDiTState, text: Tensor) -> list[KeyValue] | PerBlock:
-        """Every block's text K and V; made once a prompt. Every rank of a shard has all of it, since its tokens
-        attend to the whole text with all heads.
-        """
-        store = state.runtime_cache["text"]
-
-        def compute() -> CrossAttentionCache | PerBlock:
-            context = self.text_embedding(text)
-            if not store.enabled:
-                return PerBlock(lambda i: self.blocks[i].cross_attn.project_text(context))
-            return CrossAttentionCache([block.cross_attn.project_text(context) for block in self.blocks])
-
-        def refill(cache: CrossAttentionCache) -> CrossAttentionCache:
-            context = self.text_embedding(text)
-            for block, held in zip(self.blocks, cache.layers, strict=True):
-                for old, new in zip(held, block.cross_attn.project_text(context), strict=True):
-                    old.copy_(new)
-            return cache
-
-        found = store.get_or_compute(TensorIdentity(text), compute, refill)
-        return found.layers if isinstance(found, CrossAttentionCache) else found
-
-    def _prepare_cached_camera_modulation(
-        self, state: RealtimeCausalDiTState, camera: Tensor, shard: SequenceShard
-    ) -> list[KeyValue] | PerBlock:
-        """Every block's camera (scale, shift) of this rank's tokens; made once a chunk and reused by its forwards."""
-        store = state.runtime_cache["camera_modulation"]
-
-        def compute(held: list[KeyValue] | None = None) -> list[KeyValue] | PerBlock | None:
-            embedding = self._embed_camera(camera, shard)
-            if not store.enabled:
-                return PerBlock(lambda i: self.blocks[i].camera_modulation(embedding))
-            if held is None:
-                return [block.camera_modulation(embedding) for block in self.blocks]
-            if held[0][0].shape != embedding.shape:
-                return None
-            return [block.camera_modulation(embedding, out) for block, out in zip(self.blocks, held, strict=True)]
-
-        return store.get_or_compute(TensorIdentity(camera), compute, compute)
+        return session_forward.time_embeddings(self, state, timestep, step_index)
 
     def _embed_time(self, timestep: float) -> TimeEmbeddings:
         dtype = torch.promote_types(self.dtype, torch.float32)

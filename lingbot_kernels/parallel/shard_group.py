@@ -66,7 +66,7 @@ class ShardGroup:
             "device": model.device.type,
             "backends": sorted(device.type for device in group._device_types),
             "torch": torch.__version__,
-            "weights": joined._weights_digest(model),
+            "weights": joined._weights_digest(model, model.weights.token(model)),
         }
         joined.agree(facts)
         if layout not in LAYOUTS:
@@ -124,10 +124,14 @@ class ShardGroup:
                 f"sequence sharding: rank {self.rank} of {self.ranks} got no answer from another rank, which has "
                 f"failed or not come this far within the group's timeout: {error}"
             ) from error
-        raise ValueError(f"the ranks must agree, but differ in {_differences(everyone)}")
+        differences = _differences(everyone)
+        advice = "; where a forward failed on some of them only, state.dispose() on every rank starts again"
+        raise ValueError(
+            f"the ranks must agree, but differ in {differences}{advice if 'state.' in differences else ''}"
+        )
 
-    def agree_on_forward(self, model: Any, state: Any, **arguments: Any) -> None:
-        """Have the ranks compare a forward's arguments: shapes and values, positions, prompt, weights.
+    def agree_on_forward(self, model: Any, weights: object, state: Any, **arguments: Any) -> None:
+        """Have the ranks compare a forward's arguments: shapes and values, positions, prompt, weights (by token).
 
         What is in the tensors is read, which waits for the device, only where it is new: the prompt's when it changes,
         the latents' and camera's when a session begins.
@@ -135,9 +139,10 @@ class ShardGroup:
         if self.ranks == 1:
             return
         facts: dict[str, object] = {name: _describe(value) for name, value in arguments.items()}
-        facts["weights"] = self._weights_digest(model)
-        facts["state.next_frame"] = state.next_frame
-        facts["state.chunk_start_frame"] = state.chunk_start_frame
+        facts["weights"] = self._weights_digest(model, weights)
+        facts |= {f"state.{name}": getattr(state, name) for name in ("next_frame", "chunk_start_frame")}
+        this_chunk = (arguments["start_frame"], *getattr(arguments["latents"], "shape", ())[2:3])
+        facts["state.unfinished"] = None if state.unfinished == this_chunk else state.unfinished
         text = arguments["text"]
         if isinstance(text, Tensor):
             identity = TensorIdentity(text)
@@ -162,9 +167,9 @@ class ShardGroup:
             random = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
         self.agree({"the random generator's state (seed every rank alike)": _content(random)})
 
-    def _weights_digest(self, model: Any) -> str:
-        if self._weights[0] is not model._weights:
-            self._weights = (model._weights, _checksum(model))
+    def _weights_digest(self, model: Any, token: object) -> str:
+        if self._weights[0] is not token:
+            self._weights = (token, _checksum(model))
         return self._weights[1]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from lingbot_kernels.realtime.graphs import SessionGraphs
 from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, KVCache, RingMemory
 from lingbot_kernels.realtime.runtime_cache import RuntimeCache, Store, TensorIdentity, tensors_in
-from lingbot_kernels.ring import ChunkPlan
+from lingbot_kernels.ring import ChunkPlan, KVRing
 
 
 class RealtimeCausalDiTState:
@@ -21,6 +23,7 @@ class RealtimeCausalDiTState:
         kv_cache: self-attention's K/V ring; None before the first forward.
         graphs: CUDA graphs of this session's forwards; unused on other devices.
         context_update: recorded at the end of a context update on a side stream; None where nobody waits for one.
+        unfinished: (first frame, frames) of a chunk that must be done again before any other; see `attempt`.
         runtime_cache: stores "rope", "time_embeddings", "camera_modulation" and "text", each with hits, misses, bytes.
 
     Args:
@@ -49,7 +52,11 @@ class RealtimeCausalDiTState:
         self.graphs = SessionGraphs()
         self.agreed_text: tuple[TensorIdentity, str] | None = None  # the prompt that the ranks of a shard compared
         self.context_update: torch.cuda.Event | None = None
+        self.unfinished: tuple[int, int] | None = None
         self._owner: object | None = None
+        self._weights: object | None = None
+        self._writing: ChunkPlan | None = None
+        self._attempted = False
 
     @property
     def switches(self) -> dict[str, Any]:
@@ -73,22 +80,13 @@ class RealtimeCausalDiTState:
         """Absolute index of the current chunk's first latent frame; 0 for a fresh session."""
         return 0 if self.kv_cache is None else self.kv_cache.ring.first_token // self.kv_cache.layout.frame_tokens
 
-    def plan_chunk(
-        self,
-        owner: object,
-        layout: CacheLayout,
-        start_frame: int,
-        frames: int,
-        make_memory: Callable[[CacheLayout], RingMemory | None] = lambda layout: None,
-    ) -> ChunkPlan:
-        """Check a forward of `frames` latent frames from `start_frame` and say what it does to the ring.
-
-        Allocates the ring at the first call, in what `make_memory` gives, which may refuse by an error of its own. A
-        refusal leaves the session as it was.
+    def plan(self, owner: object, layout: CacheLayout, start_frame: int, frames: int) -> ChunkPlan:
+        """Check a forward of `frames` latent frames from `start_frame` and say what it does to the ring. Changes
+        nothing.
 
         Raises:
-            ValueError: the session belongs to another model or was made for another layout, or the position is one
-                that `KVRing.plan` refuses.
+            ValueError: the session belongs to another model or was made for another layout, the position is one that
+                `KVRing.plan` refuses, or another chunk must be done again first (see `attempt`).
         """
         if self._owner is not None and self._owner is not owner:
             raise ValueError(
@@ -101,10 +99,82 @@ class RealtimeCausalDiTState:
                 raise ValueError(f"state: made for another layout: {'; '.join(differences)}")
         ring = layout.empty_ring() if self.kv_cache is None else self.kv_cache.ring
         plan = ring.plan(start_frame * layout.frame_tokens, frames * layout.frame_tokens)
-        if self.kv_cache is None:
-            self.kv_cache = KVCache(layout, make_memory(layout))
-        self._owner = owner
+        if self.unfinished not in (None, (start_frame, frames)):
+            first, count = self.unfinished
+            raise ValueError(
+                f"start_frame: got {start_frame} for {frames} frames, must be {first} for {count}: a forward of that "
+                "chunk failed when it had overwritten keys and values that this one would see; do that chunk again, or "
+                "call state.dispose() to start again"
+            )
         return plan
+
+    def begin(self, owner: object, layout: CacheLayout, memory: RingMemory | None = None) -> None:
+        """Allocate the rings of a session that begins, in `memory` where given, and let it belong to `owner`."""
+        self.kv_cache = KVCache(layout, memory)
+        self._owner = owner
+
+    def use_weights(self, token: object) -> None:
+        """Drop what other weights made: text K/V, time embeddings, camera modulation, graphs. The ring's history
+        stays.
+        """
+        if self._weights is not token:
+            for name in ("time_embeddings", "camera_modulation", "text"):
+                self.runtime_cache[name].drop()
+            self.graphs.drop()
+            self._weights = token
+
+    def write(self, plan: ChunkPlan) -> None:
+        """Say that the forward of this plan writes to the ring from now on."""
+        self._writing = plan
+
+    def commit(self, plan: ChunkPlan) -> None:
+        """Take the position of a plan whose forward has done everything that can fail."""
+        assert self.kv_cache is not None
+        self.kv_cache.ring.commit(plan)
+        self.unfinished = None
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """All of the block's forwards, or nothing: where it raises, be it KeyboardInterrupt, position and counters are
+        as they were before, and what it stored is gone. A session that began within the block is fresh again.
+
+        What the ring held in the chunk's slots doesn't come back. Where attention could see that, the session is marked
+        as `unfinished`: it takes that chunk again and no other.
+
+        Within another attempt of the session the outer one decides.
+        """
+        if self._attempted:
+            yield
+            return
+        ring = None if self.kv_cache is None else copy.copy(self.kv_cache.ring)
+        unfinished, context_update, self._writing = self.unfinished, self.context_update, None
+        self.runtime_cache.mark()
+        self.graphs.mark()
+        self._attempted = True
+        try:
+            yield
+        except BaseException:
+            if ring is None or self.kv_cache is None:
+                self.runtime_cache.undo()
+                self.dispose()
+            else:
+                self._go_back(ring, unfinished)
+                self.context_update = self.context_update or context_update
+            raise
+        finally:
+            self._attempted = False
+
+    def _go_back(self, ring: KVRing, unfinished: tuple[int, int] | None) -> None:
+        """To the position `ring` of an attempt's begin, after a forward of `_writing` may have written its slots."""
+        assert self.kv_cache is not None
+        self.kv_cache.ring, self.unfinished, failed = ring, unfinished, self._writing
+        if failed is not None:
+            again = ring.plan(failed.first_token, failed.tokens)
+            if not again.advances or ring.num_visible + failed.tokens > ring.capacity:
+                frame_tokens = self.kv_cache.layout.frame_tokens
+                self.unfinished = (failed.first_token // frame_tokens, failed.tokens // frame_tokens)
+        self.runtime_cache.undo()
+        self.graphs.undo()
 
     def wait_for_context(self) -> None:
         """Have the current stream wait for the last context update, where that ran on a side stream."""
@@ -117,7 +187,7 @@ class RealtimeCausalDiTState:
         if self.kv_cache is not None:
             yield from self.kv_cache.tensors()
         for name in self.runtime_cache:
-            yield from tensors_in(list(self.runtime_cache[name].values()))
+            yield from tensors_in(self.runtime_cache[name].held())
         yield from self.graphs.tensors()
 
     def nbytes(self) -> int:
@@ -156,4 +226,4 @@ class RealtimeCausalDiTState:
         self.graphs.clear()
         self.runtime_cache.clear()
         self.agreed_text = None
-        self._owner = None
+        self.unfinished = self._owner = self._weights = self._writing = None

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lingbot_kernels.ring import ChunkPlan, ChunkPosition, KVRing, RingPosition
 
+KeyValue = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class CacheLayout:
@@ -104,7 +106,7 @@ class KVCache:
 class CrossAttentionCache:
     """Text keys (after their norm) and values of every layer, [B, text_len, heads, head_dim] each."""
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, layers: list[KeyValue]) -> None:
         self.layers = layers
 
     def nbytes(self) -> int:

@@ -80,6 +80,7 @@ class Store:
             raise ValueError(f"max_entries: got {max_entries}, must be 1 or more")
         self.max_entries = max_entries
         self.enabled = enabled
+        self.hits = self.misses = 0
         self.observe: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
         self.clear()
 
@@ -90,7 +91,8 @@ class Store:
 
         On a miss, room is made first, so that two generations of a large value never coexist. The value that makes room
         goes to `refill`, where given, which may return it with new contents (its addresses then stay, as a captured
-        CUDA graph needs) or None to have `compute` called. Where they raise, nothing is stored.
+        CUDA graph needs) or None to have `compute` called. Where they raise, nothing is stored; a value whose contents
+        are half new is kept without a key, as room for the next one.
         """
         if key in self._entries:
             self.hits += 1
@@ -100,36 +102,76 @@ class Store:
         if not self.enabled:
             with self.observe():
                 return compute()
-        evicted = None
-        while len(self._entries) >= self.max_entries:
-            evicted = self._entries.popitem(last=False)[1]  # and let go of the key, which may hold a large tensor
-        with self.observe():
-            value = None if evicted is None or refill is None else refill(evicted)
-            del evicted
-            if value is None:
-                value = compute()
+        evicted, made_room = None, False
+        while len(self._entries) + len(self._spares) >= self.max_entries:
+            evicted, made_room = self._evict(), True
+        try:
+            with self.observe():
+                value = None if evicted is None or refill is None else refill(evicted)
+                if value is None:
+                    evicted = None
+                    value = compute()
+        except BaseException:
+            if evicted is not None and refill is not None:
+                self._spares.append(evicted)
+            raise
         self._entries[key] = value
+        self._new[key] = made_room
         return value
+
+    def mark(self) -> None:
+        """What `undo` goes back to."""
+        self._marked = (self.hits, self.misses, self.max_entries)
+        self._new.clear()
+
+    def undo(self) -> None:
+        """Take back what was counted and stored since `mark`. What was evicted doesn't come back; the memory of what
+        took its place is kept for the next value.
+        """
+        self.hits, self.misses, self.max_entries = self._marked
+        for key, made_room in self._new.items():
+            value = self._entries.pop(key)
+            if made_room:
+                self._spares.append(value)
+        self._new.clear()
 
     def resize(self, max_entries: int) -> None:
         """Keep at most `max_entries` from now on."""
         self.max_entries = max_entries
-        while len(self._entries) > max_entries:
-            self._entries.popitem(last=False)
+        while len(self._entries) + len(self._spares) > max_entries:
+            self._evict()
 
     def values(self) -> Iterator[Any]:
         return iter(self._entries.values())
 
-    def clear(self) -> None:
+    def held(self) -> list[Any]:
+        """Every value, those kept as room for another included."""
+        return [*self._entries.values(), *self._spares]
+
+    def drop(self) -> None:
+        """Forget every value; the counts go on."""
         self._entries: OrderedDict[Hashable, Any] = OrderedDict()
-        self.hits = 0
-        self.misses = 0
+        self._spares: list[Any] = []  # values without a key: memory for the next ones
+        self._new: dict[Hashable, bool] = {}  # keys stored since the mark, and whether another value made room
+
+    def clear(self) -> None:
+        """Forget every value and count."""
+        self.drop()
+        self.hits = self.misses = 0
+        self.mark()
 
     def nbytes(self) -> int:
-        return sum(tensor_bytes(value) for value in self._entries.values())
+        return sum(tensor_bytes(value) for value in self.held())
 
     def stats(self) -> StoreStats:
-        return StoreStats(self.hits, self.misses, len(self._entries), self.nbytes())
+        return StoreStats(self.hits, self.misses, len(self.held()), self.nbytes())
+
+    def _evict(self) -> Any:
+        if self._spares:
+            return self._spares.pop()
+        key, value = self._entries.popitem(last=False)  # and let go of the key, which may hold a large tensor
+        self._new.pop(key, None)
+        return value
 
 
 class RuntimeCache:
@@ -143,6 +185,14 @@ class RuntimeCache:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stores)
+
+    def mark(self) -> None:
+        for store in self._stores.values():
+            store.mark()
+
+    def undo(self) -> None:
+        for store in self._stores.values():
+            store.undo()
 
     def clear(self) -> None:
         for store in self._stores.values():

@@ -75,7 +75,8 @@ class CausalDenoisingStage:
         """Denoise the next chunk and, unless told otherwise, update the context with it.
 
         x0 = x - sigma * v and x = (1 - s) * x0 + s * noise are computed in float64 and rounded to noise's dtype,
-        float32 at least.
+        float32 at least. Where a step or the context update fails, session and generator are as they were before the
+        chunk, and the same call gives the bits of one that never failed.
 
         Args:
             noise: [B, out_channels, F, H, W], any float dtype: where the first step starts, taken as it is.
@@ -95,22 +96,38 @@ class CausalDenoisingStage:
         Raises:
             ValueError, TypeError: naming the argument.
         """
-        schedule = self.schedule
         side = check_stream("context_stream", context_stream, self.model.device)
         if context_stream is not None and not update_context:
             raise ValueError("context_stream: got one, must be None with update_context=False, as nothing runs on it")
         self._check_latents("noise", noise)
         noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
-        if renoise is None:
-            self.model.shard_group.agree_on_noise(generator, noise.device)
-            renoise = _draw((len(schedule.times) - 1, *noise.shape), noise, generator)
-        else:
-            _check_companion("renoise", renoise, (len(schedule.times) - 1, *noise.shape), noise.device)
+        renoise_shape = (len(self.schedule.times) - 1, *noise.shape)
+        if renoise is not None:
+            _check_companion("renoise", renoise, renoise_shape, noise.device)
         condition = self._condition(condition, noise)
         text, camera = _versioned(text), None if camera is None else _versioned(camera)
         start_frame = state.next_frame if start_frame is None else start_frame
+        with state.attempt(), _rewound(generator, noise.device):
+            if renoise is None:
+                self.model.shard_group.agree_on_noise(generator, noise.device)
+                renoise = _draw(renoise_shape, noise, generator)
+            clean = self._denoise(state, noise, renoise, condition, text, camera, start_frame)
+            if update_context:
+                self._update_causal_context_cache(state, clean, condition, text, camera, side)
+        return clean
 
-        x = noise
+    def _denoise(
+        self,
+        state: RealtimeCausalDiTState,
+        noise: Tensor,
+        renoise: Tensor,
+        condition: Tensor,
+        text: Tensor,
+        camera: Tensor | None,
+        start_frame: int,
+    ) -> Tensor:
+        """The schedule's steps: [B, C, F, H, W] noise -> clean latents."""
+        x, schedule = noise, self.schedule
         for step, (time, sigma) in enumerate(zip(schedule.times, schedule.sigmas, strict=True)):
             if step:
                 s = schedule.noise_sigmas[step - 1]
@@ -126,10 +143,8 @@ class CausalDenoisingStage:
                     step_index=step,
                 )
             x = (x.double() - sigma * flow.double()).to(noise.dtype)
-            if step == 0:  # which took the arguments; a refusal leaves the session as it was
+            if step == 0:  # which took the arguments
                 state.runtime_cache["time_embeddings"].resize(len(schedule.times) + 1)
-        if update_context:
-            self._update_causal_context_cache(state, x, condition, text, camera, side)
         return x
 
     @torch.no_grad()
@@ -203,24 +218,27 @@ class CausalDenoisingStage:
                 raise ValueError("text: got None, must be [B, L, text_dim]")
             chunk_camera = _pick("camera", camera, index, frames)
             chunk_noise = _pick("noise", noise, index, frames)
-            if chunk_noise is None:
-                size = latent_size or (None if chunk_camera is None else chunk_camera.shape[-2:])
-                if size is None:
-                    raise ValueError("latent_size: got None, must be (H, W) where neither noise nor camera tells it")
-                shape = (chunk_text.shape[0], self.model.config.out_channels, frames, *size)
-                chunk_noise = _draw(shape, torch.empty(0, device=self.model.device), generator)
-            yield self.denoise_chunk(
-                state,
-                chunk_noise,
-                text=chunk_text,
-                condition=_pick("condition", condition, index, frames),
-                camera=chunk_camera,
-                renoise=None if renoise is None else _pick("renoise", renoise, index, frames),
-                generator=generator,
-                update_context=update_context,
-                start_frame=start_frame if index == 0 else None,
-                context_stream=context_stream,
-            )
+            size = latent_size or (None if chunk_camera is None else chunk_camera.shape[-2:])
+            if chunk_noise is None and size is None:
+                raise ValueError("latent_size: got None, must be (H, W) where neither noise nor camera tells it")
+            with _rewound(generator, self.model.device):
+                if chunk_noise is None:
+                    assert size is not None
+                    shape = (chunk_text.shape[0], self.model.config.out_channels, frames, *size)
+                    chunk_noise = _draw(shape, torch.empty(0, device=self.model.device), generator)
+                chunk = self.denoise_chunk(
+                    state,
+                    chunk_noise,
+                    text=chunk_text,
+                    condition=_pick("condition", condition, index, frames),
+                    camera=chunk_camera,
+                    renoise=None if renoise is None else _pick("renoise", renoise, index, frames),
+                    generator=generator,
+                    update_context=update_context,
+                    start_frame=start_frame if index == 0 else None,
+                    context_stream=context_stream,
+                )
+            yield chunk
 
     def _update_causal_context_cache(
         self,
@@ -281,6 +299,23 @@ def _check_companion(name: str, x: Tensor, shape: tuple[int, ...], device: torch
         raise ValueError(
             f"{name}: got shape {list(x.shape)} on {x.device}, must be {list(shape)} on the latents' {device}"
         )
+
+
+@contextlib.contextmanager
+def _rewound(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """Where the block raises, the generator (torch's own of `device` where None) is as it was before."""
+    if generator is None:
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            generator = torch.cuda.default_generators[index]
+        else:
+            generator = torch.default_generator
+    before = generator.get_state()
+    try:
+        yield
+    except BaseException:
+        generator.set_state(before)
+        raise
 
 
 def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
