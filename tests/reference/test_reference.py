@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from lingbot_kernels import reference
+from lingbot_kernels.config import PRESETS, LingBotConfig
+from lingbot_kernels.reference.rope_cos_sin import rope_frequencies
 from lingbot_kernels.ring import RingPosition
 
 EPS = 1e-6
@@ -28,6 +30,15 @@ def official_norm_rope(x: torch.Tensor, weight: torch.Tensor, table: torch.Tenso
     normed = (x.float() * torch.rsqrt(x.float().pow(2).mean(dim=-1, keepdim=True) + EPS)).to(x.dtype) * weight
     pairs = torch.view_as_complex(normed.double().unflatten(-1, (-1, head_dim // 2, 2)))
     return torch.view_as_real(pairs * table[:, None]).flatten(-3).to(x.dtype)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_rope_turns_all_channels_of_a_preset_s_head(name: str) -> None:
+    cfg = LingBotConfig.preset(name)
+    split = tuple(2 * len(axis) for axis in rope_frequencies(cfg.head_dim, cfg.rope_theta))
+    assert sum(split) == cfg.head_dim
+    if name.startswith("lingbot-world"):
+        assert split == (44, 42, 42)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -385,17 +385,6 @@ def test_rollout_names_the_source_at_the_chunk_that_has_it(stage: CausalDenoisin
 # Schedules.
 
 
-def test_published_figures() -> None:
-    continuous = Schedule.make("continuous", (1000, 750, 500, 250), 5.0)
-    assert continuous.times == pytest.approx((1000, 937.5, 2500 / 3, 625), rel=1e-15)
-    assert continuous.sigmas == pytest.approx((1, 0.9375, 5 / 6, 0.625), rel=1e-15)
-    assert continuous.noise_sigmas == continuous.sigmas[1:]
-    official = Schedule.make("official", (1000, 750, 500, 250), 5.0)
-    assert official.times == (999.0, 937.0, 833.0, 624.0)
-    assert official.sigmas == pytest.approx((0.9998, 0.93789, 0.83361, 0.624687), abs=5e-6)
-    assert official.noise_sigmas == pytest.approx((0.937578, 0.833055, 0.624687), abs=5e-7)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
