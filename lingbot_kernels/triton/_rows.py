@@ -286,6 +286,55 @@ def gated_sum(x, delta, gate_ptr, i: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.
 
 
 @triton.jit
+def residual_row(
+    x_ptr,
+    delta_ptr,
+    x_out_ptr,
+    gate_ptr,
+    cam_scale_ptr,
+    cam_shift_ptr,
+    DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVICT: tl.constexpr,
+    MODIFIER: tl.constexpr,
+):
+    """x_out = R((1 + cam_scale) * (x + delta * gate) + cam_shift) of one row, stored; gives the rounded row in float32.
+
+    No gate: 1; no cam_*: x_out = R(x + delta * gate). Every load is issued before the first store.
+    """
+    x = load_row(x_ptr, DIM, CHUNK, EVICT)
+    delta = load_row(delta_ptr, DIM, CHUNK, EVICT)
+    if cam_scale_ptr is not None:
+        cam_scale = load_row(cam_scale_ptr, DIM, CHUNK, EVICT)
+        cam_shift = load_row(cam_shift_ptr, DIM, CHUNK, EVICT)
+    wide = ()
+    for i in tl.static_range((DIM + CHUNK - 1) // CHUNK):
+        value = gated_sum(x[i], delta[i], gate_ptr, i, DIM, CHUNK)
+        if cam_scale_ptr is not None:
+            value = (1 + cam_scale[i].to(tl.float32)) * value + cam_shift[i].to(tl.float32)
+        x_out = round_to(value, x_out_ptr.dtype.element_ty)
+        store_chunk(x_out_ptr, x_out, i, DIM, CHUNK, MODIFIER)
+        wide = wide + (x_out.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    return wide
+
+
+@triton.jit
+def modulated_chunk(row, mean, rstd, shift_ptr, scale_ptr, i: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """(row - mean) * rstd * (1 + scale) + shift of chunk i, in float32; shift and scale [DIM] float32."""
+    shift = load_chunk(shift_ptr, i, DIM, CHUNK, "evict_last")
+    scale = load_chunk(scale_ptr, i, DIM, CHUNK, "evict_last")
+    return (row[i] - mean) * rstd * (1 + scale) + shift
+
+
+@triton.jit
+def affine_chunk(row, mean, rstd, weight_ptr, bias_ptr, i: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """(row - mean) * rstd * weight + bias of chunk i, in float32; weight and bias [DIM] of any float dtype."""
+    weight = load_chunk(weight_ptr, i, DIM, CHUNK, "evict_last").to(tl.float32)
+    bias = load_chunk(bias_ptr, i, DIM, CHUNK, "evict_last").to(tl.float32)
+    return (row[i] - mean) * rstd * weight + bias
+
+
+@triton.jit
 def modulate_store(
     y,
     row,
@@ -300,9 +349,7 @@ def modulate_store(
 ):
     """y = (row - mean) * rstd * (1 + scale) + shift, one rounding; shift and scale [DIM] float32."""
     for i in tl.static_range((DIM + CHUNK - 1) // CHUNK):
-        shift = load_chunk(shift_ptr, i, DIM, CHUNK, "evict_last")
-        scale = load_chunk(scale_ptr, i, DIM, CHUNK, "evict_last")
-        value = (row[i] - mean) * rstd * (1 + scale) + shift
+        value = modulated_chunk(row, mean, rstd, shift_ptr, scale_ptr, i, DIM, CHUNK)
         store_chunk(y, round_to(value, dtype), i, DIM, CHUNK, MODIFIER)
 
 

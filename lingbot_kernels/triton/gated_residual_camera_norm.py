@@ -10,11 +10,10 @@ from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._rows import (
     LONG_ROW,
     RowConfig,
-    gated_sum,
+    affine_chunk,
     layer_norm_stats,
-    load_chunk,
-    load_row,
     modulation_stride,
+    residual_row,
     round_to,
     store_chunk,
     value_config,
@@ -57,25 +56,27 @@ def gated_residual_camera_norm_kernel(
             gate = None
             if gate_ptr is not None:
                 gate = gate_ptr + row // tokens * GATE_STRIDE
-            x = load_row(x_ptr + offset, DIM, CHUNK, EVICT)
-            delta = load_row(delta_ptr + offset, DIM, CHUNK, EVICT)
+            cam_scale = None
+            cam_shift = None
             if cam_scale_ptr is not None:
-                cam_scale = load_row(cam_scale_ptr + offset, DIM, CHUNK, EVICT)
-                cam_shift = load_row(cam_shift_ptr + offset, DIM, CHUNK, EVICT)
-            wide = ()
-            for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
-                value = gated_sum(x[j], delta[j], gate, j, DIM, CHUNK)
-                if cam_scale_ptr is not None:
-                    value = (1 + cam_scale[j].to(tl.float32)) * value + cam_shift[j].to(tl.float32)
-                x_out = round_to(value, x_out_ptr.dtype.element_ty)
-                store_chunk(x_out_ptr + offset, x_out, j, DIM, CHUNK, MODIFIER)
-                wide = wide + (x_out.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+                cam_scale = cam_scale_ptr + offset
+                cam_shift = cam_shift_ptr + offset
+            wide = residual_row(
+                x_ptr + offset,
+                delta_ptr + offset,
+                x_out_ptr + offset,
+                gate,
+                cam_scale,
+                cam_shift,
+                DIM,
+                CHUNK,
+                EVICT,
+                MODIFIER,
+            )
             mean, rstd = layer_norm_stats(wide, DIM, CHUNK, eps)
             for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
-                weight = load_chunk(weight_ptr, j, DIM, CHUNK, "evict_last").to(tl.float32)
-                bias = load_chunk(bias_ptr, j, DIM, CHUNK, "evict_last").to(tl.float32)
-                y = round_to((wide[j] - mean) * rstd * weight + bias, y_ptr.dtype.element_ty)
-                store_chunk(y_ptr + offset, y, j, DIM, CHUNK, MODIFIER)
+                y = affine_chunk(wide, mean, rstd, weight_ptr, bias_ptr, j, DIM, CHUNK)
+                store_chunk(y_ptr + offset, round_to(y, y_ptr.dtype.element_ty), j, DIM, CHUNK, MODIFIER)
 
 
 def launch_config(dim: int, element_sizes: tuple[int, ...], rows: int) -> RowConfig:

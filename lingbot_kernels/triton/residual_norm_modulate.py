@@ -12,14 +12,11 @@ from lingbot_kernels.triton._rows import (
     FEW_ROWS_WARPS,
     LONG_ROW,
     RowConfig,
-    gated_sum,
     layer_norm_stats,
-    load_row,
     modulate_store,
     modulation_stride,
-    round_to,
+    residual_row,
     short_row_config,
-    store_chunk,
     value_config,
     why_not_rows,
 )
@@ -59,13 +56,9 @@ def residual_norm_modulate_kernel(
             gate = None
             if gate_ptr is not None:
                 gate = gate_ptr + batch * GATE_STRIDE
-            x = load_row(x_ptr + offset, DIM, CHUNK, EVICT)
-            delta = load_row(delta_ptr + offset, DIM, CHUNK, EVICT)
-            wide = ()
-            for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
-                x_out = round_to(gated_sum(x[j], delta[j], gate, j, DIM, CHUNK), x_out_ptr.dtype.element_ty)
-                store_chunk(x_out_ptr + offset, x_out, j, DIM, CHUNK, MODIFIER)
-                wide = wide + (x_out.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+            wide = residual_row(
+                x_ptr + offset, delta_ptr + offset, x_out_ptr + offset, gate, None, None, DIM, CHUNK, EVICT, MODIFIER
+            )
             mean, rstd = layer_norm_stats(wide, DIM, CHUNK, eps)
             shift = shift_ptr + batch * SHIFT_STRIDE
             scale = scale_ptr + batch * SCALE_STRIDE
