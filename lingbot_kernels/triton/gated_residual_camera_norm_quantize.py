@@ -70,7 +70,7 @@ def gated_residual_camera_norm_quantize_kernel(
             mean, rstd = layer_norm_stats(wide, DIM, CHUNK, eps)
             y = ()
             for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
-                y = y + (affine_chunk(wide, mean, rstd, weight_ptr, bias_ptr, j, DIM, CHUNK),)  # noqa: RUF005
+                y = y + (affine_chunk(wide, mean, rstd, weight_ptr, bias_ptr, j, DIM, CHUNK),)  # type: ignore[assignment]  # noqa: RUF005
             quantize_store(
                 codes_ptr + at * PADDED, row_scale_ptr + at, y, signs_ptr, ROTATE, DIM, PADDED, CHUNK, MODIFIER
             )

@@ -110,7 +110,7 @@ def linear_tile(
         tl.store(pointers, result, mask=(m < rows)[:, None] & (n < columns)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def int8_linear_kernel(
     x,
     x_scale_ptr,

@@ -59,7 +59,7 @@ def residual_norm_modulate_quantize_kernel(
             scale = scale_ptr + batch * SCALE_STRIDE
             y = ()
             for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
-                y = y + (modulated_chunk(wide, mean, rstd, shift, scale, j, DIM, CHUNK),)  # noqa: RUF005
+                y = y + (modulated_chunk(wide, mean, rstd, shift, scale, j, DIM, CHUNK),)  # type: ignore[assignment]  # noqa: RUF005
             quantize_store(
                 codes_ptr + at * PADDED, row_scale_ptr + at, y, signs_ptr, ROTATE, DIM, PADDED, CHUNK, MODIFIER
             )
