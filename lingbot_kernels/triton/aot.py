@@ -29,7 +29,9 @@ CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia",
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a launch compiled to. Spilled bytes are a thread's; `accesses` counts SASS global loads and stores."""
+    """What a launch compiled to. Spilled bytes are a thread's, shared ones a program's, its pipeline's included;
+    `accesses` counts SASS global loads and stores.
+    """
 
     name: str
     num_warps: int
@@ -68,7 +70,7 @@ class Launch:
             compiled.metadata.num_warps,
             fields["REG"],
             fields["STACK"] + fields["LOCAL"],
-            fields["SHARED"],
+            fields["SHARED"] + compiled.metadata.shared,
             dict(Counter(opcode for opcode in opcodes if opcode.startswith(("LDG", "STG")))),
             sum(opcode != "NOP" for opcode in opcodes),
             sass,

@@ -179,16 +179,18 @@ class LinearConfig:
 
 
 @lru_cache(maxsize=256)
-def launch_config(rows: int, columns: int, depth: int, capability: tuple[int, int]) -> LinearConfig:
-    """Configuration for rows x columns sums of `depth` products on a GPU of this compute capability."""
-    major, minor = capability
-    if major in (9, 10):  # 227 KB of shared memory
+def launch_config(rows: int, columns: int, depth: int, capability: tuple[int, int], out_size: int = 2) -> LinearConfig:
+    """Configuration for rows x columns sums of `depth` products on a GPU of this compute capability.
+
+    out_size: bytes of a result. A float32 tile of 256 columns would spill on its way to memory.
+    """
+    if capability[0] in (9, 10):  # 227 KB of shared memory a program
         if rows <= 64:
             return LinearConfig(64, 128, 128, 4, 4)
-        return LinearConfig(128, 256, 128, 8, 3)
-    if (major, minor) == (8, 0):  # 163 KB
+        return LinearConfig(128, 256, 128, 8, 3) if out_size == 2 else LinearConfig(128, 128, 128, 8, 4)
+    if capability == (8, 0) and out_size == 2:  # 163 KB
         return LinearConfig(128, 256, 64, 8, 4, tma=False)
-    return LinearConfig(128, 128, 64, 8, 3, tma=major >= 9)  # 99 KB
+    return LinearConfig(128, 128, 128, 8, 3, tma=False)  # 99 KB; sm_120 has TMA, but spills with it
 
 
 def why_not(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> str | None:
@@ -230,7 +232,7 @@ def int8_linear(
     x = x.as_strided((rows, depth), (x.stride(1), 1))
     y = y.view(rows, columns)
     if config is None:
-        config = launch_config(rows, columns, depth, capability(x.device))
+        config = launch_config(rows, columns, depth, capability(x.device), y.element_size())
     tma = config.tma and described(x) and described(w)
     tma_store = tma and config.tma_store and described(y)
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)

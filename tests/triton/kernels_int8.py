@@ -56,10 +56,10 @@ def assert_codes(
 def test_rotate_quantize_has_the_bits_of_the_reference(
     dtype: torch.dtype, dim: int, with_signs: int, rotate: int
 ) -> None:
-    x = randn(2, 5, 3, dim, dtype=dtype)[:, :, 1]
+    x = randn(2, 3, 3, dim, dtype=dtype)[:, :, 1]
     x[0, 1], x[0, 2, 7], x[1, 0, 3], x[1, 2, 9] = 0, float("nan"), float("inf"), 100.0
     signs = random_signs(dim, bool(with_signs))
-    codes, scale = row_outputs(2, 5, dim)
+    codes, scale = row_outputs(2, 3, dim)
     assert rotate_quantize.why_not(x) is None
     rotate_quantize.rotate_quantize(x, signs, bool(rotate), codes, scale)
     want = reference.rotate_quantize(x, signs, bool(rotate))
@@ -68,48 +68,54 @@ def test_rotate_quantize_has_the_bits_of_the_reference(
     assert scale[0, 2].isnan() and scale[1, 0].isnan() and scale[0, 1] == 0 and int(scale.isnan().sum()) == 2
 
 
-@pytest.mark.parametrize(("residual", "dtype"), DTYPE_PAIRS, ids=str)
-@pytest.mark.parametrize(("dim", "per_batch", "rotate"), [(200, False, True), (200, True, False), (640, True, True)])
-def test_norm_passes(residual: torch.dtype, dtype: torch.dtype, dim: int, per_batch: bool, rotate: bool) -> None:
-    x, delta = randn(2, 3, dim, dtype=residual), randn(2, 3, dim, dtype=dtype, seed=1)
-    shift, scale, gate = modulations(3, 2, dim, per_batch)
-    signs = random_signs(dim)
-    codes = row_outputs(2, 3, dim)
-    assert layer_norm_modulate_quantize.why_not(x) is None
-    layer_norm_modulate_quantize.layer_norm_modulate_quantize(x, shift, scale, signs, rotate, *codes, EPS)
-    assert_codes(codes, reference.layer_norm_modulate_quantize(*double(x, shift, scale), EPS, signs, rotate))
+# (residual, dtype, dim, per_batch, rotate): every dtype pair on a row with a masked tail.
+NORMS = [(*pair, 200, i % 2, 1) for i, pair in enumerate(DTYPE_PAIRS)] + [
+    (BF16, BF16, 200, 1, 0),
+    (BF16, BF16, 640, 1, 1),
+]
 
-    x_out, codes = poisoned(2, 3, dim, dtype=residual), row_outputs(2, 3, dim)
+
+@pytest.mark.parametrize(("residual", "dtype", "dim", "per_batch", "rotate"), NORMS, ids=str)
+def test_norm_passes(residual: torch.dtype, dtype: torch.dtype, dim: int, per_batch: int, rotate: int) -> None:
+    x, delta = randn(2, 2, dim, dtype=residual), randn(2, 2, dim, dtype=dtype, seed=1)
+    shift, scale, gate = modulations(3, 2, dim, bool(per_batch))
+    signs = random_signs(dim)
+    codes = row_outputs(2, 2, dim)
+    assert layer_norm_modulate_quantize.why_not(x) is None
+    layer_norm_modulate_quantize.layer_norm_modulate_quantize(x, shift, scale, signs, bool(rotate), *codes, EPS)
+    assert_codes(codes, reference.layer_norm_modulate_quantize(*double(x, shift, scale), EPS, signs, bool(rotate)))
+
+    x_out, codes = poisoned(2, 2, dim, dtype=residual), row_outputs(2, 2, dim)
     assert residual_norm_modulate_quantize.why_not(x, delta) is None
     residual_norm_modulate_quantize.residual_norm_modulate_quantize(
-        x, delta, gate, shift, scale, signs, rotate, x_out, *codes, EPS
+        x, delta, gate, shift, scale, signs, bool(rotate), x_out, *codes, EPS
     )
     assert_as_good_as(
         x_out, reference.gated_residual(x, delta, gate), reference.gated_residual(*double(x, delta, gate))
     )
-    assert_codes(codes, reference.layer_norm_modulate_quantize(*double(x_out, shift, scale), EPS, signs, rotate))
+    assert_codes(codes, reference.layer_norm_modulate_quantize(*double(x_out, shift, scale), EPS, signs, bool(rotate)))
 
-    cam_scale, cam_shift = (0.3 * randn(2, 2, 3, dim, seed=2)).to(dtype).unbind(0)
+    cam_scale, cam_shift = (0.3 * randn(2, 2, 2, dim, seed=2)).to(dtype).unbind(0)
     weight, bias = randn(2, dim, seed=4).to(dtype).unbind(0)
     assert gated_residual_camera_norm_quantize.why_not(x, delta) is None
     for camera in ((cam_scale, cam_shift), (None, None)):
-        x_out, codes = poisoned(2, 3, dim, dtype=residual), row_outputs(2, 3, dim)
+        x_out, codes = poisoned(2, 2, dim, dtype=residual), row_outputs(2, 2, dim)
         gated_residual_camera_norm_quantize.gated_residual_camera_norm_quantize(
-            x, delta, gate, *camera, weight, bias, signs, rotate, x_out, *codes, EPS
+            x, delta, gate, *camera, weight, bias, signs, bool(rotate), x_out, *codes, EPS
         )
         plain = reference.gated_residual_camera_norm(x, delta, gate, *camera, weight, bias, EPS)[0]
         exact = reference.gated_residual_camera_norm(*double(x, delta, gate, *camera, weight, bias), EPS)[0]
         assert_as_good_as(x_out, plain, exact)
         zero = torch.zeros_like(delta)
         after = double(x_out, zero, None, None, None, weight, bias)
-        assert_codes(codes, reference.gated_residual_camera_norm_quantize(*after, EPS, signs, rotate)[1:])
+        assert_codes(codes, reference.gated_residual_camera_norm_quantize(*after, EPS, signs, bool(rotate))[1:])
 
 
-@pytest.mark.parametrize(("rows", "num_warps"), [(2, 1), (4, 2), (2, 4), (4, 8)])
+@pytest.mark.parametrize(("rows", "num_warps"), [(2, 1), (4, 2), (3, 8)])
 def test_quantising_in_every_program_shape(rows: int, num_warps: int) -> None:
     """Rows a program, and chunks that pass the row's end: the same bits, the rotation does not see them."""
-    x = randn(2, 5, 640, dtype=BF16)
-    one, other = row_outputs(2, 5, 640), row_outputs(2, 5, 640)
+    x = randn(1, 5, 640, dtype=BF16)
+    one, other = row_outputs(1, 5, 640), row_outputs(1, 5, 640)
     rotate_quantize.rotate_quantize(x, random_signs(640), True, *one)
     config = _rows.RowConfig(num_warps, 256 * num_warps, rows, streaming=False)
     rotate_quantize.rotate_quantize(x, random_signs(640), True, *other, config=config)

@@ -10,12 +10,14 @@ from lingbot_kernels.triton import (
     _rows,
     gated_residual,
     gated_residual_camera_norm,
+    int8_linear,
     layer_norm_modulate,
     qk_norm_rope_kv_write,
     qk_norm_rope_pack,
     residual_norm_modulate,
     rms_norm,
     rope_cos_sin,
+    rotate_quantize,
 )
 
 BF16, WIDE = (2, 2), (4, 2)  # element sizes of a pass: 16-bit, or with a float32 residual stream
@@ -105,3 +107,31 @@ def test_rope_tiles_stay_small(head_dim: int) -> None:
     config = rope_cos_sin.launch_config(head_dim)
     assert head_dim // 2 <= config.pairs < head_dim
     assert config.tokens * config.pairs <= max(32 * config.num_warps, config.pairs)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 1131, 4524, 10**6])
+@pytest.mark.parametrize("out_size", [2, 4])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_tiles_of_the_int8_product_fit_every_gpu(rows: int, out_size: int, capability: tuple[int, int]) -> None:
+    limit = {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) * 1024
+    for columns, depth in ((15360, 5120), (5120, 13824), (1536, 1536), (8, 128)):
+        config = int8_linear.launch_config(rows, columns, depth, capability, out_size)
+        assert config.shared_bytes <= limit
+        assert config.block_m * config.block_n <= 128 * 32 * config.num_warps  # int32 sums a thread holds
+        assert config.tma == (capability[0] in (9, 10))
+
+
+def test_measured_tiles_of_the_int8_product() -> None:
+    wide = int8_linear.LinearConfig(128, 256, 128, 8, 3)
+    assert int8_linear.launch_config(4524, 15360, 5120, (9, 0)) == wide
+    assert int8_linear.launch_config(4524, 15360, 5120, (9, 0), out_size=4).block_n == 128  # 256 would spill
+
+
+def test_quantised_rows_are_whole_blocks_of_the_rotation() -> None:
+    for dim in range(1, _rows.MAX_DIM + 1, 7):
+        for size in (2, 4):
+            config = rotate_quantize.launch_config(dim, size, 4524)
+            assert config.chunk % 128 == 0
+            assert -(-dim // config.chunk) * config.chunk // (32 * config.num_warps) <= 64  # float32 values a thread
+    assert rotate_quantize.launch_config(5120, 2, 4524) == _rows.RowConfig(8, 2048, streaming=False)
+    assert rotate_quantize.launch_config(1536, 2, 4524) == _rows.RowConfig(4, 1024, streaming=False)
