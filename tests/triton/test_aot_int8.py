@@ -1,4 +1,4 @@
-"""The int8 product and the quantising passes compiled for every architecture: no spills, tensor cores, wide accesses."""
+"""The int8 product and the quantising passes compiled for all architectures: no spills, tensor cores, wide accesses."""
 
 from __future__ import annotations
 
