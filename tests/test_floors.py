@@ -13,7 +13,8 @@ NAME = PACKAGE.name
 
 # From the ground up. A room is a module or a folder of the package; it may import its own floor and those below.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("_version", "_C", "config", "nvtx", "ring", "tools"),
+    ("_version", "_C", "files", "nvtx", "ring", "tools"),
+    ("config",),
     ("reference",),
     ("ops", "triton"),
     ("quantization",),
@@ -29,8 +30,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-# Rooms that stand by themselves: of the package they import nothing but their own.
-ALONE = ("_version", "config", "nvtx", "ring", "tools")
+# Rooms of the ground floor stand by themselves: of the package they import nothing but their own.
+ALONE = FLOORS[0]
 
 
 def room_of(module: str) -> str:
@@ -104,7 +105,7 @@ UPWARDS = (
     ("ops/a.py", "import importlib\nm = importlib.import_module('lingbot_kernels.models')", "floor"),
     ("ops/a.py", "from lingbot_kernels import LingBotConfig", "no room"),
     ("benchmarks/a.py", "from lingbot_kernels.commands._click import blame", "floor"),
-    ("tools/a.py", "from lingbot_kernels.config import LingBotConfig", "by itself"),
+    ("tools/a.py", "from lingbot_kernels.nvtx import enable", "by itself"),
 )
 
 
