@@ -1,7 +1,7 @@
 """Walk through a generated world from the terminal: w a s d move, j l turn, i k look, q leaves.
 
 The key held last steers the next chunk; without a key the camera stands still. Latency and what the session holds are
-shown live. `--script wwd.q` plays keys, one a chunk, instead of reading them. Without --checkpoint the weights are
+shown live. `--script wwd.q` plays keys, one per chunk, instead of reading them. Without --checkpoint the weights are
 random: the times are real, the latents mean nothing.
 """
 
@@ -50,7 +50,7 @@ def keyboard() -> Iterator[Callable[[], str]]:
 
 @contextlib.contextmanager
 def script(keys: str) -> Iterator[Callable[[], str]]:
-    """The keys of a string, one a chunk, then "q"."""
+    """The keys of a string, one per chunk, then "q"."""
     rest = iter(keys)
     yield lambda: next(rest, "q")
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=224)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--step", type=float, default=0.2, help="what a latent frame's translations are divided by")
-    parser.add_argument("--script", help=f"keys of {KEYS} or ., one a chunk, instead of the keyboard")
+    parser.add_argument("--script", help=f"keys of {KEYS} or ., one per chunk, instead of the keyboard")
     options = parser.parse_args()
     if options.script is None and not sys.stdin.isatty():
         parser.error("standard input is no terminal: give --script")

@@ -13,7 +13,7 @@ import torch
 from lingbot_kernels import CausalDenoisingStage, CausalLingBotTransformer, LingBotConfig, RealtimeCausalDiTState
 from lingbot_kernels.models.camera import ActionStream, CameraStream
 
-PATHS = ("wwwdd...", "ssaa", "jjjjll", "wlwlwl")  # a key a chunk, over and over
+PATHS = ("wwwdd...", "ssaa", "jjjjll", "wlwlwl")  # one key per chunk, over and over
 
 
 class Session:

@@ -26,7 +26,7 @@ class CachedToken:
 
 @dataclass
 class Session:
-    """One list of tokens a layer."""
+    """One list of tokens per layer."""
 
     layers: dict[int, list[CachedToken]] = field(default_factory=dict)
     chunk_start: int = -1

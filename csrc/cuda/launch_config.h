@@ -108,7 +108,7 @@ constexpr ColumnConfig column_config(int dim, int width) {
   return {"columns_padded", columns < 256 ? round_up(columns, kWarpSize) : 256, 1, width};
 }
 
-// K and V of `rows * tokens` tokens a block, `threads` along a token.
+// K and V of `rows * tokens` tokens per block, `threads` along a token.
 struct UnpackConfig {
   const char* name;
   int threads;

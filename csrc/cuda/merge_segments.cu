@@ -30,7 +30,7 @@ __device__ __forceinline__ void segment_weights(const MergeKernelParams& p, cons
   for (int n = 0; n < kCount; ++n) weight[n] *= scale;
 }
 
-// blockDim.x threads along a token's vectors, blockDim.y * kMergeTokens tokens a block.
+// blockDim.x threads along a token's vectors, blockDim.y * kMergeTokens tokens per block.
 template <typename T, int V, int kCount>
 __global__ void __launch_bounds__(512) merge_rows(const __grid_constant__ MergeKernelParams p) {
   wait_for_previous_grid();

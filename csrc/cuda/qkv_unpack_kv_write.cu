@@ -32,7 +32,8 @@ __device__ __forceinline__ void store_word(Word* p, const Word& word) {
   else *p = word;
 }
 
-// blockDim.x threads along a token's width, blockDim.y * kTokens tokens a block: 2 * kTokens loads in flight a thread.
+// blockDim.x threads along a token's width, blockDim.y * kTokens tokens per block: 2 * kTokens loads in flight per
+// thread.
 template <typename Word, int kTokens, LoadHint kLoad, StoreHint kStore>
 __global__ void __launch_bounds__(512) unpack_to_ring(const __grid_constant__ UnpackParams p) {
   wait_for_previous_grid();

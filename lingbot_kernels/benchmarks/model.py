@@ -142,7 +142,7 @@ class ModelBench:
             self.report_times(op, "lingbot_kernels", milliseconds, ceiling, note=said, **gated)
 
     def step_by_kernel(self, session: BenchSession, ceiling_ms: float, gated: dict[str, Any]) -> None:
-        """Rows of where a replayed step's time goes, of how busy the GPU is, and of the launches a block."""
+        """Rows of where a replayed step's time goes, of how busy the GPU is, and of the launches per block."""
         replays = 5
         step = session.repeated_step()
         step()

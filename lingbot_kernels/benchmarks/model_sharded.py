@@ -56,7 +56,7 @@ class ShardedModelBench(ModelBench):
         dist.all_gather_object(ones, statistics.median(t.total for t in alone), group=group)
         scaling = statistics.mean(ones) / (ranks * many)
         note = (
-            f"{session.library} attention; scaling {scaling:.3f} against {statistics.mean(ones):.1f} ms a chunk, the "
+            f"{session.library} attention; scaling {scaling:.3f} against {statistics.mean(ones):.1f} ms per chunk, the "
             f"mean of these GPUs each for itself in the same run ({min(ones):.1f} to {max(ones):.1f}); "
             f"norms, ring writes and exchanges by {model.shard_group.exchange} take {exchange:.2f} ms alone, "
             f"{exchange / step:.3f} of a step; "

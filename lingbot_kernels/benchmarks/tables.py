@@ -36,12 +36,12 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 
 def chunk_table(report: dict[str, Any]) -> Table:
-    """A row a chunk: time to chunk, each denoise step, the context update; cache hits by store."""
+    """One row per chunk: time to chunk, each denoise step, the context update; cache hits by store."""
     chunks = report["chunks"]
     stores = list(chunks[0]["cache_hits"])
     steps = len(chunks[0]["denoise_ms"])
     table = _table(
-        "Milliseconds a chunk; cache hits in its forwards",
+        "Milliseconds per chunk; cache hits in its forwards",
         "chunk",
         "to chunk",
         *(f"step {i}" for i in range(steps)),
@@ -73,13 +73,13 @@ def print_rollout(console: Console, report: dict[str, Any]) -> None:
     facts.add_row("model", f"{name}, {model['parameters']:,} parameters, {settings['dtype']}")
     facts.add_row("device", report["device"])
     size = f"{settings['height']}x{settings['width']} pixels"
-    facts.add_row("video", f"{size}, {settings['tokens_per_chunk']} tokens a chunk")
+    facts.add_row("video", f"{size}, {settings['tokens_per_chunk']} tokens per chunk")
     facts.add_row("first chunk", f"{result['first_chunk_ms']:.1f} ms to clean latents")
     steady, total = result["time_to_chunk_ms"]["p50"], result["total_ms"]["p50"]
     count = len(result["steady_chunks"])
     facts.add_row("steady chunk", f"{steady:.1f} ms to clean latents, {total:.1f} ms in all (medians of {count})")
     rate = f"{result['frames_per_second']:.1f} frames a second"
-    facts.add_row("video rate", f"{rate} ({result['video_frames_per_chunk']} frames a chunk)")
+    facts.add_row("video rate", f"{rate} ({result['video_frames_per_chunk']} frames per chunk)")
     sizes = (f"{STORE_NAMES.get(key, key)} {bytes_text(value)}" for key, value in result["cache_bytes"].items())
     facts.add_row("caches", ", ".join(sizes))
     graphs = result["cuda_graphs"]
@@ -180,7 +180,7 @@ def print_caching(console: Console, report: dict[str, Any]) -> None:
     console.print(table, highlight=False)
     settings = report["settings"]
     facts = (
-        f"{report['device']}, {settings['dtype']}, {settings['tokens_per_chunk']} tokens a chunk; "
+        f"{report['device']}, {settings['dtype']}, {settings['tokens_per_chunk']} tokens per chunk; "
         f"{len(report['steady_chunks'])} steady chunks x {settings['repeats']} repeats"
     )
     console.print(facts, highlight=False, soft_wrap=True)
@@ -215,8 +215,8 @@ def print_profile(console: Console, report: dict[str, Any]) -> None:
     if report["launches_per_block"] is not None:
         each = report["launches_per_block"]
         console.print(
-            f"launches a block: {each['all']:.1f}, of which {each['outside']:.1f} are neither products nor attention, "
-            f"{each['own']:.1f} of these the library's own"
+            f"launches per block: {each['all']:.1f}, of which {each['outside']:.1f} are neither products nor "
+            f"attention, {each['own']:.1f} of these the library's own"
         )
     if gpu:
         console.print(f"GPU idle: {report['gpu_idle_share']:.1%} of the recorded time, launching every kernel")

@@ -358,7 +358,7 @@ def side_by_side(timelines: Mapping[str, Timeline]) -> str:
     labels = list(dict.fromkeys(label for name in reversed(names) for label in shown[name]))
     width = max(len(label) for label in [*labels, "everything outside of the layers, a replay"]) + 2
     columns = [*names, "gap before", f"less {names[0]}"]
-    head = f"{'us a layer':{width}}" + "".join(f"{name:>18}" for name in columns)
+    head = f"{'us per layer':{width}}" + "".join(f"{name:>18}" for name in columns)
 
     def row(label: str, values: Sequence[float | None]) -> str:
         cells = "".join(f"{'' if value is None else f'{value:.2f}':>18}" for value in values)

@@ -56,8 +56,8 @@ def command(
     """Where the time of a steady chunk, or of one op, goes: a trace and a table.
 
     A rollout first fills its window. Then its ranges (chunk, step, block, phase, op) are recorded by torch.profiler:
-    time of each phase, launches a block, how much of the time the GPU idles, bytes and TB/s of each op. Ranges inside a
-    replayed CUDA graph can't be seen, so the recorded chunks launch every kernel; the share in which the GPU idles is
+    time of each phase, launches per block, how much of the time the GPU idles, bytes and TB/s of each op. Ranges inside
+    a replayed CUDA graph can't be seen, so the recorded chunks launch every kernel; the share in which the GPU idles is
     measured with graphs as well.
 
     \b

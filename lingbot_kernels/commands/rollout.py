@@ -62,9 +62,9 @@ def command(
     """Denoise chunk after chunk in real time order and say where the time goes.
 
     Each chunk is a few denoise steps, after which its frames could be shown, and a context update, which leaves its
-    clean K/V for the chunks to come. The table has a row a chunk, in milliseconds; the summary gives the first chunk's
-    latency, the median of the steady ones (those that see a full window), what each cache holds, and which backend
-    served each op. Without a checkpoint the weights are random: times are real, the latents mean nothing.
+    clean K/V for the chunks to come. The table has one row per chunk, in milliseconds; the summary gives the first
+    chunk's latency, the median of the steady ones (those that see a full window), what each cache holds, and which
+    backend served each op. Without a checkpoint the weights are random: times are real, the latents mean nothing.
 
     \b
     Examples:

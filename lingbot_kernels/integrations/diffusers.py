@@ -468,7 +468,7 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
     def _text_kv(
         self, state: RealtimeCausalDiTState, text: Tensor, image: Tensor | None, context: Tensor
     ) -> list[tuple[Tensor, ...]]:
-        """Every block's K and V of the context; made once a prompt."""
+        """Every block's K and V of the context; made once per prompt."""
 
         def compute() -> CrossAttentionCache:
             return CrossAttentionCache([b.attn2.processor.project(b.attn2, context) for b in self.blocks])

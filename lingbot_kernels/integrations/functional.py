@@ -4,7 +4,7 @@
     q = norm_rope_write(q, k, v, q_weight, k_weight, table, k_cache, v_cache, position, eps)
     out = attend(q, k_cache, v_cache, position)
 
-`table` comes from one of the `rope_from_*` functions, made once a chunk, or from `ops.rope_cos_sin`.
+`table` comes from one of the `rope_from_*` functions, made once per chunk, or from `ops.rope_cos_sin`.
 """
 
 from __future__ import annotations

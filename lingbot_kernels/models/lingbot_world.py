@@ -89,7 +89,7 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
 
 
 class LingBotCrossAttention(nn.Module):
-    """Attention to the text: K and V come from the session's cache, made once a prompt."""
+    """Attention to the text: K and V come from the session's cache, made once per prompt."""
 
     def __init__(self, cfg: LingBotConfig, **factory: Any) -> None:
         super().__init__()

@@ -120,7 +120,7 @@ def ring_memory(
 
 
 def rope(model: CausalLingBotTransformer, state: RealtimeCausalDiTState, num_tokens: int, token_start: int) -> Tensor:
-    """cos‖sin [num_tokens, head_dim] of this rank's tokens, from absolute index `token_start`; once a chunk."""
+    """cos‖sin [num_tokens, head_dim] of this rank's tokens, from absolute index `token_start`; once per chunk."""
     assert state.kv_cache is not None
     grid, device, cfg = state.kv_cache.layout.grid, model.device, model.config
     key = (num_tokens, token_start, grid[0] * grid[1], grid[1], cfg.head_dim, cfg.rope_theta)
@@ -142,7 +142,7 @@ def time_embeddings(
 def text_kv(
     model: CausalLingBotTransformer, state: RealtimeCausalDiTState, text: Tensor
 ) -> Sequence[KeyValue] | PerBlock:
-    """Every block's text K and V; made once a prompt. Every rank of a shard has all of it, since its tokens attend to
+    """Every block's text K and V; made once per prompt. Every rank of a shard has all of it, since its tokens attend to
     the whole text with all heads.
     """
     store = state.runtime_cache["text"]
@@ -167,7 +167,7 @@ def text_kv(
 def camera_modulation(
     model: CausalLingBotTransformer, state: RealtimeCausalDiTState, camera: Tensor, shard: SequenceShard
 ) -> Sequence[KeyValue] | PerBlock:
-    """Every block's camera (scale, shift) of this rank's tokens; made once a chunk and reused by its forwards."""
+    """Every block's camera (scale, shift) of this rank's tokens; made once per chunk and reused by its forwards."""
     store = state.runtime_cache["camera_modulation"]
 
     def compute(held: list[KeyValue] | None = None) -> list[KeyValue] | PerBlock | None:

@@ -1,4 +1,4 @@
-"""The realtime loop: a few denoise steps a chunk, then the context update that leaves clean K/V for the chunks to
+"""The realtime loop: a few denoise steps per chunk, then the context update that leaves clean K/V for the chunks to
 come.
 """
 

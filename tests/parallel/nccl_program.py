@@ -21,7 +21,7 @@ from lingbot_kernels.parallel.peer_exchange import PeerSession, PeerShard
 from lingbot_kernels.parallel.sequence_shard import SequenceShard, sequence_splits
 from lingbot_kernels.realtime.kv_cache import CacheLayout
 
-GRIDS = {"even": (8, 12), "uneven": (6, 10)}  # 72 and 45 tokens a chunk
+GRIDS = {"even": (8, 12), "uneven": (6, 10)}  # 72 and 45 tokens per chunk
 CHUNKS = 9
 
 

@@ -20,7 +20,7 @@ SMALL = {
 class Case:
     """A rollout. `grid`: rows and columns of latents; 2 x 2 make a token."""
 
-    grid: tuple[int, int] = (6, 10)  # 45 tokens a chunk: 23 + 22; 15 each; 12 + 3 x 11
+    grid: tuple[int, int] = (6, 10)  # 45 tokens per chunk: 23 + 22; 15 each; 12 + 3 x 11
     chunks: int = 6
     batch: int = 1
     camera: bool = True
