@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,3 +129,43 @@ def default_path(environment: Environment, bench: str = "kernels") -> Path:
 def failure_note(error: BaseException) -> str:
     """An exception in one line, for a row's note."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+class RowFile:
+    """The rows of one run: each is appended to the file and said in a line as soon as it is there.
+
+    Args:
+        path: of the file; `default_path` of the bench where None.
+        say: gets the lines.
+        line: a row as one of them.
+        more: fields of every row besides a Row's own.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        bench: str,
+        path: Path | None,
+        say: Callable[[str], object],
+        line: Callable[[Row], str],
+        **more: Any,
+    ) -> None:
+        self.path = path or default_path(environment, bench)
+        self.rows: list[dict[str, Any]] = []
+        self._environment, self._say, self._line, self._more = environment, say, line, more
+
+    def report(self, row: Row) -> None:
+        self.rows.append({**row.to_json(self._environment), **self._more})
+        append_rows(self.path, self.rows[-1:])
+        self._say(self._line(row))
+
+    def close(self) -> None:
+        """Say how many rows there are, and where."""
+        self._say(f"{len(self.rows)} rows appended to {self.path}")
+
+
+def format_forward(row: Row) -> str:
+    """A row of a whole forward in one line: what, by whom, milliseconds, ratio to the ceiling, gate and note."""
+    time = "" if row.p50_us is None else f"{row.p50_us / 1e3:10.3f} ms"
+    ratio = "" if row.ratio is None else f"{row.ratio:7.4f}"
+    return f"{row.op:24} {row.backend:24} {time:>13} {ratio:>8}  {row.gate}  {row.note}".rstrip()

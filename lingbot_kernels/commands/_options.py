@@ -44,6 +44,21 @@ class SessionOptions:
         return taken
 
 
+class Pixels(click.IntRange):
+    """A height or width of the video that is a whole number of tokens: 16 pixels each."""
+
+    name = "pixels"
+
+    def __init__(self) -> None:
+        super().__init__(min=16)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        pixels = int(super().convert(value, param, ctx))
+        if pixels % 16:
+            self.fail(f"{pixels} must be a multiple of 16.", param, ctx)
+        return pixels
+
+
 class NumberList(click.ParamType):
     """Numbers separated by commas."""
 

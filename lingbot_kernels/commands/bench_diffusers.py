@@ -7,13 +7,22 @@ from pathlib import Path
 
 import click
 
+from lingbot_kernels.commands._options import Pixels
+from lingbot_kernels.config import PRESETS
+
 
 @click.command("diffusers")
-@click.option("--preset", default="lingbot-world-14b", show_default=True, help="Shape of the network, random weights.")
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default="lingbot-world-14b",
+    show_default=True,
+    help="Shape of the network, random weights.",
+)
 @click.option("--layers", type=click.IntRange(min=1), default=8, show_default=True, help="Blocks to really run.")
 @click.option("--frames", type=click.IntRange(min=1), default=3, show_default=True, help="Latent frames of the input.")
-@click.option("--height", type=click.IntRange(min=16), default=464, show_default=True, help="Pixels of the video.")
-@click.option("--width", type=click.IntRange(min=16), default=832, show_default=True, help="Pixels of the video.")
+@click.option("--height", type=Pixels(), default=464, show_default=True, help="Pixels of the video.")
+@click.option("--width", type=Pixels(), default=832, show_default=True, help="Pixels of the video.")
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Times each variant's turn comes."
 )
@@ -47,49 +56,30 @@ def command(
       lingbot-kernels bench diffusers
       lingbot-kernels bench diffusers --frames 21 --height 480 --layers 4 --no-causal
     """
-    import torch
-
-    from lingbot_kernels.benchmarks.environment import Environment
-    from lingbot_kernels.benchmarks.rows import Row, append_rows, default_path
-    from lingbot_kernels.commands.session import pick_device
-    from lingbot_kernels.config import PRESETS
-
-    if preset not in PRESETS:
-        raise click.BadParameter(f"no {preset!r}; there are {', '.join(PRESETS)}.", param_hint="--preset")
-    if height % 16 or width % 16:
-        raise click.BadParameter(f"{height} x {width} must be multiples of 16.", param_hint="--height, --width")
     window, sink = 18, 3
     if causal and frames > window - sink:
         raise click.BadParameter(
             f"{frames} must be at most {window - sink} for the causal rollout; or add --no-causal.",
             param_hint="--frames",
         )
+
+    from lingbot_kernels.benchmarks.environment import Environment
+    from lingbot_kernels.benchmarks.rows import RowFile, format_forward
+    from lingbot_kernels.commands.session import bench_device
+
     try:
+        import diffusers
+
         from lingbot_kernels.benchmarks.diffusers_wan import WanBench, WanPlan
     except ImportError as error:
         raise click.ClickException(str(error)) from error
-    where = pick_device(device)
-    if where.type == "cuda":
-        where = torch.device("cuda", where.index or 0)
-        torch.cuda.set_device(where)
+    where = bench_device(device)
     size = (height // 8, width // 8)
     plan = WanPlan(preset, layers, frames, size, rounds, compiled, window if causal else 0, sink)
-    environment = Environment.collect(where)
-    path = json_path or default_path(environment, "diffusers")
-    import diffusers
-
-    click.echo(f"{environment.gpu} · torch {environment.torch} · diffusers {diffusers.__version__}")
-    count = 0
-
-    def report(row: Row) -> None:
-        nonlocal count
-        count += 1
-        append_rows(path, [{**row.to_json(environment), "diffusers": diffusers.__version__}])
-        time = "" if row.p50_us is None else f"{row.p50_us / 1e3:10.3f} ms"
-        ratio = "" if row.ratio is None else f"{row.ratio:7.4f}"
-        click.echo(f"{row.backend:26} {time:>13} {ratio:>8}  {row.gate}  {row.note}".rstrip())
-
-    green = WanBench(plan, where, report).run()
-    click.echo(f"{count} rows appended to {path}")
+    found = Environment.collect(where)
+    click.echo(f"{found.gpu} · torch {found.torch} · diffusers {diffusers.__version__}")
+    file = RowFile(found, "diffusers", json_path, click.echo, format_forward, diffusers=diffusers.__version__)
+    green = WanBench(plan, where, file.report).run()
+    file.close()
     if not green:
         raise click.exceptions.Exit(1)

@@ -90,10 +90,24 @@ def command(
         _conclude(rows, rows, plot_path, update_winners)
         return
     plan = _plan(ops, cases, backends, device, peers, quick)
-    earlier = read(json_path, "--json") if json_path else []  # refuse a file of other rows before anything is measured
-    fresh, path, green = _run(plan, json_path)
-    _conclude(fresh, [*(earlier if json_path else read(path, "--json")), *fresh], plot_path, update_winners)
+    if json_path:
+        read(json_path, "--json")  # refuse a file of other rows before anything is measured
+
+    from lingbot_kernels.benchmarks.environment import Environment
+    from lingbot_kernels.benchmarks.kernels import KernelBench, format_row
+    from lingbot_kernels.benchmarks.rows import RowFile
+
+    found = Environment.collect(plan.device)
+    file = RowFile(found, "kernels", json_path, click.echo, format_row)
+    click.echo(
+        f"{found.gpu} · driver {found.driver} · torch {found.torch} · CUDA {found.cuda} · triton {found.triton}"
+        f" · commit {found.commit}"
+    )
+    green = KernelBench(plan, file.report).run()
+    file.close()
+    _conclude(file.rows, read(file.path, "--json"), plot_path, update_winners)
     if not green:
+        click.echo("A gate is not green: see the rows above that have no times.", err=True)
         raise click.exceptions.Exit(1)
 
 
@@ -101,47 +115,16 @@ def _plan(
     ops: tuple[str, ...], cases: tuple[str, ...], backends: tuple[str, ...], device: str, peers: bool, quick: bool
 ) -> KernelPlan:
     """The options as a plan; a name that doesn't exist is a usage error."""
-    import torch
-
     from lingbot_kernels.benchmarks.kernel_cases import KERNEL_CASES, default_kernel_cases
     from lingbot_kernels.benchmarks.kernels import BACKENDS, KernelPlan
-    from lingbot_kernels.commands.session import pick_device
+    from lingbot_kernels.commands.session import bench_device
     from lingbot_kernels.ops._dispatch import OPS
 
     _known("--ops", ops, OPS)
     _known("--cases", cases, KERNEL_CASES)
     _known("--backends", backends, BACKENDS)
-    where = pick_device(device)
-    if where.type == "cuda":
-        where = torch.device("cuda", where.index or 0)
-        torch.cuda.set_device(where)
+    where = bench_device(device)
     return KernelPlan(cases or default_kernel_cases(where.type, quick), where, ops, backends, peers, quick)
-
-
-def _run(plan: KernelPlan, json_path: Path | None) -> tuple[list[dict[str, Any]], Path, bool]:
-    """Measure, printing and appending each row at once; the rows, their file, and whether every gate was green."""
-    from lingbot_kernels.benchmarks.environment import Environment
-    from lingbot_kernels.benchmarks.kernels import KernelBench, format_row
-    from lingbot_kernels.benchmarks.rows import Row, append_rows, default_path
-
-    environment = Environment.collect(plan.device)
-    path = json_path or default_path(environment)
-    click.echo(
-        f"{environment.gpu} · driver {environment.driver} · torch {environment.torch} · CUDA {environment.cuda}"
-        f" · triton {environment.triton} · commit {environment.commit}"
-    )
-    fresh: list[dict[str, Any]] = []
-
-    def report(row: Row) -> None:
-        fresh.append(row.to_json(environment))
-        append_rows(path, fresh[-1:])
-        click.echo(format_row(row))
-
-    green = KernelBench(plan, report).run()
-    click.echo(f"{len(fresh)} rows appended to {path}")
-    if not green:
-        click.echo("A gate is not green: see the rows above that have no times.", err=True)
-    return fresh, path, green
 
 
 def _conclude(

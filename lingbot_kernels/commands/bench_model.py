@@ -9,13 +9,21 @@ from pathlib import Path
 import click
 
 from lingbot_kernels.commands._click import output_path
+from lingbot_kernels.commands._options import Pixels
+from lingbot_kernels.config import PRESETS
 
 
 @click.command("model")
-@click.option("--preset", default="lingbot-world-14b", show_default=True, help="Shape of the network, random weights.")
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default="lingbot-world-14b",
+    show_default=True,
+    help="Shape of the network, random weights.",
+)
 @click.option("--layers", type=click.IntRange(min=1), help="Blocks to really run.  [default: all]")
-@click.option("--height", type=click.IntRange(min=16), default=464, show_default=True, help="Pixels of the video.")
-@click.option("--width", type=click.IntRange(min=16), default=832, show_default=True, help="Pixels of the video.")
+@click.option("--height", type=Pixels(), default=464, show_default=True, help="Pixels of the video.")
+@click.option("--width", type=Pixels(), default=832, show_default=True, help="Pixels of the video.")
 @click.option("--chunks", type=click.IntRange(min=1), default=6, show_default=True, help="Steady chunks to time.")
 @click.option("--peer/--no-peer", default=True, show_default=True, help="Run FlashDreams' network as well.")
 @click.option("--compile", "compiled", is_flag=True, help="Also a step with torch.compile'd blocks; one GPU.")
@@ -77,15 +85,10 @@ def command(
     from lingbot_kernels.benchmarks.environment import Environment
     from lingbot_kernels.benchmarks.model import ModelBench, ModelPlan
     from lingbot_kernels.benchmarks.model_sharded import ShardedModelBench
-    from lingbot_kernels.benchmarks.rows import Row, append_rows, default_path
-    from lingbot_kernels.config import PRESETS
+    from lingbot_kernels.benchmarks.rows import RowFile, format_forward
 
     if gpus > 1 and compiled:
         raise click.BadParameter(f"is of one GPU, not of {gpus}.", param_hint="--compile")
-    if preset not in PRESETS:
-        raise click.BadParameter(f"no {preset!r}; there are {', '.join(PRESETS)}.", param_hint="--preset")
-    if height % 16 or width % 16:
-        raise click.BadParameter(f"{height} x {width} must be multiples of 16.", param_hint="--height, --width")
     if not torch.cuda.is_available():
         raise click.ClickException("bench model needs a CUDA device, and torch sees none")
     if not launch.launched():
@@ -93,34 +96,24 @@ def command(
     plan = ModelPlan(
         preset, layers, (height // 8, width // 8), chunks, peer, camera_cache, residual_dtype, timeline_path, compiled
     )
-    environment = Environment.collect(torch.device("cuda"))
-    path = json_path or default_path(environment, "model")
+    found = Environment.collect(torch.device("cuda"))
+    file = RowFile(found, "model", json_path, click.echo, format_forward)
     if launch.is_main():
-        click.echo(f"{environment.gpu} · torch {environment.torch} · commit {environment.commit}")
-    rows: list[dict[str, object]] = []
-
-    def report(row: Row) -> None:
-        if not launch.is_main():
-            return
-        rows.append(row.to_json(environment))
-        append_rows(path, rows[-1:])
-        time = "" if row.p50_us is None else f"{row.p50_us / 1e3:10.3f} ms"
-        ratio = "" if row.ratio is None else f"{row.ratio:7.4f}"
-        click.echo(f"{row.op:24} {row.backend:16} {time:>13} {ratio:>8}  {row.gate}  {row.note}")
-
+        click.echo(f"{found.gpu} · torch {found.torch} · commit {found.commit}")
     with launch.process_group("cuda") as group:
         where = torch.device("cuda", torch.cuda.current_device())
         if group is None:
-            green = ModelBench(plan, where, report, click.echo).run()
+            green = ModelBench(plan, where, file.report, click.echo).run()
         else:
+            report = file.report if launch.is_main() else lambda row: None
             green = ShardedModelBench(plan, where, report, click.echo).run_sharded(group)
     if not launch.is_main():
         return
-    click.echo(f"{len(rows)} rows appended to {path}")
+    file.close()
     if plot_path is not None:
         from lingbot_kernels.benchmarks.model_plot import plot
 
-        plot(rows, plot_path)
+        plot(file.rows, plot_path)
         click.echo(f"plot: {plot_path}")
     if not green:
         raise click.exceptions.Exit(1)

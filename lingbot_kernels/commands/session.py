@@ -45,6 +45,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def bench_device(name: str) -> torch.device:
+    """The same with its index, and made the current one."""
+    device = pick_device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
+
+
 @contextlib.contextmanager
 def chosen_backend(option: str | None, model: CausalLingBotTransformer) -> Iterator[None]:
     """Within the block, ops use the backend of `--backend`, else that of the environment.
