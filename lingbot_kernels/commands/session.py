@@ -215,7 +215,7 @@ def make_camera(options: CameraOptions, cfg: LingBotConfig, num_frames: int) -> 
             with blame("--intrinsics"):
                 lens["intrinsics"] = np.atleast_2d(load_array(options.intrinsics))[0]
         with blame("--actions/--intrinsics" if lens else "--actions"):
-            trajectory = CameraTrajectory.from_actions(options.actions, **lens)
+            trajectory = CameraTrajectory.from_actions(options.actions, limit=num_frames, **lens)
     else:
         trajectory = example_trajectory(num_frames)
     if options.camera_scale in ("clip", "running"):

@@ -17,19 +17,15 @@ def check_chunk(
     latents: Tensor,
     text: Tensor,
     timestep: float,
-    start_frame: int,
     camera: Tensor | None,
-    step_index: int,
 ) -> None:
     """Raise TypeError or ValueError unless the arguments of `CausalLingBotTransformer.forward` fit the model."""
-    if isinstance(timestep, Tensor) or not isinstance(timestep, Real) or not math.isfinite(timestep):
+    real = isinstance(timestep, Real) and not isinstance(timestep, bool)
+    if not real or not math.isfinite(timestep):
         raise TypeError(
             f"timestep: got {type(timestep).__name__} {timestep if isinstance(timestep, Real) else ''}, "
             "must be one finite Python float for the chunk (reading a tensor would wait for the device)"
         )
-    for name, value, least in (("start_frame", start_frame, 0), ("step_index", step_index, -1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: got {value!r}, must be an int of {least} or more")
     _check_tensor("latents", latents, device, f"[B, {cfg.in_channels}, F, H, W]", 5)
     batch, channels, frames, height, width = latents.shape
     pt, ph, pw = cfg.patch_size
@@ -44,7 +40,8 @@ def check_chunk(
     if camera is not None:
         wanted = [batch, cfg.camera_channels, frames, height, width]
         if not cfg.camera:
-            raise ValueError(f"camera: got {list(camera.shape)}, must be None: the model has no camera layers")
+            shape = list(camera.shape) if isinstance(camera, Tensor) else type(camera).__name__
+            raise ValueError(f"camera: got {shape}, must be None: the model has no camera layers")
         _check_tensor("camera", camera, device, str(wanted), 5)
         if list(camera.shape) != wanted:
             raise ValueError(f"camera: got {list(camera.shape)}, must be {wanted}")

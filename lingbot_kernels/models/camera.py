@@ -18,6 +18,7 @@ from lingbot_kernels.models.poses import (
     as_floats,
     check_count,
     check_intrinsics,
+    check_pixel_intrinsics,
     check_poses,
     check_positive,
     interpolate_poses,
@@ -134,7 +135,7 @@ class CameraTrajectory:
     def __post_init__(self) -> None:
         poses = check_poses(self.poses)
         object.__setattr__(self, "poses", poses)
-        object.__setattr__(self, "intrinsics", check_intrinsics(self.intrinsics, len(poses)))
+        object.__setattr__(self, "intrinsics", check_pixel_intrinsics(self.intrinsics, len(poses)))
 
     @classmethod
     def from_pixel_frames(cls, poses: Any, intrinsics: Any, *, varying_intrinsics: bool = False) -> CameraTrajectory:
@@ -145,7 +146,7 @@ class CameraTrajectory:
             intrinsics: [N, 4] or [4]. The first row serves the whole clip, unless `varying_intrinsics`.
         """
         poses = check_poses(poses)
-        intrinsics = check_intrinsics(intrinsics, len(poses))
+        intrinsics = check_pixel_intrinsics(intrinsics, len(poses))
         kept = intrinsics[::PIXEL_FRAMES_PER_LATENT] if varying_intrinsics else intrinsics[0]
         return cls(poses[::PIXEL_FRAMES_PER_LATENT], kept)
 
@@ -161,7 +162,7 @@ class CameraTrajectory:
         pose_array = check_poses(load_array(poses), str(poses))
         camera: Any = DEFAULT_INTRINSICS
         if intrinsics is not None:
-            camera = check_intrinsics(load_array(intrinsics), len(pose_array), str(intrinsics))
+            camera = check_pixel_intrinsics(load_array(intrinsics), len(pose_array), str(intrinsics))
         return cls.from_pixel_frames(pose_array, camera, varying_intrinsics=varying_intrinsics)
 
     @classmethod
@@ -172,9 +173,10 @@ class CameraTrajectory:
         intrinsics: Any = DEFAULT_INTRINSICS,
         speed: float = DEFAULT_SPEED,
         turn_rate: float = DEFAULT_TURN_RATE,
+        limit: int | None = None,
     ) -> CameraTrajectory:
-        """From keys held, one set a latent frame; see `ActionStream`."""
-        return cls(ActionStream(speed=speed, turn_rate=turn_rate).advance(actions), intrinsics)
+        """From keys held, one set a latent frame, of which the first `limit` are made; see `ActionStream`."""
+        return cls(ActionStream(speed=speed, turn_rate=turn_rate).advance(actions, limit), intrinsics)
 
     def __len__(self) -> int:
         return len(self.poses)
@@ -231,7 +233,7 @@ class CameraStream:
     ) -> None:
         _check_size(height, width)
         self._size = (height, width)
-        self._intrinsics = check_intrinsics(intrinsics, 1)[0]
+        self._intrinsics = check_pixel_intrinsics(intrinsics, 1)[0]
         fit_intrinsics(self._intrinsics, height, width, fit=fit)  # refuses another fit now, not at the first chunk
         self._fixed_scale = None if scale is None else check_positive(scale, "scale")
         self._fit = fit

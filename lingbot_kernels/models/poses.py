@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable
 from os import PathLike
 from typing import Any
 
@@ -17,6 +18,8 @@ DEFAULT_SPEED = 0.2
 DEFAULT_TURN_RATE = 8.0
 PITCH_LIMIT = 85.0
 
+MAX_ARRAY_BYTES = 2**28  # the poses of two million pixel frames
+MIN_FOCAL = 8.0  # pixels of an image of 832 x 480: a field of view of 178 degrees
 _ROTATION_TOLERANCE = 1e-4  # float32 files reach 1e-6
 
 
@@ -55,11 +58,29 @@ def check_intrinsics(intrinsics: Any, count: int, name: str = "intrinsics") -> n
     return array
 
 
+def check_pixel_intrinsics(intrinsics: Any, count: int, name: str = "intrinsics") -> np.ndarray:
+    """As `check_intrinsics`, for what people pass: pixels of a whole image.
+
+    Raises:
+        ValueError: also focal lengths of less than MIN_FOCAL pixels, which are fractions of the image's size, and a
+            principal point left of or above the image.
+    """
+    array = check_intrinsics(intrinsics, count, name)
+    _refuse(
+        (array[:, :2] < MIN_FOCAL).any(1), array, name,
+        f"must be in pixels, with fx and fy of at least {MIN_FOCAL}; multiply fractions of the image's size by it",
+    )  # fmt: skip
+    _refuse((array[:, 2:] < 0).any(1), array, name, "must have a principal point cx, cy of 0 or more")
+    return array
+
+
 def load_array(path: str | PathLike[str]) -> np.ndarray:
-    """A .npy file's array. Pickled objects are refused; a ValueError names the file."""
+    """A .npy file's array, of at most MAX_ARRAY_BYTES. Pickled objects are refused; a ValueError names the file."""
+    if (size := os.stat(path).st_size) > MAX_ARRAY_BYTES:
+        raise ValueError(f"{path}: has {size} bytes, must have at most {MAX_ARRAY_BYTES}")
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, MemoryError) as error:
         raise ValueError(f"{path}: not a .npy file of numbers: {error}") from error
     if not isinstance(array, np.ndarray):
         array.close()
@@ -183,38 +204,66 @@ def largest_translation(relative: np.ndarray) -> float:
 
 # Keyboard
 
+MAX_ACTION_FRAMES = 1_000_000  # latent frames: three days of video; 128 bytes of pose each
+_REPEAT_DIGITS = 18  # what fits 64 bits
+
 _MOVES = {"w": (0.0, 1.0), "s": (0.0, -1.0), "a": (-1.0, 0.0), "d": (1.0, 0.0)}  # right, forward
 _TURNS = {"i": (0.0, 1.0), "k": (0.0, -1.0), "j": (-1.0, 0.0), "l": (1.0, 0.0)}  # right, up
 
 
-def parse_actions(actions: str | Iterable[str]) -> list[frozenset[str]]:
+def parse_actions(actions: str | Iterable[str], limit: int | None = None) -> list[frozenset[str]]:
     """The keys held in each latent frame.
 
     Args:
         actions: "wwwl." is one key a frame, "." none. With a comma, a plus or a star, frames are separated by commas
             and keys by pluses, and a star repeats: "w*6,w+l*3,.". A sequence has one entry a frame: ["w", "w+l", ""].
+        limit: latent frames that are wanted: those after them are checked, but not made.
 
     Raises:
-        ValueError: a key other than w a s d i j k l, or a bad repeat; the message names it and its place.
+        ValueError: a key other than w a s d i j k l, a bad repeat, or, without a limit, more than MAX_ACTION_FRAMES
+            latent frames; the message names it and its place.
     """
     if isinstance(actions, str):
-        items: Sequence[str] = actions.split(",") if any(mark in actions for mark in ",+*") else list(actions)
+        items: Iterable[str] = actions.split(",") if any(mark in actions for mark in ",+*") else actions
     else:
-        items = list(actions)
+        items = actions
     frames: list[frozenset[str]] = []
+    count = 0
     for place, item in enumerate(items):
-        if not isinstance(item, str):
-            raise ValueError(f"actions[{place}] is {item!r}, must be a string of keys such as 'w+l'")
-        keys, star, repeat = item.strip().lower().partition("*")
-        if star and not (repeat.strip().isdecimal() and int(repeat) > 0):
-            raise ValueError(f"actions[{place}] is {item!r}, must have a positive integer after '*'")
-        held = frozenset(key.strip() for key in keys.split("+")) - {"", "."}
-        if unknown := sorted(held - _MOVES.keys() - _TURNS.keys()):
-            raise ValueError(f"actions[{place}] is {item!r}: unknown key {unknown[0]!r}, must be of w a s d i j k l")
-        frames += [held] * (int(repeat) if star else 1)
-    if not frames:
+        held, repeat = _held_keys(item, place)
+        count += repeat
+        if limit is None and count > MAX_ACTION_FRAMES:
+            raise ValueError(
+                f"actions[{place}] is {_shown(item)}: with it there are {count} latent frames, must be at most "
+                f"{MAX_ACTION_FRAMES}"
+            )
+        frames += [held] * min(repeat, repeat if limit is None else limit - len(frames))
+    if not count:
         raise ValueError("actions is empty, must have at least one latent frame")
     return frames
+
+
+def _held_keys(item: str, place: int) -> tuple[frozenset[str], int]:
+    """The keys of one entry and how many latent frames it stands for."""
+    if not isinstance(item, str):
+        raise ValueError(f"actions[{place}] is {item!r}, must be a string of keys such as 'w+l'")
+    keys, star, repeat = item.strip().lower().partition("*")
+    repeat = repeat.strip()
+    if len(repeat) > _REPEAT_DIGITS:
+        raise ValueError(f"actions[{place}] is {_shown(item)}, must have at most {_REPEAT_DIGITS} digits after '*'")
+    if star and not (repeat.isascii() and repeat.isdecimal() and int(repeat) > 0):
+        raise ValueError(f"actions[{place}] is {_shown(item)}, must have a positive integer after '*'")
+    held = frozenset(key.strip() for key in keys.split("+")) - {"", "."}
+    if unknown := sorted(held - _MOVES.keys() - _TURNS.keys()):
+        raise ValueError(
+            f"actions[{place}] is {_shown(item)}: unknown key {_shown(unknown[0])}, must be of w a s d i j k l"
+        )
+    return held, int(repeat) if star else 1
+
+
+def _shown(text: str) -> str:
+    """A value as a message shows it: long ones cut."""
+    return repr(text) if len(text) <= 80 else f"{text[:60]!r}... ({len(text)} characters)"
 
 
 class ActionStream:
@@ -241,9 +290,15 @@ class ActionStream:
         self._yaw = self._pitch = 0.0  # degrees, right and up
         self._moving = False
 
-    def advance(self, actions: str | Iterable[str]) -> np.ndarray:
-        """Poses [F, 4, 4] of the next F latent frames, for the keys held in each (see `parse_actions`)."""
-        return np.stack([self._step(keys) for keys in parse_actions(actions)])
+    def advance(self, actions: str | Iterable[str], limit: int | None = None) -> np.ndarray:
+        """Poses [F, 4, 4] of the next F latent frames, at most `limit`, for the keys held in each (see
+        `parse_actions`).
+        """
+        frames = parse_actions(actions, limit)
+        poses = np.empty((len(frames), 4, 4))
+        for pose, keys in zip(poses, frames, strict=True):
+            pose[:] = self._step(keys)
+        return poses
 
     def _step(self, keys: frozenset[str]) -> np.ndarray:
         if self._moving:

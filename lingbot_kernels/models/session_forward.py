@@ -18,11 +18,12 @@ from lingbot_kernels.models._inputs import check_chunk
 from lingbot_kernels.ops._dispatch import requested_backend
 from lingbot_kernels.parallel.sequence_shard import SequenceShard
 from lingbot_kernels.realtime import memory
-from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState, check_session
 from lingbot_kernels.realtime.chunk_inputs import ChunkInputs, PerBlock, TimeEmbeddings
 from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, KeyValue, RingMemory
 from lingbot_kernels.realtime.runtime_cache import TensorIdentity
 from lingbot_kernels.ring import ChunkPlan, ChunkPosition
+from lingbot_kernels.scalars import as_count
 
 if TYPE_CHECKING:
     from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
@@ -41,13 +42,15 @@ def forward(
     update_cache_only: bool,
 ) -> Tensor | None:
     """`CausalLingBotTransformer.forward`, which documents it. Where it raises, the session is as it was."""
+    check_session(state)
     with state.attempt():
         weights = model.weights.token(model)
         model.shard_group.agree_on_forward(
             model, weights, state, latents=latents, text=text, timestep=timestep, start_frame=start_frame,
             camera=camera, step_index=step_index, update_cache_only=update_cache_only,
         )  # fmt: skip
-        check_chunk(model.config, model.device, latents, text, timestep, start_frame, camera, step_index)
+        check_chunk(model.config, model.device, latents, text, timestep, camera)
+        start_frame, step_index = as_count("start_frame", start_frame, 0), as_count("step_index", step_index, -1)
         batch, _, frames, height, width = latents.shape
         _, ph, pw = model.config.patch_size
         layout = model.cache_layout(batch, (height // ph, width // pw))

@@ -227,3 +227,9 @@ class RealtimeCausalDiTState:
         self.runtime_cache.clear()
         self.agreed_text = None
         self.unfinished = self._owner = self._weights = self._writing = None
+
+
+def check_session(state: object) -> None:
+    """Raise TypeError unless `state` is a session."""
+    if not isinstance(state, RealtimeCausalDiTState):
+        raise TypeError(f"state: got {type(state).__name__}, must be a RealtimeCausalDiTState, one per session")

@@ -8,13 +8,15 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lingbot_kernels import nvtx
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
-from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState, check_session
 from lingbot_kernels.realtime.side_stream import check_stream, on_side_stream
+from lingbot_kernels.scalars import as_count
 from lingbot_kernels.stages.schedule import Schedule
 
 CONTEXT_STEP_INDEX = -1
@@ -99,7 +101,9 @@ class CausalDenoisingStage:
         side = check_stream("context_stream", context_stream, self.model.device)
         if context_stream is not None and not update_context:
             raise ValueError("context_stream: got one, must be None with update_context=False, as nothing runs on it")
+        check_session(state)
         self._check_latents("noise", noise)
+        _check_given(text, camera)
         noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
         renoise_shape = (len(self.schedule.times) - 1, *noise.shape)
         if renoise is not None:
@@ -172,7 +176,9 @@ class CausalDenoisingStage:
             ValueError, TypeError: the session has no current chunk, or an argument doesn't fit.
         """
         side = check_stream("stream", stream, self.model.device)
+        check_session(state)
         self._check_latents("chunk", chunk)
+        _check_given(text, camera)
         if state.kv_cache is None:
             raise ValueError("state: got one without a current chunk; call denoise_chunk first")
         condition = self._condition(condition, chunk)
@@ -209,36 +215,45 @@ class CausalDenoisingStage:
             update_context, context_stream: as in `denoise_chunk`.
 
         Raises:
-            ValueError, TypeError: naming the argument, at the chunk that has it.
+            ValueError, TypeError: naming the argument; at once, or at the chunk that has it.
         """
+        check_session(state)
+        num_chunks = as_count("num_chunks", num_chunks, 0)
+        for name, source in (("text", text), ("noise", noise), ("condition", condition), ("camera", camera)):
+            if isinstance(source, np.ndarray):
+                raise TypeError(f"{name}: got a numpy array, must be a tensor; torch.from_numpy makes one")
         frames = self.model.config.frames_per_chunk
-        for index in range(num_chunks):
-            chunk_text = text if isinstance(text, Tensor) else _pick("text", text, index, frames)
-            if chunk_text is None:
-                raise ValueError("text: got None, must be [B, L, text_dim]")
-            chunk_camera = _pick("camera", camera, index, frames)
-            chunk_noise = _pick("noise", noise, index, frames)
-            size = latent_size or (None if chunk_camera is None else chunk_camera.shape[-2:])
-            if chunk_noise is None and size is None:
-                raise ValueError("latent_size: got None, must be (H, W) where neither noise nor camera tells it")
-            with _rewound(generator, self.model.device):
-                if chunk_noise is None:
-                    assert size is not None
-                    shape = (chunk_text.shape[0], self.model.config.out_channels, frames, *size)
-                    chunk_noise = _draw(shape, torch.empty(0, device=self.model.device), generator)
-                chunk = self.denoise_chunk(
-                    state,
-                    chunk_noise,
-                    text=chunk_text,
-                    condition=_pick("condition", condition, index, frames),
-                    camera=chunk_camera,
-                    renoise=None if renoise is None else _pick("renoise", renoise, index, frames),
-                    generator=generator,
-                    update_context=update_context,
-                    start_frame=start_frame if index == 0 else None,
-                    context_stream=context_stream,
-                )
-            yield chunk
+
+        def chunks() -> Iterator[Tensor]:
+            for index in range(num_chunks):
+                chunk_text = text if isinstance(text, Tensor) else _pick("text", text, index, frames)
+                if chunk_text is None:
+                    raise ValueError("text: got None, must be [B, L, text_dim]")
+                chunk_camera = _pick("camera", camera, index, frames)
+                chunk_noise = _pick("noise", noise, index, frames)
+                size = latent_size or (None if chunk_camera is None else chunk_camera.shape[-2:])
+                if chunk_noise is None and size is None:
+                    raise ValueError("latent_size: got None, must be (H, W) where neither noise nor camera tells it")
+                with _rewound(generator, self.model.device):
+                    if chunk_noise is None:
+                        assert size is not None
+                        shape = (chunk_text.shape[0], self.model.config.out_channels, frames, *size)
+                        chunk_noise = _draw(shape, torch.empty(0, device=self.model.device), generator)
+                    chunk = self.denoise_chunk(
+                        state,
+                        chunk_noise,
+                        text=chunk_text,
+                        condition=_pick("condition", condition, index, frames),
+                        camera=chunk_camera,
+                        renoise=None if renoise is None else _pick("renoise", renoise, index, frames),
+                        generator=generator,
+                        update_context=update_context,
+                        start_frame=start_frame if index == 0 else None,
+                        context_stream=context_stream,
+                    )
+                yield chunk
+
+        return chunks()
 
     def _update_causal_context_cache(
         self,
@@ -289,6 +304,13 @@ class CausalDenoisingStage:
             return torch.zeros(shape, dtype=dtype, device=latents.device)
         _check_companion("condition", condition, shape, latents.device)
         return condition.to(dtype)
+
+
+def _check_given(text: Tensor, camera: Tensor | None) -> None:
+    """What is handed on to the model must be tensors before anything is drawn or copied."""
+    for name, given in (("text", text), ("camera", camera)):
+        if not isinstance(given, Tensor) and not (name == "camera" and given is None):
+            raise TypeError(f"{name}: got {type(given).__name__}, must be a float tensor")
 
 
 def _check_companion(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lingbot_kernels.scalars import as_real, as_reals
+
 
 def warp(u: float, shift: float) -> float:
     """sigma = shift * u / (1 + (shift - 1) * u), the time shift of SD3 (Esser et al. 2024, section 5.3.2)."""
@@ -82,18 +84,24 @@ class Schedule:
     ) -> Schedule:
         """The schedule of that name, or, where `sigmas` are given, exactly these times and sigmas.
 
+        Args:
+            timesteps, sigmas, noise_sigmas: sequences of numbers or numpy vectors, read exactly, whatever their dtype.
+
         Raises:
             ValueError: an unknown name, timesteps outside 0 .. 1000, a shift that is not positive, noise_sigmas alone,
-                sigmas of either kind besides a `Schedule`.
+                sigmas of either kind besides a `Schedule`; NaN anywhere.
+            TypeError: a tensor, a bool or a string where numbers belong.
         """
         if isinstance(schedule, Schedule):
             for name, given in (("sigmas", sigmas), ("noise_sigmas", noise_sigmas)):
                 if given is not None:
                     raise ValueError(f"{name}: got them with a Schedule, which has its own; must be None")
             return schedule
+        timesteps = as_reals("timesteps", timesteps)
         if sigmas is not None:
-            rest = tuple(sigmas[1:]) if noise_sigmas is None else tuple(noise_sigmas)
-            return cls(tuple(float(t) for t in timesteps), tuple(sigmas), rest)
+            sigmas = as_reals("sigmas", sigmas)
+            rest = sigmas[1:] if noise_sigmas is None else as_reals("noise_sigmas", noise_sigmas)
+            return cls(tuple(float(t) for t in timesteps), sigmas, rest)
         if noise_sigmas is not None:
             raise ValueError("noise_sigmas: got them without sigmas, must come together")
         if schedule not in ("continuous", "official"):
@@ -101,6 +109,6 @@ class Schedule:
         for t in timesteps:
             if not 0 <= t <= 1000:
                 raise ValueError(f"timesteps: got {t}, must be from 0 to 1000")
-        if not shift > 0:
+        if (shift := as_real("shift", shift)) <= 0:
             raise ValueError(f"shift: got {shift}, must be positive")
         return cls.continuous(timesteps, shift) if schedule == "continuous" else cls.official(timesteps, shift)
