@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import torch
 import triton
 
 from lingbot_kernels import reference
+from lingbot_kernels.benchmarks.timing import QUICK, measure, measure_copy
 from lingbot_kernels.ring import RingPosition
 from lingbot_kernels.triton import _rows
 from lingbot_kernels.triton import gated_residual as gated
@@ -44,7 +44,7 @@ Tensors = Sequence[torch.Tensor]
 
 
 @dataclass
-class Case:
+class TuningCase:
     """One op at one shape: `inputs()` and `outputs()` make fresh tensors, `expected` gives what outputs must hold."""
 
     inputs: Callable[[], Tensors]
@@ -78,7 +78,7 @@ def row_variants(
     return {name: config for name, config in variants.items() if seen.setdefault(config, name) == name}
 
 
-def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
+def make_case(op: str, tokens: int, dim: int, device: str) -> TuningCase:
     """The case of `op`, bf16 (or with a float32 residual stream where the name says so), batch 1."""
     heads = dim // HEAD_DIM
     r_dtype = torch.float32 if op.endswith("float32") else BF16
@@ -98,7 +98,7 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             f"w{warps} t{rows}": table.RopeCosSinConfig(warps, rows, HEAD_DIM // 2)
             for warps, rows in itertools.product((1, 2, 4), (2, 4, 8, 16))
         }
-        return Case(
+        return TuningCase(
             lambda: (),
             lambda: (empty(tokens, HEAD_DIM, dtype=torch.float32),),
             lambda i, o, c: table.rope_cos_sin(o[0], 1000 * FRAME, FRAME, WIDTH, THETA, config=c),
@@ -120,7 +120,7 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             shipped = packing.launch_config(dim, 2, tokens)
         configs = row_variants(dim // 2, shipped, lambda warps: _rows.word_config(dim, 2, warps), split=True)
         if op == "qk_norm_rope_pack":
-            return Case(
+            return TuningCase(
                 inputs,
                 lambda: (empty(RANKS, tokens, 1, 3, heads // RANKS, HEAD_DIM),),
                 lambda i, o, c: packing.qk_norm_rope_pack(
@@ -153,7 +153,7 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             caches = (empty(1, 2 * tokens, heads, HEAD_DIM), empty(1, 2 * tokens, heads, HEAD_DIM))
             return (*caches, empty(1, tokens, dim)) if full else caches
 
-        return Case(inputs, outputs, launch, expected, configs, (6 if full else 4) * row_bytes)
+        return TuningCase(inputs, outputs, launch, expected, configs, (6 if full else 4) * row_bytes)
     if op == "qkv_unpack_kv_write":
         own = heads // RANKS
 
@@ -161,7 +161,7 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             reference.qkv_unpack_kv_write(i[0], o[0], o[1], RingPosition(5 * tokens, SINK))
             return o
 
-        return Case(
+        return TuningCase(
             lambda: (random(tokens, 1, 3, own, HEAD_DIM),),
             lambda: (empty(1, 2 * tokens, own, HEAD_DIM), empty(1, 2 * tokens, own, HEAD_DIM)),
             lambda i, o, c: unpacking.qkv_unpack_kv_write(i[0], o[0], o[1], 5 * tokens, None, SINK, config=c),
@@ -174,7 +174,7 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             4 * row_bytes // RANKS,
         )
     if op == "rms_norm":
-        return Case(
+        return TuningCase(
             lambda: (random(1, tokens, dim), random(dim)),
             lambda: (empty(1, tokens, dim),),
             lambda i, o, c: rms.rms_norm(i[0], i[1], o[0], EPS, config=c),
@@ -206,7 +206,7 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
         return out if x.dtype == torch.float64 else out.to(BF16)
 
     if name == "layer_norm_modulate":
-        return Case(
+        return TuningCase(
             lambda: (random(1, tokens, dim, dtype=r_dtype), *random(2, dim, dtype=torch.float32)),
             lambda: (empty(1, tokens, dim),),
             lambda i, o, c: modulate.layer_norm_modulate(*i, o[0], EPS, config=c),
@@ -215,7 +215,7 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             row_bytes + wide,
         )
     if name == "residual_norm_modulate":
-        return Case(
+        return TuningCase(
             passes,
             both,
             lambda i, o, c: residual.residual_norm_modulate(i[0], i[1], i[2], i[3], i[4], *o, EPS, config=c),
@@ -224,7 +224,7 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             2 * row_bytes + 2 * wide,
         )
     if name == "gated_residual_camera_norm":
-        return Case(
+        return TuningCase(
             passes,
             both,
             lambda i, o, c: camera.gated_residual_camera_norm(*i[:3], *i[6], *i[5], *o, EPS, config=c),
@@ -232,7 +232,7 @@ def make_case(op: str, tokens: int, dim: int, device: str) -> Case:
             values,
             4 * row_bytes + 2 * wide,
         )
-    return Case(
+    return TuningCase(
         lambda: passes()[:3],
         lambda: (empty(1, tokens, dim, dtype=r_dtype),),
         lambda i, o, c: gated.gated_residual(*i, o[0], config=c),
@@ -287,29 +287,6 @@ def failure(got: Tensors, plain: Tensors, exact: Tensors) -> str | None:
     return None
 
 
-def microseconds(launches: list[Callable[[], None]]) -> float:
-    """Median time of one launch, from replays of a CUDA graph of all of them."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    times = []
-    for _ in range(9):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(1000 * start.elapsed_time(stop) / len(launches))
-    return statistics.median(times[2:])
-
-
-def copy_microseconds(num_bytes: int, sets: int, repeats: int) -> float:
-    """Time of a device-to-device copy that reads and writes `num_bytes` in all."""
-    source, target = torch.randn(2, sets, num_bytes // 8, device="cuda").unbind(0)
-    return microseconds([lambda i=i: target[i].copy_(source[i]) for i in range(sets)] * repeats)
-
-
 def tune(op: str, tokens: int, dim: int, registers: dict[tuple[str, int, Any], str]) -> list[dict[str, Any]]:
     """Check and time every configuration of one case; prints its table."""
     case = make_case(op, tokens, dim, "cuda")
@@ -317,8 +294,8 @@ def tune(op: str, tokens: int, dim: int, registers: dict[tuple[str, int, Any], s
     sets = max(2, min(40, 400_000_000 // case.bytes))  # several times the L2
     inputs = [case.inputs() for _ in range(sets)]
     outputs = [case.outputs() for _ in range(sets)]
-    repeats = max(1, 24 // sets)
-    copy = copy_microseconds(case.bytes, sets, repeats)
+    device = torch.device("cuda")
+    copy = measure_copy(case.bytes, device, QUICK).p50_us
 
     def expected(dtype: torch.dtype | None) -> Tensors:
         widened = tuple(x if dtype is None else x.to(dtype) for x in inputs[0])
@@ -340,8 +317,9 @@ def tune(op: str, tokens: int, dim: int, registers: dict[tuple[str, int, Any], s
             "gate": wrong or "ok",
         }
         if wrong is None:
-            pairs = list(zip(inputs, outputs, strict=True)) * repeats
-            row["us"] = microseconds([lambda i=i, o=o, c=config: case.launch(i, o, c) for i, o in pairs])
+            pairs = zip(inputs, outputs, strict=True)
+            launches = [lambda i=i, o=o, c=config: case.launch(i, o, c) for i, o in pairs]
+            row["us"] = measure(launches, device, QUICK).p50_us
         rows.append(row)
     print(f"\n{op}  S={tokens} D={dim}  {case.bytes / 1e6:.1f} MB  copy {copy:.1f} us")
     for row in sorted(rows, key=lambda row: row.get("us", float("inf"))):

@@ -126,3 +126,15 @@ def test_imports_downwards_and_beside_are_fine(tmp_path):
         "from . import _check\nfrom lingbot_kernels.ops._check import f\n"
     )
     assert upward(tmp_path / NAME) == []
+
+
+def test_click_stays_with_the_commands():
+    """What measures can be called from a program: options are the commands' affair."""
+    users = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "click" for alias in node.names))
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "click")
+    }
+    assert users == {"commands", "cli.py"}

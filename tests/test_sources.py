@@ -34,3 +34,11 @@ def test_the_tools_agree_on_the_columns():
     }
     for name, pattern in said.items():
         assert re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE) == [str(COLUMNS)], name
+
+
+def test_what_other_pythons_run_exists_and_needs_neither_torch_nor_numpy():
+    named = re.findall(r'^TESTS="(.*)"$', (ROOT / ".ci/other_pythons").read_text(), re.MULTILINE)[0].split()
+    files = [file for name in named for file in ([ROOT / name] if name.endswith(".py") else (ROOT / name).glob("*.py"))]
+    assert len(files) > len(named) and all(file.is_file() for file in files)
+    heavy = re.compile(r"^(?:import|from) (torch|numpy|tests\.helpers|helpers)\b", re.MULTILINE)
+    assert [file.name for file in files if heavy.search(file.read_text(encoding="utf-8"))] == []
