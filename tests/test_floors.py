@@ -33,6 +33,9 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms of the ground floor stand by themselves: of the package they import nothing but their own.
 ALONE = FLOORS[0]
 
+# What lives between chunks launches no kernel: it knows nothing of the ops below it.
+APART = {"realtime": ("ops", "triton")}
+
 
 def room_of(module: str) -> str:
     """The room of a module's dotted name; `lingbot_kernels` itself is `__init__`."""
@@ -80,6 +83,8 @@ def upward(root: Path = PACKAGE) -> list[str]:
                 found.append(f"{where}: floor {FLOOR[there]} from floor {FLOOR[here]}")
             elif here in ALONE and there != here:
                 found.append(f"{where}: {here} stands by itself")
+            elif there in APART.get(here, ()):
+                found.append(f"{where}: {here} keeps apart from {there}")
     return found
 
 
@@ -105,6 +110,7 @@ UPWARDS = (
     ("ops/a.py", "import importlib\nm = importlib.import_module('lingbot_kernels.models')", "floor"),
     ("ops/a.py", "from lingbot_kernels import LingBotConfig", "no room"),
     ("benchmarks/a.py", "from lingbot_kernels.commands._click import blame", "floor"),
+    ("realtime/a.py", "from lingbot_kernels.ops import RingPosition", "apart"),
     ("tools/a.py", "from lingbot_kernels.nvtx import enable", "by itself"),
 )
 
