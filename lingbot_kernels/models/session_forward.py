@@ -20,6 +20,7 @@ from lingbot_kernels.parallel.sequence_shard import SequenceShard
 from lingbot_kernels.realtime import memory
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState, check_session
 from lingbot_kernels.realtime.chunk_inputs import ChunkInputs, PerBlock, TimeEmbeddings
+from lingbot_kernels.realtime.graphs import SessionGraphs
 from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, KeyValue, RingMemory
 from lingbot_kernels.realtime.runtime_cache import TensorIdentity
 from lingbot_kernels.ring import ChunkPlan, ChunkPosition
@@ -93,13 +94,17 @@ def _run(
 
     kv_cache, backend = state.kv_cache, requested_backend()
     assert kv_cache is not None
-    graphs = state.graphs if model.cuda_graphs and model.device.type == "cuda" else None
+    graphs = _graphs(model, state)
     if graphs is not None and graphs.ready(inputs, kv_cache, plan, update_cache_only, backend):
         return graphs.run(network, inputs, kv_cache, plan, update_cache_only, backend)
     # A warm-up sees the ring as the capture will: compiled blocks then have nothing new to compile.
     warming = graphs is not None and graphs.warming
     position = kv_cache.device_position(plan) if warming else kv_cache.position(plan)
     return network(inputs, kv_cache.layers, position, update_cache_only)
+
+
+def _graphs(model: CausalLingBotTransformer, state: RealtimeCausalDiTState) -> SessionGraphs | None:
+    return state.graphs if model.cuda_graphs and model.device.type == "cuda" else None
 
 
 def ring_memory(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class RealtimeCausalDiTState:
         self._owner: object | None = None
         self._weights: object | None = None
         self._writing: ChunkPlan | None = None
-        self._attempted = False
+        self._undo: list[Callable[[], object]] | None = None  # of the attempt under way
 
     @property
     def switches(self) -> dict[str, Any]:
@@ -134,26 +134,32 @@ class RealtimeCausalDiTState:
         self.unfinished = None
 
     @contextlib.contextmanager
-    def attempt(self) -> Iterator[None]:
-        """All of the block's forwards, or nothing: where it raises, be it KeyboardInterrupt, position and counters are
-        as they were before, and what it stored is gone. A session that began within the block is fresh again.
+    def attempt(self, undo: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """All that the block does to the session, with one chunk, or nothing: where it raises, be it KeyboardInterrupt,
+        position and counters are as they were before, and what it stored is gone. A session that began within the block
+        is fresh again.
 
         What the ring held in the chunk's slots doesn't come back. Where attention could see that, the session is marked
-        as `unfinished`: it takes that chunk again and no other.
+        as `unfinished`: it takes that chunk again and no other. Within another attempt of the session the outer one
+        decides.
 
-        Within another attempt of the session the outer one decides.
+        Args:
+            undo: takes back what else the block does.
         """
-        if self._attempted:
+        if self._undo is not None:
+            self._undo.append(undo)
             yield
             return
         ring = None if self.kv_cache is None else copy.copy(self.kv_cache.ring)
         unfinished, context_update, self._writing = self.unfinished, self.context_update, None
         self.runtime_cache.mark()
         self.graphs.mark()
-        self._attempted = True
         try:
+            self._undo = [undo]
             yield
         except BaseException:
+            for each in reversed(self._undo or ()):
+                each()
             if ring is None or self.kv_cache is None:
                 self.runtime_cache.undo()
                 self.dispose()
@@ -162,7 +168,7 @@ class RealtimeCausalDiTState:
                 self.context_update = self.context_update or context_update
             raise
         finally:
-            self._attempted = False
+            self._undo = None
 
     def _go_back(self, ring: KVRing, unfinished: tuple[int, int] | None) -> None:
         """To the position `ring` of an attempt's begin, after a forward of `_writing` may have written its slots."""

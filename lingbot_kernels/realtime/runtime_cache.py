@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +66,18 @@ class StoreStats:
     bytes: int
 
 
+_NO_KEY = object()
+
+
+class _Entry:
+    """A value by its key; without one, memory for the next value."""
+
+    __slots__ = ("key", "made_room", "new", "used", "value")
+
+    def __init__(self, key: object, value: Any, made_room: bool) -> None:
+        self.key, self.value, self.made_room, self.new, self.used = key, value, made_room, True, 0
+
+
 class Store:
     """At most `max_entries` values by key, the least recently used one evicted first. A disabled store keeps
     nothing.
@@ -80,79 +91,80 @@ class Store:
             raise ValueError(f"max_entries: got {max_entries}, must be 1 or more")
         self.max_entries = max_entries
         self.enabled = enabled
-        self.hits = self.misses = 0
         self.observe: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
-        self.clear()
+        self.hits = self.misses = self._clock = 0
+        self._entries: list[_Entry] = []
+        self.mark()
 
     def get_or_compute(
-        self, key: Hashable, compute: Callable[[], Any], refill: Callable[[Any], Any] | None = None
+        self, key: object, compute: Callable[[], Any], refill: Callable[[Any], Any] | None = None
     ) -> Any:
         """The value of `key`, from the store or from `compute`.
 
         On a miss, room is made first, so that two generations of a large value never coexist. The value that makes room
         goes to `refill`, where given, which may return it with new contents (its addresses then stay, as a captured
-        CUDA graph needs) or None to have `compute` called. Where they raise, nothing is stored; a value whose contents
-        are half new is kept without a key, as room for the next one.
+        CUDA graph needs) or None to have `compute` called. Where they raise, nothing is stored, and what is half new
+        has no key.
         """
-        if key in self._entries:
+        self._clock += 1
+        found = self._find(key)
+        if found is not None:
             self.hits += 1
-            self._entries.move_to_end(key)
-            return self._entries[key]
+            found.used = self._clock
+            return found.value
         self.misses += 1
         if not self.enabled:
             with self.observe():
                 return compute()
-        evicted, made_room = None, False
-        while len(self._entries) + len(self._spares) >= self.max_entries:
-            evicted, made_room = self._evict(), True
-        try:
-            with self.observe():
-                value = None if evicted is None or refill is None else refill(evicted)
-                if value is None:
-                    evicted = None
-                    value = compute()
-        except BaseException:
-            if evicted is not None and refill is not None:
-                self._spares.append(evicted)
-            raise
-        self._entries[key] = value
-        self._new[key] = made_room
+        full = len(self._entries) >= self.max_entries
+        room = self._oldest() if full else None
+        if room is not None:
+            room.key = _NO_KEY  # and let go of the key, which may hold a large tensor
+        with self.observe():
+            value = None if room is None or refill is None else refill(room.value)
+            if value is None:
+                self._entries = [entry for entry in self._entries if entry is not room]
+                room = None
+                value = compute()
+        if room is None:
+            room = _Entry(_NO_KEY, value, full)
+            self._entries.append(room)
+        room.value, room.made_room, room.new, room.used = value, full, True, self._clock
+        room.key = key
         return value
 
     def mark(self) -> None:
         """What `undo` goes back to."""
         self._marked = (self.hits, self.misses, self.max_entries)
-        self._new.clear()
+        for entry in self._entries:
+            entry.new = False
 
     def undo(self) -> None:
         """Take back what was counted and stored since `mark`. What was evicted doesn't come back; the memory of what
         took its place is kept for the next value.
         """
         self.hits, self.misses, self.max_entries = self._marked
-        for key, made_room in self._new.items():
-            value = self._entries.pop(key)
-            if made_room:
-                self._spares.append(value)
-        self._new.clear()
+        for entry in self._entries:
+            if entry.new:
+                entry.key = _NO_KEY
+        self._entries = [entry for entry in self._entries if entry.made_room or not entry.new]
 
     def resize(self, max_entries: int) -> None:
         """Keep at most `max_entries` from now on."""
         self.max_entries = max_entries
-        while len(self._entries) + len(self._spares) > max_entries:
-            self._evict()
+        while len(self._entries) > max_entries:
+            self._entries.remove(self._oldest())
 
     def values(self) -> Iterator[Any]:
-        return iter(self._entries.values())
+        return (entry.value for entry in self._entries if entry.key is not _NO_KEY)
 
     def held(self) -> list[Any]:
-        """Every value, those kept as room for another included."""
-        return [*self._entries.values(), *self._spares]
+        """Every value in memory, also one without a key."""
+        return [entry.value for entry in self._entries]
 
     def drop(self) -> None:
         """Forget every value; the counts go on."""
-        self._entries: OrderedDict[Hashable, Any] = OrderedDict()
-        self._spares: list[Any] = []  # values without a key: memory for the next ones
-        self._new: dict[Hashable, bool] = {}  # keys stored since the mark, and whether another value made room
+        self._entries = []
 
     def clear(self) -> None:
         """Forget every value and count."""
@@ -164,14 +176,16 @@ class Store:
         return sum(tensor_bytes(value) for value in self.held())
 
     def stats(self) -> StoreStats:
-        return StoreStats(self.hits, self.misses, len(self.held()), self.nbytes())
+        return StoreStats(self.hits, self.misses, len(self._entries), self.nbytes())
 
-    def _evict(self) -> Any:
-        if self._spares:
-            return self._spares.pop()
-        key, value = self._entries.popitem(last=False)  # and let go of the key, which may hold a large tensor
-        self._new.pop(key, None)
-        return value
+    def _find(self, key: object) -> _Entry | None:
+        for entry in self._entries:
+            if entry.key == key:
+                return entry
+        return None
+
+    def _oldest(self) -> _Entry:
+        return min(self._entries, key=lambda entry: (entry.key is not _NO_KEY, entry.used))
 
 
 class RuntimeCache:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_ADAPTER = ("merged_adapters", "_active_adapter", "_disable_adapters", "scaling")  # of PEFT's layers
 _VERSION = operator.attrgetter("_version")
 
 
@@ -17,8 +18,9 @@ class WeightsIdentity:
 
     Seen are a parameter or module that was replaced, memory that was (`parameter.data = ...`), writes that torch counts
     (`load_state_dict`, `copy_`, `mul_`, also under `no_grad`), and an adapter in PEFT's manner that was merged,
-    switched, scaled or turned off. Writes through `.data`, such as `parameter.data += delta`, and to a parameter made
-    in inference mode are not counted: `renew` is for those.
+    switched, scaled or turned off. Not seen are writes through `.data`, such as `parameter.data += delta`, writes to a
+    parameter made in inference mode, and, where hooks of diffusers or accelerate move weights about, other memory:
+    `renew` is for those.
 
     A call takes 0.3 us a parameter: 0.3 ms of the host for 40 layers.
     """
@@ -34,8 +36,8 @@ class WeightsIdentity:
 
     def token(self, module: nn.Module) -> object:
         """The token of the weights that `module` has now."""
-        weights, adapters = _walk(module)
-        seen = (*_written(weights), adapters)
+        weights, adapters, moved = _walk(module)
+        seen = (_versions(weights), None if moved else _addresses(weights), adapters)
         before = [reference() for reference in self._weights]
         if len(before) != len(weights) or not all(map(operator.is_, before, weights)) or seen != self._seen:
             if self._seen is not None:
@@ -48,34 +50,39 @@ class WeightsIdentity:
         return WeightsIdentity, ()
 
 
-def _walk(module: nn.Module) -> tuple[list[Tensor], list[object]]:
-    """Every parameter, and the state of every adapter. `parameters()` takes eight times as long."""
-    modules, weights, adapters = [module], [], []
+def _walk(module: nn.Module) -> tuple[list[Tensor], list[list[str]], bool]:
+    """Every parameter, what adapters say of themselves, and whether hooks may move parameters from forward to forward.
+
+    `parameters()` takes eight times as long.
+    """
+    modules, weights, adapters, moved = [module], [], [], False
     while modules:
         attributes: dict[str, Any] = modules.pop().__dict__
         weights += attributes["_parameters"].values()
         modules += attributes["_modules"].values()
         if "merged_adapters" in attributes:
-            adapters.append(_adapter(attributes))
-    return [weight for weight in weights if weight is not None], adapters
+            adapters.append([repr(attributes.get(name)) for name in _ADAPTER])
+        if "_diffusers_hook" in attributes or "_hf_hook" in attributes:
+            moved = True
+    return [weight for weight in weights if weight is not None], adapters, moved
 
 
-def _adapter(attributes: dict[str, Any]) -> object:
-    """What PEFT's layers say of themselves: which adapters are merged, which are on and how strong they are."""
-    names = ("merged_adapters", "_active_adapter", "_disable_adapters", "scaling")
-    return [repr(attributes.get(name)) for name in names]
-
-
-def _written(weights: list[Tensor]) -> tuple[list[int], list[int]]:
-    """Each tensor's address, and the number of writes to it; -1 where it can't tell."""
+def _addresses(weights: list[Tensor]) -> list[int]:
     try:
-        return list(map(Tensor.data_ptr, weights)), list(map(_VERSION, weights))
-    except RuntimeError:  # made in inference mode, or a subclass that wraps other tensors
-        return [_or_unknown(Tensor.data_ptr, x) for x in weights], [_or_unknown(_VERSION, x) for x in weights]
+        return list(map(Tensor.data_ptr, weights))
+    except RuntimeError:  # of a subclass that wraps other tensors
+        return [_or_unknown(Tensor.data_ptr, weight) for weight in weights]
 
 
-def _or_unknown(read: Callable[[Tensor], int], x: Tensor) -> int:
+def _versions(weights: list[Tensor]) -> list[int]:
     try:
-        return read(x)
+        return list(map(_VERSION, weights))
+    except RuntimeError:  # of a parameter made in inference mode
+        return [_or_unknown(_VERSION, weight) for weight in weights]
+
+
+def _or_unknown(read: Callable[[Tensor], int], weight: Tensor) -> int:
+    try:
+        return read(weight)
     except RuntimeError:
         return -1

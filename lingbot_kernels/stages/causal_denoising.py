@@ -5,6 +5,7 @@ come.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
@@ -111,7 +112,7 @@ class CausalDenoisingStage:
         condition = self._condition(condition, noise)
         text, camera = _versioned(text), None if camera is None else _versioned(camera)
         start_frame = state.next_frame if start_frame is None else start_frame
-        with state.attempt(), _rewound(generator, noise.device):
+        with state.attempt(_rewinding(generator, noise.device)):
             if renoise is None:
                 self.model.shard_group.agree_on_noise(generator, noise.device)
                 renoise = _draw(renoise_shape, noise, generator)
@@ -234,7 +235,7 @@ class CausalDenoisingStage:
                 size = latent_size or (None if chunk_camera is None else chunk_camera.shape[-2:])
                 if chunk_noise is None and size is None:
                     raise ValueError("latent_size: got None, must be (H, W) where neither noise nor camera tells it")
-                with _rewound(generator, self.model.device):
+                with state.attempt(_rewinding(generator, self.model.device)):
                     if chunk_noise is None:
                         assert size is not None
                         shape = (chunk_text.shape[0], self.model.config.out_channels, frames, *size)
@@ -323,21 +324,12 @@ def _check_companion(name: str, x: Tensor, shape: tuple[int, ...], device: torch
         )
 
 
-@contextlib.contextmanager
-def _rewound(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    """Where the block raises, the generator (torch's own of `device` where None) is as it was before."""
-    if generator is None:
-        if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            generator = torch.cuda.default_generators[index]
-        else:
-            generator = torch.default_generator
-    before = generator.get_state()
-    try:
-        yield
-    except BaseException:
-        generator.set_state(before)
-        raise
+def _rewinding(generator: torch.Generator | None, device: torch.device) -> Callable[[], object]:
+    """What takes the generator (torch's own of `device` where None) back to where it is now."""
+    if generator is None and device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index or 0]
+    generator = generator or torch.default_generator
+    return functools.partial(generator.set_state, generator.get_state())
 
 
 def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
