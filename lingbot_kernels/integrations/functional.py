@@ -161,7 +161,7 @@ def norm_rope_write(
         out = _write(queries, k, v, q_weight, k_weight, table, keys, values, position.ring, eps, backend)
     else:
         batch, num_tokens = k.shape[:2]
-        _check.ring(batch, num_tokens, keys, position.ring.chunk_start, position.ring.cursor, position.ring.sink)
+        _check.ring(batch, num_tokens, keys, position.ring)
         if keys.shape != values.shape or values.dtype != v.dtype or keys.dtype != k.dtype:
             raise ValueError(
                 f"k_cache, v_cache: got {_check.describe(k_cache)} and {_check.describe(v_cache)}, "

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lingbot_kernels.ring import RingPosition
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -111,11 +113,22 @@ def caches(k_cache: Tensor, v_cache: Tensor, like: Tensor) -> None:
         raise ValueError(f"v_cache: got shape {list(v_cache.shape)}, must be k_cache's {list(k_cache.shape)}")
 
 
-def ring(batch: int, num_tokens: int, k_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int) -> None:
+def table(name: str, cos_sin: Tensor, num_tokens: int, head_dim: int, like: Tensor) -> None:
+    """cos_sin must be a contiguous float32 (or float64) [S, head_dim] table on like's device."""
+    if cos_sin.shape != (num_tokens, head_dim):
+        raise ValueError(f"{name}: got shape {list(cos_sin.shape)}, must be [{num_tokens}, {head_dim}]")
+    if not cos_sin.dtype.is_floating_point or cos_sin.element_size() < 4 or cos_sin.device != like.device:
+        raise TypeError(f"{name}: got {describe(cos_sin)}, must be float32 on {like.device}")
+    if cos_sin.element_size() > 4 and like.element_size() < 8:
+        raise TypeError(f"{name}: got {cos_sin.dtype}, must be float32 for {like.dtype} tensors")
+    contiguous(name, cos_sin)
+
+
+def ring(batch: int, num_tokens: int, k_cache: Tensor, position: RingPosition) -> None:
     """The chunk must fit the ring: sink < capacity, and at most capacity - sink tokens, so that no slot is written
     twice.
     """
-    capacity = k_cache.shape[1]
+    capacity, sink, cursor = k_cache.shape[1], position.sink, position.cursor
     if k_cache.shape[0] != batch:
         raise ValueError(f"k_cache: got batch {k_cache.shape[0]}, must be {batch}")
     if not 0 <= sink < capacity:
@@ -124,8 +137,8 @@ def ring(batch: int, num_tokens: int, k_cache: Tensor, chunk_start: int, cursor:
         raise ValueError(
             f"ring: got a chunk of {num_tokens} tokens, must be at most capacity - sink = {capacity - sink}"
         )
-    if chunk_start < 0:
-        raise ValueError(f"ring: got chunk_start {chunk_start}, must be 0 or more")
+    if position.chunk_start < 0:
+        raise ValueError(f"ring: got chunk_start {position.chunk_start}, must be 0 or more")
     if cursor is not None and (cursor.dtype != torch.int32 or cursor.numel() != 1 or cursor.device != k_cache.device):
         raise TypeError(f"ring: got cursor {describe(cursor)}, must be int32 [1] on {k_cache.device}")
 

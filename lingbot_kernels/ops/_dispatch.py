@@ -23,10 +23,16 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class OpHomes:
-    """Where an op lives. `absent` maps a backend it has no home in, on purpose, to the reason."""
+    """Where an op lives.
+
+    Attributes:
+        absent: maps a backend it has no home in, on purpose, to the reason.
+        kernel: the op whose kernels serve this one in cuda, triton and cpu, where it has none of its own.
+    """
 
     name: str
     absent: Mapping[str, str] = field(default_factory=dict)
+    kernel: str | None = None
 
 
 _PACKED = "one launch writes to a list of tensors, which Triton can't take; its exchange is the packed one"
@@ -36,7 +42,7 @@ OPS: dict[str, OpHomes] = {
     for op in (
         OpHomes("rope_cos_sin"),
         OpHomes("qk_norm_rope_kv_write"),
-        OpHomes("k_norm_rope_kv_write"),
+        OpHomes("k_norm_rope_kv_write", kernel="qk_norm_rope_kv_write"),  # without a Q
         OpHomes("qk_norm_rope_pack"),
         OpHomes("qkv_unpack_kv_write"),
         OpHomes("qk_norm_rope_push", {"triton": _PACKED}),

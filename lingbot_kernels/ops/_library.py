@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lingbot_kernels import nvtx
-from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._plan import BoundPlan, Plan
+from lingbot_kernels import nvtx, reference
+from lingbot_kernels.ops import _bind, _check, _dispatch, _native
+from lingbot_kernels.ops._declare import Launch, Signature
 
 LIBRARY = torch.library.Library("lingbot_kernels", "DEF")
 KEPT_CALLS = 256  # signatures an op keeps; a model has one or two, a server with many resolutions a few dozen
@@ -59,27 +59,30 @@ class RegisteredOp:
 
 
 class KernelOp:
-    """A registered op that has a home in every backend. Called with the requested backend (or None), then with the
-    arguments of its schema but the last, which is the backend that serves.
+    """A declared op. Called with the requested backend (or None), then with the arguments of its schema but the last,
+    which is the backend that serves.
     """
 
-    __slots__ = ("_find", "_keep", "_name", "_names", "_place", "_plan", "_table", "_written", "overload")
+    __slots__ = (
+        "_declaration", "_find", "_formula", "_kernel", "_name", "_place", "_plan", "_signature", "_table", "overload"
+    )  # fmt: skip
 
     def __init__(
         self,
         name: str,
-        overload: Any,
-        plan: Callable[..., Plan],
+        declaration: Callable[..., Launch],
+        signature: Signature,
         place: Callable[..., tuple[str, torch.dtype, int, int]],
-        varying: Sequence[str],
+        formula: Callable[..., Any],
     ) -> None:
-        self.overload = overload
-        self._name, self._plan, self._place = name, plan, place
-        arguments = overload._schema.arguments
-        self._names = tuple(argument.name for argument in arguments[:-1])  # the last is the backend
-        self._written = [x.name for x in arguments if x.alias_info is not None and x.alias_info.is_write]
-        written, free = ([self._names.index(name) for name in some] for some in (self._written, varying))
-        self._table = _native.call_table(written, free, KEPT_CALLS)
+        self._name, self._declaration, self._signature, self._place = name, declaration, signature, place
+        self._formula, self._kernel, self._plan = formula, _dispatch.OPS[name].kernel or name, self._planned
+        returned = ", ".join(["Tensor"] * len(signature.returns))
+        schema = f"{name}({signature.schema}, str backend) -> {'Tensor' if returned == 'Tensor' else f'({returned})'}"
+        self.overload = _define(schema, self._fake)
+        LIBRARY.impl(name, nvtx.ranged(name)(self.dispatched), "CompositeExplicitAutograd")
+        written, varying = ([signature.names.index(x) for x in some] for some in (signature.written, signature.varying))
+        self._table = _native.call_table(written, varying, KEPT_CALLS)
         self._find = self._table.find if self._table is not None else lambda call, grad: None
 
     def __call__(self, backend: str | None, *arguments: Any) -> Any:
@@ -120,50 +123,71 @@ class KernelOp:
 
     def _checked(self, call: tuple[Any, ...], arguments: tuple[Any, ...], backend: str) -> Any:
         """Check the arguments, keep for calls like this one how it is carried out, and do so."""
-        plan = self._plan(*arguments, backend)
-        _check.disjoint(self._written, dict(zip(self._names, arguments, strict=True)))
-        bound = BoundPlan(plan, self._names, arguments)
+        bound = self._plan(*arguments, backend)
+        _check.disjoint(self._signature.written, dict(zip(self._signature.names, arguments, strict=True)))
         if self._table is not None:
             self._table.keep(call, bound, bound.arguments, bound.slots, bound.addresses)
         return bound.run(call, bound.fill(call))
 
+    def _planned(self, *arguments_and_backend: Any) -> _bind.BoundLaunch:
+        """How a call is carried out, if its arguments are valid (but for memory shared with a written one)."""
+        *listed, backend = arguments_and_backend
+        arguments, signature = tuple(listed), self._signature
+        launch = self._declaration(**signature.arguments(arguments))
+        if backend == "reference":
+            return _bind.bind_reference(self._formula, signature, arguments)
+        if backend != "triton":
+            return _native.plan(self._kernel, backend, signature, arguments, launch)
+        _dispatch.demand(self._name, backend, _bind.triton_refusal(self._kernel, signature, arguments, launch))
+        return _bind.bind_triton(self._kernel, signature, arguments, launch)
 
-def _define(schema: str, fake: Callable[..., Any]) -> tuple[str, Any]:
-    name = schema.split("(", 1)[0]
+    def _fake(self, *arguments_and_backend: Any) -> Any:
+        """Of `torch.library`: checks and outputs alone; it also runs where an argument is a meta tensor."""
+        outputs = self._declaration(**self._signature.arguments(arguments_and_backend[:-1])).outputs
+        made = tuple([output.new() for output in outputs])
+        return made[0] if len(made) == 1 else made or None
+
+
+def _define(schema: str, fake: Callable[..., Any]) -> Any:
+    """Define `lingbot_kernels::<schema>`; gives what calls it through the dispatcher."""
+    name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"lingbot_kernels::{name}", fake, lib=LIBRARY)
-    return name, getattr(torch.ops.lingbot_kernels, name).default
+    return getattr(torch.ops.lingbot_kernels, name).default
 
 
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> RegisteredOp:
-    """Define `lingbot_kernels::<schema>` and return what calls it.
+def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> RegisteredOp:
+    """Define an op that returns a tensor, with the implementation's typed arguments, and return what calls it.
 
     The implementation serves every device: which backend runs is an argument of the op, resolved by the caller. The
     fake checks the arguments as the implementation does: it also runs where one of them is a meta tensor.
     """
-    name, overload = _define(schema, fake)
+    overload = _define(f"{name}({Signature(implementation).schema}) -> Tensor", fake)
     ranged = nvtx.ranged(name)(implementation)
     LIBRARY.impl(name, ranged, "CompositeExplicitAutograd")
     return RegisteredOp(overload, ranged)
 
 
-def register_kernel(
-    schema: str,
-    plan: Callable[..., Plan],
-    fake: Callable[..., Any],
-    place: Callable[..., tuple[str, torch.dtype, int, int]],
-    varying: Sequence[str] = (),
-) -> KernelOp:
-    """Define `lingbot_kernels::<schema>`, whose last argument is the backend, and return what calls it.
+def kernel_op(
+    name: str,
+    returns: Sequence[str] = (),
+    absent: Sequence[str] = (),
+    place: Callable[..., tuple[str, torch.dtype, int, int]] = lambda first, *_: _dispatch.place(first),
+    formula: Callable[..., Any] | None = None,
+) -> Callable[[Callable[..., Launch]], KernelOp]:
+    """Decorator: the declaration of an op with a home in every backend, as `lingbot_kernels.ops._declare` has it.
 
     Args:
-        plan: checks the arguments (but for memory shared with a written one) and says how the call is carried out. It
-            may depend on nothing but the signature.
-        fake: as in `register`.
-        place: (device type, dtype, tokens, dim) of the arguments, by which a backend is chosen.
-        varying: ints whose value is no part of the signature: the plan refuses negative ones and names the others.
+        name: of the op in all its homes.
+        returns: names of the outputs that it returns.
+        absent: names that the kernels know and the op has not.
+        place: (device type, dtype, tokens, dim) of the arguments, by which a backend is chosen; by default the first
+            one's, token-major.
+        formula: the op by the declaration's arguments, in plain torch; `reference.<name>` where None.
     """
-    name, overload = _define(schema, fake)
-    op = KernelOp(name, overload, plan, place, varying)
-    LIBRARY.impl(name, nvtx.ranged(name)(op.dispatched), "CompositeExplicitAutograd")
-    return op
+
+    def declare(declaration: Callable[..., Launch]) -> KernelOp:
+        signature = Signature(declaration, returns, absent)
+        return KernelOp(name, declaration, signature, place, formula or getattr(reference, name))
+
+    return declare

@@ -1,19 +1,17 @@
-"""The compiled core `lingbot_kernels._C`: whether it is there, what it was built with, and how tensors are handed to
-it.
-"""
+"""The compiled core `lingbot_kernels._C`: whether it is there, what it was built with, and what it is asked for."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from array import array
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from lingbot_kernels.ops._plan import Output, Plan
+from lingbot_kernels.ops._bind import BoundLaunch, bind_core
+from lingbot_kernels.ops._declare import Launch, Signature
 
 _C: Any = None
 try:
@@ -25,8 +23,6 @@ else:
 
 # The process's own environment, which os.environ writes through to: os.environ.get takes longer than a launch's checks.
 environment: Callable[[str], str | None] = os.environ.get if _C is None else _C.environment
-
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def core() -> ModuleType | None:
@@ -59,37 +55,6 @@ def call_table(written: Sequence[int], varying: Sequence[int], limit: int) -> An
     return _C.CallTable(exchange, (torch.Tensor, torch.nn.Parameter), (torch.dtype,), written, varying, limit)
 
 
-def plan(op: str, backend: str, arguments: tuple[Any, ...], outputs: tuple[Output, ...] = ()) -> Plan:
-    """The plan of op's launcher in the compiled core, which takes the fields of its parameter struct.
-
-    The launcher raises RuntimeError with its message when it refuses or the launch fails.
-    """
-    return Plan(getattr(getattr(_C, backend), op), (*arguments, 0), outputs, addresses=True)
-
-
-def plan_with_arrays(op: str, backend: str, arguments: tuple[Any, ...], lists: tuple[Any, ...]) -> Plan:
-    """`plan` for a launcher that reads arrays in host memory while it runs.
-
-    An `array` among the arguments is handed over by its address. So is one array of all the addresses in `lists`, which
-    stand next to each other among the arguments: names of lists of tensors, or lists of addresses.
-    """
-    function = getattr(getattr(_C, backend), op)
-    start = arguments.index(lists[0])
-    stop = start + len(lists)
-
-    def launch(*fields: Any) -> None:
-        addresses = array("q", [x if isinstance(x, int) else x.data_ptr() for xs in fields[start:stop] for x in xs])
-        after = (x.buffer_info()[0] if isinstance(x, array) else x for x in fields[stop:])
-        function(*fields[:start], addresses.buffer_info()[0], *after)
-
-    return Plan(launch, (*arguments, 0), addresses=True)
-
-
-def rows(name: str, tensor: torch.Tensor | None) -> tuple[str, int, int]:
-    """Pointer, batch stride and token stride of a [B, S, D] operand; zeros where it is absent."""
-    return (name, 0, 0) if tensor is None else (name, tensor.stride(0), tensor.stride(1))
-
-
-def vector(name: str, tensor: torch.Tensor | None) -> tuple[str, int]:
-    """Pointer and batch stride of a float32 [D] or [B, D] modulation vector."""
-    return (name, tensor.stride(0) if tensor is not None and tensor.dim() == 2 else 0)
+def plan(kernel: str, backend: str, signature: Signature, call: tuple[Any, ...], launch: Launch) -> BoundLaunch:
+    """How the compiled core's function of this name carries out a launch with "cpu" or "cuda"."""
+    return bind_core(getattr(getattr(_C, backend), kernel), signature, call, launch)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 
 from torch import Tensor
 
-from lingbot_kernels import reference
-from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register_kernel
-from lingbot_kernels.ops._plan import Plan
+from lingbot_kernels.ops import _check
+from lingbot_kernels.ops._declare import Addresses, Launch, Written
+from lingbot_kernels.ops._library import kernel_op
 
 
-def _check_arguments(attended: Tensor, outs: Sequence[Tensor], column: int) -> None:
+@kernel_op("attention_output_push")
+def _op(attended: Tensor, outs: Sequence[Written], column: int) -> Launch:
     _check.tokens("attended", attended)
     batch, num_tokens, width = attended.shape
     if not outs:
@@ -34,31 +33,13 @@ def _check_arguments(attended: Tensor, outs: Sequence[Tensor], column: int) -> N
         raise ValueError(f"outs: got {total} tokens in all, must be attended's {num_tokens}")
     if not 0 <= column <= outs[0].shape[2] - width:
         raise ValueError(f"column: got {column}, must be from 0 to D - {width} = {outs[0].shape[2] - width}")
-
-
-def _plan(attended: Tensor, outs: Sequence[Tensor], column: int, backend: str) -> Plan:
-    _check_arguments(attended, outs, column)
-    if backend == "reference":
-        return Plan(reference.attention_output_push, ("attended", "outs", "column"))
-    ends = array("q", accumulate(out.shape[1] for out in outs))
-    batch_strides = array("q", [out.stride(0) for out in outs])
-    fields = (
-        *_native.rows("attended", attended), "outs", ends, batch_strides, outs[0].stride(1), column,
-        *attended.shape, len(outs), _native.DTYPE_CODES[attended.dtype],
+    return Launch(
+        fields={
+            "addresses": Addresses(("outs",)), "ends": list(accumulate(out.shape[1] for out in outs)),
+            "batch_strides": [out.stride(0) for out in outs], "token_stride": outs[0].stride(1),
+            "batch": batch, "tokens": num_tokens, "width": width, "ranks": len(outs), "dtype": attended.dtype,
+        }
     )  # fmt: skip
-    return _native.plan_with_arrays("attention_output_push", backend, fields, ("outs",))
-
-
-def _fake(attended: Tensor, outs: Sequence[Tensor], column: int, backend: str) -> None:
-    _check_arguments(attended, outs, column)
-
-
-_op = register_kernel(
-    "attention_output_push(Tensor attended, Tensor(a!)[] outs, SymInt column, str backend) -> ()",
-    _plan,
-    _fake,
-    place=lambda attended, *_: _dispatch.place(attended),
-)
 
 
 def attention_output_push(attended: Tensor, outs: Sequence[Tensor], column: int, *, backend: str | None = None) -> None:

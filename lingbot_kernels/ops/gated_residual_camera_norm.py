@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lingbot_kernels import reference
-from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register_kernel
-from lingbot_kernels.ops._plan import Output, Plan
+from lingbot_kernels.ops import _check
+from lingbot_kernels.ops._declare import Launch, Output, sizes
+from lingbot_kernels.ops._library import kernel_op
 
 
-def _check_arguments(
+@kernel_op("gated_residual_camera_norm", returns=("x_out", "y"))
+def _op(
     x: Tensor, delta: Tensor, gate: Tensor | None, cam_scale: Tensor | None, cam_shift: Tensor | None,
-    weight: Tensor, bias: Tensor,
-) -> None:  # fmt: skip
+    weight: Tensor, bias: Tensor, eps: float,
+) -> Launch:  # fmt: skip
     _check.residual("x", x, "delta", delta)
     if gate is not None:
         _check.modulation("gate", gate, x)
@@ -25,45 +25,7 @@ def _check_arguments(
             _check.contiguous(name, camera)
     for name, vector in (("weight", weight), ("bias", bias)):
         _check.weight(name, vector, x.shape[2], delta)
-
-
-def _plan(
-    x: Tensor, delta: Tensor, gate: Tensor | None, cam_scale: Tensor | None, cam_shift: Tensor | None,
-    weight: Tensor, bias: Tensor, eps: float, backend: str,
-) -> Plan:  # fmt: skip
-    _check_arguments(x, delta, gate, cam_scale, cam_shift, weight, bias)
-    arguments = ("x", "delta", "gate", "cam_scale", "cam_shift", "weight", "bias")
-    if backend == "reference":
-        return Plan(reference.gated_residual_camera_norm, (*arguments, "eps"))
-    outputs = (Output("x_out", like="x"), Output("y", like="delta"))
-    if backend == "triton":
-        from lingbot_kernels.triton import gated_residual_camera_norm as kernel
-
-        _dispatch.demand("gated_residual_camera_norm", "triton", kernel.why_not(x, delta))
-        return Plan(kernel.gated_residual_camera_norm, (*arguments, "x_out", "y", "eps"), outputs)
-    codes = _native.DTYPE_CODES
-    fields = (
-        "x", "delta", *_native.vector("gate", gate), "cam_scale", "cam_shift", "weight", "bias", "x_out", "y",
-        *x.shape, codes[x.dtype], codes[delta.dtype], "eps",
-    )  # fmt: skip
-    return _native.plan("gated_residual_camera_norm", backend, fields, outputs)
-
-
-def _fake(
-    x: Tensor, delta: Tensor, gate: Tensor | None, cam_scale: Tensor | None, cam_shift: Tensor | None,
-    weight: Tensor, bias: Tensor, eps: float, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check_arguments(x, delta, gate, cam_scale, cam_shift, weight, bias)
-    return x.new_empty(x.shape), delta.new_empty(x.shape)
-
-
-_op = register_kernel(
-    "gated_residual_camera_norm(Tensor x, Tensor delta, Tensor? gate, Tensor? cam_scale, Tensor? cam_shift, "
-    "Tensor weight, Tensor bias, float eps, str backend) -> (Tensor, Tensor)",
-    _plan,
-    _fake,
-    place=lambda x, *_: _dispatch.place(x),
-)
+    return Launch([Output(x), Output(delta)], {**sizes(x), "residual_dtype": x.dtype, "dtype": delta.dtype})
 
 
 def gated_residual_camera_norm(

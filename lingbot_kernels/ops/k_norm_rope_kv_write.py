@@ -4,35 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lingbot_kernels.ops import _dispatch
-from lingbot_kernels.ops._library import register_kernel
-from lingbot_kernels.ops._plan import Plan
-from lingbot_kernels.ops.qk_norm_rope_kv_write import check_arguments, plan
+from lingbot_kernels.ops._declare import Launch, Written
+from lingbot_kernels.ops._library import kernel_op
+from lingbot_kernels.ops.qk_norm_rope_kv_write import checked_fields
 from lingbot_kernels.ring import RingPosition
 
 
-def _plan(
-    k: Tensor, v: Tensor | None, k_weight: Tensor, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor,
-    chunk_start: int, cursor: Tensor | None, sink: int, eps: float, backend: str,
-) -> Plan:  # fmt: skip
-    return plan(None, k, v, None, k_weight, cos_sin, k_cache, v_cache, chunk_start, cursor, sink, eps, backend)
-
-
-def _fake(
-    k: Tensor, v: Tensor | None, k_weight: Tensor, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor,
-    chunk_start: int, cursor: Tensor | None, sink: int, eps: float, backend: str,
-) -> None:  # fmt: skip
-    check_arguments(None, k, v, None, k_weight, cos_sin, k_cache, v_cache, chunk_start, cursor, sink)
-
-
-_op = register_kernel(
-    "k_norm_rope_kv_write(Tensor k, Tensor? v, Tensor k_weight, Tensor cos_sin, Tensor(a!) k_cache, "
-    "Tensor(b!) v_cache, SymInt chunk_start, Tensor? cursor, SymInt sink, float eps, str backend) -> ()",
-    _plan,
-    _fake,
-    place=lambda k, *_: _dispatch.place(k),
-    varying=("chunk_start",),
-)
+@kernel_op("k_norm_rope_kv_write", absent=("q", "q_weight", "q_out"))
+def _op(
+    k: Tensor, v: Tensor | None, k_weight: Tensor, cos_sin: Tensor, k_cache: Written, v_cache: Written,
+    ring: RingPosition, eps: float,
+) -> Launch:  # fmt: skip
+    return Launch(fields=checked_fields(None, k, v, None, k_weight, cos_sin, k_cache, v_cache, ring))
 
 
 def k_norm_rope_kv_write(

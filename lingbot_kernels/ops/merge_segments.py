@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lingbot_kernels import reference
-from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register_kernel
-from lingbot_kernels.ops._plan import Output, Plan
+from lingbot_kernels.ops import _check
+from lingbot_kernels.ops._declare import Launch, Output
+from lingbot_kernels.ops._library import kernel_op
 
 
-def _check_arguments(segments: Tensor, lse: Tensor) -> None:
+@kernel_op("merge_segments", returns=("out",))
+def _op(segments: Tensor, lse: Tensor) -> Launch:
     if segments.dim() != 5 or not 1 <= segments.shape[0] <= 64:
         raise ValueError(
             f"segments: got {_check.describe(segments)}, must be [1 to 64 segments, B, S, heads, head_dim]"
@@ -28,36 +28,15 @@ def _check_arguments(segments: Tensor, lse: Tensor) -> None:
         raise TypeError(f"lse: got {_check.describe(lse)}, must be {wanted} on {segments.device}")
     if lse.stride(3) != 1 and tokens > 1:
         raise ValueError(f"lse: got inner stride {lse.stride(3)}, must be 1")
-
-
-def _shape(segments: Tensor) -> tuple[int, ...]:
-    _, batch, tokens, heads, head_dim = segments.shape
-    return (batch, tokens, heads * head_dim)
-
-
-def _plan(segments: Tensor, lse: Tensor, backend: str) -> Plan:
-    _check_arguments(segments, lse)
-    if backend == "reference":
-        return Plan(reference.merge_segments, ("segments", "lse"))
-    count, batch, tokens, heads, head_dim = segments.shape
-    fields = (
-        "segments", *segments.stride()[:3], "lse", *lse.stride()[:3], "out", batch, tokens, count, heads, head_dim,
-        _native.DTYPE_CODES[segments.dtype],
+    strides = zip(("segment_stride", "batch_stride", "token_stride"), segments.stride(), strict=False)
+    lse_strides = zip(("lse_segment_stride", "lse_batch_stride", "lse_head_stride"), lse.stride(), strict=False)
+    return Launch(
+        [Output(segments, (batch, tokens, heads * head_dim))],
+        {
+            **dict(strides), **dict(lse_strides), "batch": batch, "tokens": tokens, "count": count, "heads": heads,
+            "head_dim": head_dim, "dtype": segments.dtype,
+        },
     )  # fmt: skip
-    return _native.plan("merge_segments", backend, fields, (Output("out", like="segments", shape=_shape(segments)),))
-
-
-def _fake(segments: Tensor, lse: Tensor, backend: str) -> Tensor:
-    _check_arguments(segments, lse)
-    return segments.new_empty(_shape(segments))
-
-
-_op = register_kernel(
-    "merge_segments(Tensor segments, Tensor lse, str backend) -> Tensor",
-    _plan,
-    _fake,
-    place=lambda segments, lse: _dispatch.place(segments),
-)
 
 
 def merge_segments(segments: Tensor, lse: Tensor, *, backend: str | None = None) -> Tensor:

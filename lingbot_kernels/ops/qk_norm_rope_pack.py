@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lingbot_kernels import reference
-from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register_kernel
-from lingbot_kernels.ops._plan import Output, Plan
-from lingbot_kernels.ops.qk_norm_rope_kv_write import check_table
+from lingbot_kernels.ops import _check, _dispatch
+from lingbot_kernels.ops._declare import Launch, Output
+from lingbot_kernels.ops._library import kernel_op
 
 
-def _shape(q: Tensor | None, k: Tensor, cos_sin: Tensor, ranks: int) -> tuple[int, ...]:
-    head_dim = cos_sin.shape[1]
-    return (ranks, k.shape[1], k.shape[0], 2 if q is None else 3, k.shape[2] // head_dim // ranks, head_dim)
-
-
-def _check_arguments(
-    q: Tensor | None, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor, ranks: int
-) -> None:
+@kernel_op("qk_norm_rope_pack", returns=("out",), place=lambda q, k, *_: _dispatch.place(k))
+def _op(
+    q: Tensor | None, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor, ranks: int,
+    eps: float,
+) -> Launch:  # fmt: skip
     _check.tokens("k", k)
     _check.tokens("v", v, k)
-    _, num_tokens, dim = k.shape
+    batch, num_tokens, dim = k.shape
     head_dim = cos_sin.shape[-1]
-    check_table(cos_sin, num_tokens, head_dim, k)
+    _check.table("cos_sin", cos_sin, num_tokens, head_dim, k)
     if dim % head_dim or ranks < 1 or dim // head_dim % ranks:
         raise ValueError(f"ranks: got {ranks}, must divide the heads, D / head_dim = {dim} / {head_dim}")
     if (q is None) != (q_weight is None):
@@ -32,47 +27,12 @@ def _check_arguments(
         _check.tokens("q", q, k)
         _check.weight("q_weight", q_weight, dim, k)
     _check.weight("k_weight", k_weight, dim, k)
-
-
-def _plan(
-    q: Tensor | None, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor, ranks: int,
-    eps: float, backend: str,
-) -> Plan:  # fmt: skip
-    _check_arguments(q, k, v, q_weight, k_weight, cos_sin, ranks)
-    batch, num_tokens, dim = k.shape
-    head_dim = cos_sin.shape[1]
-    arguments = ("q", "k", "v", "q_weight", "k_weight", "cos_sin")
-    if backend == "reference":
-        return Plan(reference.qk_norm_rope_pack, (*arguments, ranks, "eps"))
-    outputs = (Output("packed", like="k", shape=_shape(q, k, cos_sin, ranks)),)
-    if backend == "triton":
-        from lingbot_kernels.triton import qk_norm_rope_pack as kernel
-
-        _dispatch.demand("qk_norm_rope_pack", "triton", kernel.why_not(q, k, v))
-        return Plan(kernel.qk_norm_rope_pack, (*arguments, "packed", "eps"), outputs)
-    fields = (
-        *_native.rows("q", q), *_native.rows("k", k), *_native.rows("v", v),
-        "q_weight", "k_weight", "cos_sin", "packed",
-        batch, num_tokens, dim // head_dim, head_dim, ranks, _native.DTYPE_CODES[k.dtype], "eps",
-    )  # fmt: skip
-    return _native.plan("qk_norm_rope_pack", backend, fields, outputs)
-
-
-def _fake(
-    q: Tensor | None, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor, ranks: int,
-    eps: float, backend: str,
-) -> Tensor:  # fmt: skip
-    _check_arguments(q, k, v, q_weight, k_weight, cos_sin, ranks)
-    return k.new_empty(_shape(q, k, cos_sin, ranks))
-
-
-_op = register_kernel(
-    "qk_norm_rope_pack(Tensor? q, Tensor k, Tensor v, Tensor? q_weight, Tensor k_weight, Tensor cos_sin, int ranks, "
-    "float eps, str backend) -> Tensor",
-    _plan,
-    _fake,
-    place=lambda q, k, *_: _dispatch.place(k),
-)
+    heads = dim // head_dim
+    packed = (ranks, num_tokens, batch, 2 if q is None else 3, heads // ranks, head_dim)
+    return Launch(
+        [Output(k, packed)],
+        {"batch": batch, "tokens": num_tokens, "heads": heads, "head_dim": head_dim, "dtype": k.dtype},
+    )
 
 
 def qk_norm_rope_pack(

@@ -5,51 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lingbot_kernels import reference
-from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register_kernel
-from lingbot_kernels.ops._plan import Plan
+from lingbot_kernels.ops import _check
+from lingbot_kernels.ops._declare import Launch, Written
+from lingbot_kernels.ops._library import kernel_op
 from lingbot_kernels.ring import RingPosition
-
-
-def _check_arguments(
-    packed: Tensor, k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int
-) -> None:
-    if packed.dim() != 5 or packed.shape[2] not in (2, 3):
-        raise ValueError(f"packed: got {_check.describe(packed)}, must be [S, B, 2 or 3, heads, head_dim]")
-    _check.contiguous("packed", packed)
-    _check.caches(k_cache, v_cache, packed)
-    num_tokens, batch, _, heads, head_dim = packed.shape
-    if k_cache.shape[2:] != packed.shape[3:]:
-        raise ValueError(f"k_cache: got {list(k_cache.shape)}, must hold {heads} heads of {head_dim}")
-    _check.ring(batch, num_tokens, k_cache, chunk_start, cursor, sink)
-
-
-def _plan(
-    packed: Tensor, k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int, backend: str
-) -> Plan:
-    _check_arguments(packed, k_cache, v_cache, chunk_start, cursor, sink)
-    num_tokens, batch, parts, heads, head_dim = packed.shape
-    arguments = ("packed", "k_cache", "v_cache", "chunk_start", "cursor", "sink")
-    if backend == "reference":
-        return Plan(_reference, arguments)
-    if backend == "triton":
-        from lingbot_kernels.triton import qkv_unpack_kv_write as kernel
-
-        _dispatch.demand("qkv_unpack_kv_write", "triton", kernel.why_not(packed, k_cache, v_cache))
-        return Plan(kernel.qkv_unpack_kv_write, arguments)
-    fields = (
-        "packed", parts, *_native.rows("k_cache", k_cache), *_native.rows("v_cache", v_cache),
-        "chunk_start", "cursor", sink, k_cache.shape[1],
-        batch, num_tokens, heads, head_dim, _native.DTYPE_CODES[packed.dtype],
-    )  # fmt: skip
-    return _native.plan("qkv_unpack_kv_write", backend, fields)
-
-
-def _reference(
-    packed: Tensor, k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int
-) -> None:
-    reference.qkv_unpack_kv_write(packed, k_cache, v_cache, RingPosition(chunk_start, sink, cursor))
 
 
 def _place(packed: Tensor, *_: object) -> tuple[str, torch.dtype, int, int]:
@@ -57,20 +16,22 @@ def _place(packed: Tensor, *_: object) -> tuple[str, torch.dtype, int, int]:
     return packed.device.type, packed.dtype, tokens, dim
 
 
-def _fake(
-    packed: Tensor, k_cache: Tensor, v_cache: Tensor, chunk_start: int, cursor: Tensor | None, sink: int, backend: str
-) -> None:
-    _check_arguments(packed, k_cache, v_cache, chunk_start, cursor, sink)
-
-
-_op = register_kernel(
-    "qkv_unpack_kv_write(Tensor packed, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt chunk_start, Tensor? cursor, "
-    "SymInt sink, str backend) -> ()",
-    _plan,
-    _fake,
-    _place,
-    varying=("chunk_start",),
-)
+@kernel_op("qkv_unpack_kv_write", place=_place)
+def _op(packed: Tensor, k_cache: Written, v_cache: Written, ring: RingPosition) -> Launch:
+    if packed.dim() != 5 or packed.shape[2] not in (2, 3):
+        raise ValueError(f"packed: got {_check.describe(packed)}, must be [S, B, 2 or 3, heads, head_dim]")
+    _check.contiguous("packed", packed)
+    _check.caches(k_cache, v_cache, packed)
+    num_tokens, batch, parts, heads, head_dim = packed.shape
+    if k_cache.shape[2:] != packed.shape[3:]:
+        raise ValueError(f"k_cache: got {list(k_cache.shape)}, must hold {heads} heads of {head_dim}")
+    _check.ring(batch, num_tokens, k_cache, ring)
+    return Launch(
+        fields={
+            "parts": parts, "ring.capacity": k_cache.shape[1], "batch": batch, "tokens": num_tokens, "heads": heads,
+            "head_dim": head_dim, "dtype": packed.dtype,
+        }
+    )  # fmt: skip
 
 
 def qkv_unpack_kv_write(

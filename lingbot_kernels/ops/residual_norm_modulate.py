@@ -4,54 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lingbot_kernels import reference
-from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register_kernel
-from lingbot_kernels.ops._plan import Output, Plan
+from lingbot_kernels.ops import _check
+from lingbot_kernels.ops._declare import Launch, Output, sizes
+from lingbot_kernels.ops._library import kernel_op
 
 
-def _check_arguments(x: Tensor, delta: Tensor, shift: Tensor, scale: Tensor, gate: Tensor | None) -> None:
+@kernel_op("residual_norm_modulate", returns=("x_out", "y"))
+def _op(x: Tensor, delta: Tensor, shift: Tensor, scale: Tensor, eps: float, gate: Tensor | None) -> Launch:
     _check.residual("x", x, "delta", delta)
     for name, vector in (("shift", shift), ("scale", scale), ("gate", gate)):
         if vector is not None:
             _check.modulation(name, vector, x)
-
-
-def _plan(
-    x: Tensor, delta: Tensor, shift: Tensor, scale: Tensor, eps: float, gate: Tensor | None, backend: str
-) -> Plan:
-    _check_arguments(x, delta, shift, scale, gate)
-    if backend == "reference":
-        return Plan(reference.residual_norm_modulate, ("x", "delta", "shift", "scale", "eps", "gate"))
-    outputs = (Output("x_out", like="x"), Output("y", like="delta"))
-    if backend == "triton":
-        from lingbot_kernels.triton import residual_norm_modulate as kernel
-
-        _dispatch.demand("residual_norm_modulate", "triton", kernel.why_not(x, delta))
-        arguments = ("x", "delta", "gate", "shift", "scale", "x_out", "y", "eps")
-        return Plan(kernel.residual_norm_modulate, arguments, outputs)
-    codes = _native.DTYPE_CODES
-    fields = (
-        "x", "delta", *_native.vector("gate", gate), *_native.vector("shift", shift), *_native.vector("scale", scale),
-        "x_out", "y", *x.shape, codes[x.dtype], codes[delta.dtype], "eps",
-    )  # fmt: skip
-    return _native.plan("residual_norm_modulate", backend, fields, outputs)
-
-
-def _fake(
-    x: Tensor, delta: Tensor, shift: Tensor, scale: Tensor, eps: float, gate: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    _check_arguments(x, delta, shift, scale, gate)
-    return x.new_empty(x.shape), delta.new_empty(x.shape)
-
-
-_op = register_kernel(
-    "residual_norm_modulate(Tensor x, Tensor delta, Tensor shift, Tensor scale, float eps, Tensor? gate, str backend) "
-    "-> (Tensor, Tensor)",
-    _plan,
-    _fake,
-    place=lambda x, *_: _dispatch.place(x),
-)
+    return Launch([Output(x), Output(delta)], {**sizes(x), "residual_dtype": x.dtype, "dtype": delta.dtype})
 
 
 def residual_norm_modulate(

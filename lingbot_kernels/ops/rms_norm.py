@@ -4,45 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lingbot_kernels import reference
-from lingbot_kernels.ops import _check, _dispatch, _native
-from lingbot_kernels.ops._library import register_kernel
-from lingbot_kernels.ops._plan import Output, Plan
+from lingbot_kernels.ops import _check
+from lingbot_kernels.ops._declare import Launch, Output, sizes
+from lingbot_kernels.ops._library import kernel_op
 
 
-def _check_arguments(x: Tensor, weight: Tensor) -> None:
+@kernel_op("rms_norm", returns=("y",))
+def _op(x: Tensor, weight: Tensor, eps: float) -> Launch:
     _check.tokens("x", x)
     _check.weight("weight", weight, x.shape[2], x)
-
-
-def _plan(x: Tensor, weight: Tensor, eps: float, backend: str) -> Plan:
-    _check_arguments(x, weight)
-    batch, num_tokens, dim = x.shape
-    if backend == "reference":
-        return Plan(reference.rms_norm, ("x", "weight", "eps"))
-    outputs = (Output("y", like="x"),)
-    if backend == "triton":
-        from lingbot_kernels.triton import rms_norm as kernel
-
-        _dispatch.demand("rms_norm", "triton", kernel.why_not(x))
-        return Plan(kernel.rms_norm, ("x", "weight", "y", "eps"), outputs)
-    fields = (
-        *_native.rows("x", x), "weight", "y", batch, num_tokens, dim, _native.DTYPE_CODES[x.dtype], "eps",
-    )  # fmt: skip
-    return _native.plan("rms_norm", backend, fields, outputs)
-
-
-def _fake(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
-    _check_arguments(x, weight)
-    return x.new_empty(x.shape)
-
-
-_op = register_kernel(
-    "rms_norm(Tensor x, Tensor weight, float eps, str backend) -> Tensor",
-    _plan,
-    _fake,
-    place=lambda x, *_: _dispatch.place(x),
-)
+    return Launch([Output(x)], {**sizes(x), "dtype": x.dtype})
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:

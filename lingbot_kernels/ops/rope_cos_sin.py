@@ -6,37 +6,17 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels import reference
-from lingbot_kernels.ops import _dispatch, _native
-from lingbot_kernels.ops._library import register_kernel
-from lingbot_kernels.ops._plan import Plan
+from lingbot_kernels.ops._declare import Launch, Varying, Written
+from lingbot_kernels.ops._library import kernel_op
 
 
-def _plan(
-    out: Tensor, token_start: int, frame_stride: int, width: int, head_dim: int, theta: float, backend: str
-) -> Plan:
-    if backend == "reference":
-        return Plan(_reference, ("out", "token_start", frame_stride, width, head_dim, theta))
-    if backend == "triton":
-        from lingbot_kernels.triton import rope_cos_sin as kernel
-
-        _dispatch.demand("rope_cos_sin", "triton", kernel.why_not(head_dim))
-        return Plan(kernel.rope_cos_sin, ("out", "token_start", frame_stride, width, theta))
-    fields = ("out", out.shape[0], "token_start", frame_stride, width, head_dim, theta)
-    return _native.plan("rope_cos_sin", backend, fields)
-
-
-def _reference(out: Tensor, token_start: int, frame_stride: int, width: int, head_dim: int, theta: float) -> None:
+def _formula(out: Tensor, token_start: int, frame_stride: int, width: int, head_dim: int, theta: float) -> None:
     reference.rope_cos_sin(out.shape[0], token_start, frame_stride, width, head_dim, theta, out.device, out=out)
 
 
-_op = register_kernel(
-    "rope_cos_sin(Tensor(a!) out, SymInt token_start, SymInt frame_stride, SymInt width, int head_dim, float theta, "
-    "str backend) -> ()",
-    _plan,
-    lambda out, token_start, frame_stride, width, head_dim, theta, backend: None,
-    place=lambda out, *_: (out.device.type, out.dtype, *out.shape),
-    varying=("token_start",),
-)
+@kernel_op("rope_cos_sin", place=lambda out, *_: (out.device.type, out.dtype, *out.shape), formula=_formula)
+def _op(out: Written, token_start: Varying, frame_stride: int, width: int, head_dim: int, theta: float) -> Launch:
+    return Launch(fields={"num_tokens": out.shape[0]})  # checked by the public function, which makes `out`
 
 
 def rope_cos_sin(

@@ -168,13 +168,11 @@ def _run(q: Tensor, k_cache: Tensor, v_cache: Tensor, segments: Sequence[int], l
     return out.contiguous().flatten(-2)
 
 
-_op = register(
-    "windowed_attention(Tensor q, Tensor k_cache, Tensor v_cache, SymInt[] segments, str library) -> Tensor",
-    _run,
-    lambda q, k_cache, v_cache, segments, library: q.new_empty(
-        (q.shape[0], q.shape[1], k_cache.shape[2] * k_cache.shape[3])
-    ),
-)
+def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, segments: Sequence[int], library: str) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], k_cache.shape[2] * k_cache.shape[3]))
+
+
+_op = register("windowed_attention", _run, _fake)
 
 
 def windowed_attention(
