@@ -26,6 +26,7 @@ template <class V> void fields(V& visit, OutRows& p) { FIELDS(p.ptr, p.batch_str
 template <class V> void fields(V& visit, Ring& p) { FIELDS(p.chunk_start, p.cursor, p.sink, p.capacity); }
 template <class V> void fields(V& visit, Cache& p) { FIELDS(p.ptr, p.batch_stride, p.token_stride); }
 template <class V> void fields(V& visit, Modulation& p) { FIELDS(p.ptr, p.batch_stride); }
+template <class V> void fields(V& visit, QuantizedRows& p) { FIELDS(p.codes, p.row_scale, p.signs, p.rotate); }
 
 template <class V> void fields(V& visit, RopeCosSinParams& p) {
   FIELDS(p.out, p.num_tokens, p.token_start, p.frame_stride, p.width, p.head_dim, p.theta);
@@ -72,19 +73,43 @@ template <class V> void fields(V& visit, GatedResidualParams& p) {
   FIELDS(p.x, p.delta, p.gate, p.x_out, p.batch, p.tokens, p.dim, p.residual_dtype, p.dtype);
 }
 
-#define LINGBOT_OPS(X, backend)              \
-  X(backend, rope_cos_sin)                   \
-  X(backend, qk_norm_rope_kv_write)          \
-  X(backend, qk_norm_rope_pack)              \
-  X(backend, qkv_unpack_kv_write)            \
-  X(backend, qk_norm_rope_push)              \
-  X(backend, attention_output_push)          \
-  X(backend, merge_segments)                 \
-  X(backend, rms_norm)                       \
-  X(backend, layer_norm_modulate)            \
-  X(backend, residual_norm_modulate)         \
-  X(backend, gated_residual_camera_norm)     \
-  X(backend, gated_residual)
+template <class V> void fields(V& visit, RotateQuantizeParams& p) {
+  FIELDS(p.x, p.out, p.batch, p.tokens, p.dim, p.dtype);
+}
+template <class V> void fields(V& visit, LayerNormModulateQuantizeParams& p) {
+  FIELDS(p.x, p.shift, p.scale, p.out, p.batch, p.tokens, p.dim, p.residual_dtype, p.eps);
+}
+template <class V> void fields(V& visit, ResidualNormModulateQuantizeParams& p) {
+  FIELDS(p.x, p.delta, p.gate, p.shift, p.scale, p.x_out, p.out, p.batch, p.tokens, p.dim, p.residual_dtype, p.dtype,
+         p.eps);
+}
+template <class V> void fields(V& visit, GatedResidualCameraNormQuantizeParams& p) {
+  FIELDS(p.x, p.delta, p.gate, p.cam_scale, p.cam_shift, p.weight, p.bias, p.x_out, p.out, p.batch, p.tokens, p.dim,
+         p.residual_dtype, p.dtype, p.eps);
+}
+template <class V> void fields(V& visit, Int8LinearParams& p) {
+  FIELDS(p.x, p.x_scale, p.w, p.w_scale, p.bias, p.y, p.rows, p.inputs, p.outputs, p.gelu, p.bias_dtype, p.dtype);
+}
+
+#define LINGBOT_OPS(X, backend)               \
+  X(backend, rope_cos_sin)                    \
+  X(backend, qk_norm_rope_kv_write)           \
+  X(backend, qk_norm_rope_pack)               \
+  X(backend, qkv_unpack_kv_write)             \
+  X(backend, qk_norm_rope_push)               \
+  X(backend, attention_output_push)           \
+  X(backend, merge_segments)                  \
+  X(backend, rms_norm)                        \
+  X(backend, layer_norm_modulate)             \
+  X(backend, residual_norm_modulate)          \
+  X(backend, gated_residual_camera_norm)      \
+  X(backend, gated_residual)                  \
+  X(backend, rotate_quantize)                 \
+  X(backend, layer_norm_modulate_quantize)    \
+  X(backend, residual_norm_modulate_quantize) \
+  X(backend, gated_residual_camera_norm_quantize)
+
+#define LINGBOT_CPU_OPS_ALONE(X) X(cpu, int8_linear)
 
 template <class P> constexpr bool is_struct = std::is_class_v<P>;
 
@@ -258,6 +283,7 @@ P params_of(Status (*)(const P&, L));
 using cpu_last = int32_t;
 constexpr const char* cpu_last_name = "threads";
 LINGBOT_OPS(DEFINE_OP, cpu)
+LINGBOT_CPU_OPS_ALONE(DEFINE_OP)
 
 #if defined(LINGBOT_WITH_CUDA)
 using cuda_last = void*;
@@ -283,12 +309,17 @@ PYBIND11_MODULE(_C, module) {
   py::module_ cpu_module =
       module.def_submodule("cpu", "Ops on the CPU; the last argument, threads, is 0 for every core.");
   LINGBOT_OPS(REGISTER_OP, cpu)
+  LINGBOT_CPU_OPS_ALONE(REGISTER_OP)
   cpu_module.attr("isas") = cpu_isas();
-  cpu_module.def("set_isa", [module](const std::string& name) {
-    if (!cpu::set_isa(name.c_str()))
-      throw py::value_error("instruction set '" + name + "' is not one of " + py::str(cpu_isas()).cast<std::string>());
-    py::module_(module).attr("cpu_isa") = name;
-  }, py::arg("name"), "Selects one of `isas`; they give the same bits, the first is the fastest.");
+  cpu_module.def(
+      "set_isa",
+      [module](const std::string& name) {
+        if (!cpu::set_isa(name.c_str()))
+          throw py::value_error("instruction set '" + name + "' is not one of " +
+                                py::str(cpu_isas()).cast<std::string>());
+        py::module_(module).attr("cpu_isa") = name;
+      },
+      py::arg("name"), "Selects one of `isas`; they give the same bits, the first is the fastest.");
 
 #if defined(LINGBOT_WITH_CUDA)
   module.attr("compiled_with_cuda") = true;

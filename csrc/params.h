@@ -12,6 +12,7 @@ enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 constexpr int kMaxRotaryPairs = 128;  // head_dim <= 256
 constexpr int kMaxRanks = 64;         // of one exchange
+constexpr int kRotationBlock = 128;   // channels that a quantised row's rotation mixes
 
 // A [batch, tokens, D] operand whose tokens lie `token_stride` apart; a null pointer means "absent".
 struct Rows {
@@ -206,6 +207,79 @@ struct GatedResidualCameraNormParams {
   float eps;
 };
 
+// Where rows y [batch, tokens, dim] of float32 values go as int8, padded with zeros to `width`, the next multiple of
+// kRotationBlock: u = y * signs, times the Hadamard matrix (Sylvester's order) / sqrt(128) of each block; then
+// codes = round(u * (127 / amax)) and row_scale = amax / 127, amax the row's largest |u|.
+struct QuantizedRows {
+  int8_t* codes;        // [batch, tokens, width]
+  float* row_scale;     // [batch, tokens]; 0: a row of zeros; NaN: a NaN or Inf is in the row; codes of both are 0
+  const int8_t* signs;  // [width], +1 or -1; null: +1
+  int32_t rotate;       // 0: no Hadamard product
+};
+
+struct RotateQuantizeParams {
+  Rows x;  // T
+  QuantizedRows out;
+  int64_t batch, tokens;
+  int32_t dim;
+  Dtype dtype;
+};
+
+// layer_norm_modulate whose y is not rounded but quantised.
+struct LayerNormModulateQuantizeParams {
+  const void* x;  // R
+  Modulation shift, scale;
+  QuantizedRows out;
+  int64_t batch, tokens;
+  int32_t dim;
+  Dtype residual_dtype;
+  float eps;
+};
+
+// residual_norm_modulate whose y is not rounded but quantised.
+struct ResidualNormModulateQuantizeParams {
+  const void* x;      // R
+  const void* delta;  // T
+  Modulation gate, shift, scale;
+  void* x_out;  // R
+  QuantizedRows out;
+  int64_t batch, tokens;
+  int32_t dim;
+  Dtype residual_dtype, dtype;
+  float eps;
+};
+
+// gated_residual_camera_norm whose y is not rounded but quantised.
+struct GatedResidualCameraNormQuantizeParams {
+  const void* x;      // R
+  const void* delta;  // T
+  Modulation gate;
+  const void* cam_scale;  // T, or null (both)
+  const void* cam_shift;
+  const void* weight;  // T
+  const void* bias;    // T
+  void* x_out;         // R
+  QuantizedRows out;
+  int64_t batch, tokens;
+  int32_t dim;
+  Dtype residual_dtype, dtype;
+  float eps;
+};
+
+// y = activation((x w^T) * (x_scale * w_scale) + bias): exact int32 sums, then float32, rounded once.
+struct Int8LinearParams {
+  const int8_t* x;       // [rows, inputs]
+  const float* x_scale;  // [rows]
+  const int8_t* w;       // [outputs, inputs]
+  const float* w_scale;  // [outputs]
+  const void* bias;      // [outputs], of bias_dtype; null: 0
+  void* y;               // [rows, outputs], T
+  int64_t rows;
+  int32_t inputs, outputs;
+  int32_t gelu;  // not 0: gelu in its tanh form
+  Dtype bias_dtype, dtype;
+};
+
 // x_out = x + delta * gate (gate null: 1), rounded to R.
 struct GatedResidualParams {
   const void* x;      // R
@@ -233,6 +307,11 @@ Status layer_norm_modulate(const LayerNormModulateParams&, int threads);
 Status residual_norm_modulate(const ResidualNormModulateParams&, int threads);
 Status gated_residual_camera_norm(const GatedResidualCameraNormParams&, int threads);
 Status gated_residual(const GatedResidualParams&, int threads);
+Status rotate_quantize(const RotateQuantizeParams&, int threads);
+Status layer_norm_modulate_quantize(const LayerNormModulateQuantizeParams&, int threads);
+Status residual_norm_modulate_quantize(const ResidualNormModulateQuantizeParams&, int threads);
+Status gated_residual_camera_norm_quantize(const GatedResidualCameraNormQuantizeParams&, int threads);
+Status int8_linear(const Int8LinearParams&, int threads);
 }  // namespace cpu
 
 namespace cuda {  // stream is a cudaStream_t
@@ -248,6 +327,10 @@ Status layer_norm_modulate(const LayerNormModulateParams&, void* stream);
 Status residual_norm_modulate(const ResidualNormModulateParams&, void* stream);
 Status gated_residual_camera_norm(const GatedResidualCameraNormParams&, void* stream);
 Status gated_residual(const GatedResidualParams&, void* stream);
+Status rotate_quantize(const RotateQuantizeParams&, void* stream);
+Status layer_norm_modulate_quantize(const LayerNormModulateQuantizeParams&, void* stream);
+Status residual_norm_modulate_quantize(const ResidualNormModulateQuantizeParams&, void* stream);
+Status gated_residual_camera_norm_quantize(const GatedResidualCameraNormQuantizeParams&, void* stream);
 }  // namespace cuda
 
 }  // namespace lingbot

@@ -93,10 +93,17 @@ def test_the_core_tells_its_version_and_backends() -> None:
 def test_the_stub_names_the_arguments_of_the_core() -> None:
     _C = pytest.importorskip("lingbot_kernels._C")
     tree = ast.parse((ROOT / "lingbot_kernels" / "_C.pyi").read_text())
-    ops = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "_Ops")
-    stub = {f.name: [arg.arg for arg in f.args.posonlyargs[1:-1]] for f in ops.body if isinstance(f, ast.FunctionDef)}
-    backends = [(_C.cpu, "threads"), (_C.cuda, "stream")] if _C.compiled_with_cuda else [(_C.cpu, "threads")]
-    for backend, last in backends:
+    classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def stub_of(name: str) -> dict[str, list[str]]:
+        functions = [f for f in classes[name] if isinstance(f, ast.FunctionDef) and f.name != "set_isa"]
+        return {f.name: [arg.arg for arg in f.args.posonlyargs[1:-1]] for f in functions}
+
+    both, alone = stub_of("_Ops"), stub_of("_Cpu")
+    backends = [(_C.cpu, "threads", {**both, **alone})]
+    if _C.compiled_with_cuda:
+        backends.append((_C.cuda, "stream", both))
+    for backend, last, stub in backends:
         compiled = {}
         for name, function in vars(backend).items():
             if name.startswith("_") or not callable(function) or name == "set_isa":

@@ -16,6 +16,9 @@ LINGBOT_CPU_OPS(DECLARE)
 namespace avx512 {
 LINGBOT_CPU_OPS(DECLARE)
 }
+namespace avx512vnni {
+LINGBOT_CPU_PRODUCTS(DECLARE)
+}
 #endif
 #undef DECLARE
 
@@ -29,15 +32,21 @@ struct Table {
 #undef FIELD
 };
 
+#if defined(LINGBOT_X86_VARIANTS)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 constexpr Table kTables[] = {
 #if defined(LINGBOT_X86_VARIANTS)
 #define ENTRY(op, Params) avx512::op,
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-     },
-     LINGBOT_CPU_OPS(ENTRY)},
+#define PRODUCT(op, Params) avx512vnni::op,
+    {"avx512vnni", [] { return has_avx512() && __builtin_cpu_supports("avx512vnni"); },
+     LINGBOT_CPU_ROW_OPS(ENTRY) LINGBOT_CPU_PRODUCTS(PRODUCT)},
+    {"avx512", has_avx512, LINGBOT_CPU_OPS(ENTRY)},
+#undef PRODUCT
 #undef ENTRY
 #define ENTRY(op, Params) avx2::op,
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }, LINGBOT_CPU_OPS(ENTRY)},

@@ -12,12 +12,9 @@ constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2
 template <class F>
 Status with_dtype(Dtype dtype, const F& f) {
   switch (dtype) {
-    case Dtype::kFloat32:
-      return f(float{});
-    case Dtype::kFloat16:
-      return f(Float16{});
-    case Dtype::kBFloat16:
-      return f(BFloat16{});
+    case Dtype::kFloat32: return f(float{});
+    case Dtype::kFloat16: return f(Float16{});
+    case Dtype::kBFloat16: return f(BFloat16{});
   }
   return "dtype must be float32, float16 or bfloat16";
 }

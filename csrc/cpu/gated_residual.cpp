@@ -18,9 +18,8 @@ Status gated_residual(const GatedResidualParams& p, int threads) {
         const T* delta = static_cast<const T*>(p.delta) + row * p.dim;
         R* x_out = static_cast<R*>(p.x_out) + row * p.dim;
         const float* gate = of_batch(p.gate, row / p.tokens);
-        each_block(p.dim, [&](int i, int count) LINGBOT_LAMBDA {
-          store(x_out + i, add_gated(x, delta, gate, i, count), count);
-        });
+        each_block(p.dim, [&](int i, int count)
+                              LINGBOT_LAMBDA { store(x_out + i, add_gated(x, delta, gate, i, count), count); });
       }
     });
     return nullptr;

@@ -26,13 +26,7 @@ Status gated_residual_camera_norm(const GatedResidualCameraNormParams& p, int th
         R* x_out = static_cast<R*>(p.x_out) + row * p.dim;
         T* y = static_cast<T*>(p.y) + row * p.dim;
         const float* gate = of_batch(p.gate, row / p.tokens);
-        const float sum = sum_blocks(p.dim, [&](int i, int count) LINGBOT_LAMBDA {
-          Lanes v = add_gated(x, delta, gate, i, count);
-          if (cam_scale != nullptr) v = (load(cam_scale + i, count) + 1.0f) * v + load(cam_shift + i, count);
-          v = round_to<R>(v);
-          store(x_out + i, v, count);
-          return v;
-        });
+        const float sum = camera_row(x, delta, gate, cam_scale, cam_shift, p.dim, x_out);
         layer_norm(x_out, sum, p.dim, p.eps, y, [&](int i, int count, const Lanes& normalised) LINGBOT_LAMBDA {
           return normalised * load(weight + i, count) + load(bias + i, count);
         });

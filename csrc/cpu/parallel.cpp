@@ -114,8 +114,8 @@ void run_blocks(int64_t count, int64_t bytes_each, int threads, Body body, const
   if (count <= 0) return;
   const int64_t by_work = std::min(count, count * std::max<int64_t>(bytes_each, 1) / kBytesPerThread);
   if (by_work > 1 && threads != 1) {
-    const int wanted = static_cast<int>(
-        std::min<int64_t>({by_work, threads > 0 ? threads : usable_cores(), kMaxThreads}));
+    const int wanted =
+        static_cast<int>(std::min<int64_t>({by_work, threads > 0 ? threads : usable_cores(), kMaxThreads}));
     Pool* workers = wanted > 1 ? pool() : nullptr;
     if (workers != nullptr && workers->try_acquire()) {
       Job job{body, context, count, std::max<int64_t>(count / (int64_t{wanted} * kBlocksPerThread), 1)};

@@ -25,8 +25,7 @@ void write_token(const QkNormRopeKvWriteParams& p, int64_t b, int64_t s) {
 Status check(const QkNormRopeKvWriteParams& p) {
   if (Status status = check_heads(p.heads, p.head_dim)) return status;
   if (p.k.ptr == nullptr || p.k_weight == nullptr) return "k and k_weight must not be null";
-  if (p.q.ptr != nullptr && (p.q_weight == nullptr || p.q_out.ptr == nullptr))
-    return "q needs q_weight and q_out";
+  if (p.q.ptr != nullptr && (p.q_weight == nullptr || p.q_out.ptr == nullptr)) return "q needs q_weight and q_out";
   if (p.cos_sin == nullptr || p.k_cache.ptr == nullptr) return "cos_sin and k_cache must not be null";
   if (p.v.ptr != nullptr && p.v_cache.ptr == nullptr) return "v needs v_cache";
   return check_ring(p.ring, p.tokens);

@@ -17,10 +17,20 @@ void push_token(const QkNormRopePushParams& p, int64_t b, int64_t s) {
   NormRopeRow<T> rows[2];
   int num_rows = 0;
   if (p.q.ptr != nullptr) {
-    rows[num_rows++] = {row<T>(p.q, b, s), static_cast<const T*>(p.q_weight), nullptr, 0, heads_per_rank, q_out,
+    rows[num_rows++] = {row<T>(p.q, b, s),
+                        static_cast<const T*>(p.q_weight),
+                        nullptr,
+                        0,
+                        heads_per_rank,
+                        q_out,
                         b * p.q_out_batch_stride + token * p.q_out_token_stride};
   }
-  rows[num_rows++] = {row<T>(p.k, b, s), static_cast<const T*>(p.k_weight), nullptr, 0, heads_per_rank, k_out,
+  rows[num_rows++] = {row<T>(p.k, b, s),
+                      static_cast<const T*>(p.k_weight),
+                      nullptr,
+                      0,
+                      heads_per_rank,
+                      k_out,
                       b * p.k_cache_batch_stride + to * p.k_cache_token_stride};
   norm_rope(rows, num_rows, rope, p.eps);
   const T* v = row<T>(p.v, b, s);

@@ -22,11 +22,7 @@ Status residual_norm_modulate(const ResidualNormModulateParams& p, int threads) 
         const float* gate = of_batch(p.gate, row / p.tokens);
         const float* scale = of_batch(p.scale, row / p.tokens);
         const float* shift = of_batch(p.shift, row / p.tokens);
-        const float sum = sum_blocks(p.dim, [&](int i, int count) LINGBOT_LAMBDA {
-          const Lanes rounded = round_to<R>(add_gated(x, delta, gate, i, count));
-          store(x_out + i, rounded, count);
-          return rounded;
-        });
+        const float sum = residual_row(x, delta, gate, p.dim, x_out);
         layer_norm(x_out, sum, p.dim, p.eps, y, [&](int i, int count, const Lanes& normalised) LINGBOT_LAMBDA {
           return modulate(normalised, scale, shift, i, count);
         });

@@ -16,9 +16,8 @@ Status rms_norm(const RmsNormParams& p, int threads) {
         const T* x = row<T>(p.x, i / p.tokens, i % p.tokens);
         T* y = static_cast<T*>(p.y) + i * p.dim;
         const float inverse = inverse_rms(x, p.dim, p.eps);
-        each_block(p.dim, [&](int j, int count) LINGBOT_LAMBDA {
-          store(y + j, normalise(x + j, weight + j, inverse, count), count);
-        });
+        each_block(p.dim, [&](int j, int count)
+                              LINGBOT_LAMBDA { store(y + j, normalise(x + j, weight + j, inverse, count), count); });
       }
     });
     return nullptr;

@@ -107,8 +107,7 @@ LINGBOT_INLINE VecHalf to_half(VecF f) {
 LINGBOT_INLINE VecHalf narrow(VecU u) {  // values below 65536
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i v = reinterpret_cast<__m256i>(u);
-  return reinterpret_cast<VecHalf>(
-      _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+  return reinterpret_cast<VecHalf>(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 #else
   return __builtin_convertvector(u, VecHalf);
 #endif

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "../params.h"
+#include "block.cuh"
 #include "launch_config.h"
 
 namespace lingbot::cuda {
@@ -102,6 +103,9 @@ Status with_types(Dtype dtype, Dtype residual_dtype, F&& f) {
 template <int kElements, int kVectors, int kRowThreads>
 struct RowShape {
   static constexpr int V = kElements, kVecs = kVectors, kThreads = kRowThreads;
+
+  // First element of vector i of this thread.
+  static __device__ __forceinline__ int element(int i) { return row_element<V, kThreads>(i); }
 };
 
 // Elements of T, and of R beside it, that one vector holds: 16 bytes of the wider type.

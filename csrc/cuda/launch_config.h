@@ -85,6 +85,29 @@ constexpr LayerNormConfig layer_norm_config(int dim, int width, int64_t rows, in
   return {row_config(dim, width, 1), 0};
 }
 
+// A row as blocks of 128 channels, padded to whole ones, each in 128 / (8 * vectors) threads. `most`: vectors a thread
+// is to hold of a long row. 4 need the fewest instructions: the rotation of a block then crosses two lanes' bits, not
+// three; 2 leave registers to passes that hold other operands besides.
+constexpr RowConfig quantize_config(int dim, int width, int most) {
+  const RowConfig any = {"any", 256, 1, 1, dim};
+  if (width != 8 || dim % width != 0) return any;
+  const int row_vectors = round_up(dim, 128) / width;
+  const RowConfig four = {"blocks_x4", row_threads(row_vectors, 4, 1), 4, width, dim};
+  const RowConfig two = {"blocks_x2", row_threads(row_vectors, 2, 1), 2, width, dim};
+  if (most == 4 && row_vectors >= 320 && four.threads <= max_row_threads(4)) return four;
+  if (row_vectors >= 64 && two.threads <= max_row_threads(2)) return two;
+  if (row_vectors < 64) return {"blocks_x1", row_threads(row_vectors, 1, 1), 1, width, dim};
+  return four.threads <= max_row_threads(4) ? four : any;
+}
+
+// Blocks of `threads` (0: any number) that a multiprocessor holds with `registers` each: its quarters have 512
+// registers a lane, and a warp stays in one.
+constexpr int resident_blocks(int threads, int registers) {
+  return threads == 0 ? 1 : 512 / registers * 4 / (threads / kWarpSize);
+}
+
+constexpr int kMaxTwoVectorRow = 2 * 8 * max_row_threads(2);  // elements of the longest row in two vectors a thread
+
 // Full-width norm and rotation of one row of q, k or v a block.
 constexpr RowConfig norm_rope_config(int dim, int head_dim, int width) {
   if (width <= 1 || head_dim % width != 0) return row_config(dim, 1, 1);

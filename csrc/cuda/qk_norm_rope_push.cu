@@ -16,8 +16,7 @@ inline GroupedNormRopeParams kernel_params(const QkNormRopePushParams& a) {
                        bool to_ring) {
     const int64_t base = to[0] + (to_ring ? 0 : a.first_token * out_token * size);
     for (int64_t g = 0; g < a.ranks; ++g) p.jump[p.parts][g] = (to[g] - to[0]) / size - g * p.group_width;
-    p.part[p.parts++] =
-        norm_rope_part(in, reinterpret_cast<void*>(base), out_batch, out_token, weight, to_ring);
+    p.part[p.parts++] = norm_rope_part(in, reinterpret_cast<void*>(base), out_batch, out_token, weight, to_ring);
   };
   if (a.q.ptr) add(a.q, a.addresses, a.q_out_batch_stride, a.q_out_token_stride, a.q_weight, false);
   add(a.k, a.addresses + a.ranks, a.k_cache_batch_stride, a.k_cache_token_stride, a.k_weight, true);

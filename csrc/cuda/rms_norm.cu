@@ -85,16 +85,15 @@ Status rms_norm(const RmsNormParams& a, void* stream) {
   if (Status s = device_info(&device)) return s;
   const bool vectors = rows_aligned(a.x.ptr, a.x.batch_stride, a.x.token_stride, element_size(a.dtype), 16) &&
                        aligned(a.weight, 16) && aligned(a.y, 16);
-  const RowConfig config = rms_norm_config(a.dim, row_width(vectors, a.dim, a.dtype, a.dtype), a.batch * a.tokens,
-                                           device.multiprocessors);
+  const RowConfig config =
+      rms_norm_config(a.dim, row_width(vectors, a.dim, a.dtype, a.dtype), a.batch * a.tokens, device.multiprocessors);
   const RmsNormKernelParams p = kernel_params(a);
   const dim3 grid(p.tokens, static_cast<uint32_t>(a.batch)), block(config.threads);
   return with_type(a.dtype, [&](auto tag) -> Status {
     using T = typename decltype(tag)::type;
     if (config.vectors == 5) {
-      return launch(
-          rms_norm_rows<T, kVectorElements<T, T>, 5, 128, 1, LoadHint::kNoAllocate, StoreHint::kWriteBack>, grid, block,
-          0, stream, device.capability >= 90, p);
+      return launch(rms_norm_rows<T, kVectorElements<T, T>, 5, 128, 1, LoadHint::kNoAllocate, StoreHint::kWriteBack>,
+                    grid, block, 0, stream, device.capability >= 90, p);
     }
     return with_row_shape<T, T>(config, [&](auto shape) -> Status {
       using S = decltype(shape);

@@ -45,7 +45,7 @@ template <typename Shape, typename F>
 __device__ __forceinline__ void for_each_vector(uint32_t dim, F&& f) {
 #pragma unroll
   for (int i = 0; i < Shape::kVecs; ++i) {
-    const int e = row_element<Shape::V, Shape::kThreads>(i);
+    const int e = Shape::element(i);
     if (in_row<Shape::kThreads>(e, dim)) f(i, e);
   }
 }
@@ -56,7 +56,7 @@ __device__ __forceinline__ void load_row(const T* row, bool there, uint32_t dim,
   static_assert(kVecs == Shape::kVecs, "a row of this shape");
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    const int e = row_element<Shape::V, Shape::kThreads>(i);
+    const int e = Shape::element(i);
     x[i] = there && in_row<Shape::kThreads>(e, dim) ? load_stream<kLoad, Shape::V>(row + e) : zero_vec<T, Shape::V>();
   }
 }
@@ -75,6 +75,8 @@ struct BlockRows {
         token(blockIdx.x * kRows),
         start((static_cast<int64_t>(batch) * tokens + token) * dim) {}
 
+  // Of row n, among all of the operand's.
+  __device__ __forceinline__ int64_t index(int n) const { return static_cast<int64_t>(batch) * tokens + token + n; }
   __device__ __forceinline__ bool has(int n) const { return kRows == 1 || token + n < tokens; }
   __device__ __forceinline__ int64_t row(int n) const { return start + static_cast<int64_t>(n) * dim; }
 
@@ -142,10 +144,10 @@ __device__ __forceinline__ void merge_moments(float (&mean)[kRows], float (&squa
 
 // Mean and variance of rows in registers. One call uses `shared` once: a block that calls it in a loop needs two
 // barriers a call (Statistics::kTwoPass), or other shared memory every other time.
-template <Statistics kStatistics, int kThreads, typename R, int V, int kVecs, int kRows>
+template <Statistics kStatistics, typename Shape, typename R, int V, int kVecs, int kRows>
 __device__ __forceinline__ void row_moments(Vec<R, V> (&x)[kRows][kVecs], uint32_t dim, float inv_dim, float eps,
                                             float (&shared)[2][kRows][kMaxWarps], RowMoments (&moments)[kRows]) {
-  constexpr bool kMerged = kStatistics == Statistics::kMerged && kThreads != 0;
+  constexpr bool kMerged = kStatistics == Statistics::kMerged && Shape::kThreads != 0;
   float mean[kRows], squares[kRows];
 #pragma unroll
   for (int n = 0; n < kRows; ++n) {
@@ -166,7 +168,7 @@ __device__ __forceinline__ void row_moments(Vec<R, V> (&x)[kRows][kVecs], uint32
     squares[n] = 0.f;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      if (!in_row<kThreads>(row_element<V, kThreads>(i), dim)) continue;
+      if (!in_row<Shape::kThreads>(Shape::element(i), dim)) continue;
       float f[V], part = 0.f;
       keep_packed(x[n][i]);
       unpack(x[n][i], f);
@@ -175,10 +177,8 @@ __device__ __forceinline__ void row_moments(Vec<R, V> (&x)[kRows][kVecs], uint32
       squares[n] += part;
     }
   }
-  if constexpr (kMerged)
-    merge_moments(mean, squares, static_cast<float>(kVecs * V), shared);
-  else
-    row_sum(squares, shared[1]);
+  if constexpr (kMerged) merge_moments(mean, squares, static_cast<float>(kVecs * V), shared);
+  else row_sum(squares, shared[1]);
 #pragma unroll
   for (int n = 0; n < kRows; ++n) moments[n] = {mean[n], rsqrtf(squares[n] * inv_dim + eps)};
 }
@@ -203,10 +203,8 @@ __device__ RowMoments row_moments_any(const R* row, uint32_t dim, float inv_dim,
 // V elements of a vector that every row shares.
 template <ChannelLoad kLoad, int V, typename T>
 __device__ __forceinline__ Vec<T, V> load_channels(const T* p) {
-  if constexpr (kLoad == ChannelLoad::kKept)
-    return load_kept<V>(p);
-  else
-    return load_cached<V>(p);
+  if constexpr (kLoad == ChannelLoad::kKept) return load_kept<V>(p);
+  else return load_cached<V>(p);
 }
 
 // V elements of a per-channel float32 vector; `absent` where there is none.
@@ -244,10 +242,8 @@ struct SharedChannels {
   }
 
   __device__ __forceinline__ Value at(int i, int e) const {
-    if constexpr (kAhead)
-      return kept[i];
-    else
-      return read(e);
+    if constexpr (kAhead) return kept[i];
+    else return read(e);
   }
 };
 
@@ -349,6 +345,13 @@ __device__ __forceinline__ void store_normalised(const BlockRows<Shape, Plan>& r
       rows.template store<T>(y, n, e, f);
     });
   });
+}
+
+// value(e) for each element of a row, rounded to T once.
+template <typename T, typename Value>
+__device__ __forceinline__ void store_row_any(void* y, int64_t row, uint32_t dim, const Value& value) {
+  T* out = static_cast<T*>(y) + row * dim;
+  for (uint32_t e = threadIdx.x; e < dim; e += blockDim.x) out[e] = from_float<T>(value(e));
 }
 
 inline bool modulation_aligned(const Modulation& m) { return aligned(m.ptr, 16) && m.batch_stride % 4 == 0; }

@@ -157,6 +157,83 @@ def gated_residual(x: Tensor, delta: Tensor, gate: Tensor | None, threads: int =
     return x_out
 
 
+def quantized_rows(x: Tensor, signs: Tensor | None, rotate: bool) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Poisoned codes and row scales for rows like x, and the fields that name them."""
+    codes = torch.full((*x.shape[:2], -(-x.shape[2] // 128) * 128), 77, dtype=torch.int8)
+    row_scale = poison(*x.shape[:2])
+    return codes, row_scale, (ptr(codes), ptr(row_scale), ptr(signs), int(rotate))
+
+
+def rotate_quantize(x: Tensor, signs: Tensor | None, rotate: bool, threads: int = 0) -> tuple[Tensor, Tensor]:
+    codes, row_scale, fields = quantized_rows(x, signs, rotate)
+    _C.cpu.rotate_quantize(*rows(x), *fields, *x.shape, CODES[x.dtype], threads)
+    return codes, row_scale
+
+
+def layer_norm_modulate_quantize(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, signs: Tensor | None, rotate: bool, threads: int = 0
+) -> tuple[Tensor, Tensor]:
+    codes, row_scale, fields = quantized_rows(x, signs, rotate)
+    _C.cpu.layer_norm_modulate_quantize(
+        *(ptr(x), *modulation(shift), *modulation(scale), *fields, *x.shape, CODES[x.dtype], EPS, threads)
+    )
+    return codes, row_scale
+
+
+def residual_norm_modulate_quantize(
+    x: Tensor,
+    delta: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    signs: Tensor | None,
+    rotate: bool,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_out = poison(*x.shape, dtype=x.dtype)
+    codes, row_scale, fields = quantized_rows(x, signs, rotate)
+    _C.cpu.residual_norm_modulate_quantize(
+        *(ptr(x), ptr(delta), *modulation(gate), *modulation(shift), *modulation(scale), ptr(x_out), *fields),
+        *(*x.shape, CODES[x.dtype], CODES[delta.dtype], EPS, threads),
+    )
+    return x_out, codes, row_scale
+
+
+def gated_residual_camera_norm_quantize(
+    x: Tensor,
+    delta: Tensor,
+    gate: Tensor | None,
+    cam_scale: Tensor | None,
+    cam_shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    signs: Tensor | None,
+    rotate: bool,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_out = poison(*x.shape, dtype=x.dtype)
+    codes, row_scale, fields = quantized_rows(x, signs, rotate)
+    _C.cpu.gated_residual_camera_norm_quantize(
+        *(ptr(x), ptr(delta), *modulation(gate), ptr(cam_scale), ptr(cam_shift), ptr(weight), ptr(bias), ptr(x_out)),
+        *(*fields, *x.shape, CODES[x.dtype], CODES[delta.dtype], EPS, threads),
+    )
+    return x_out, codes, row_scale
+
+
+def int8_linear(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, gelu: bool, dtype: torch.dtype,
+    threads: int = 0,
+) -> Tensor:  # fmt: skip
+    """x [rows, inputs], w [outputs, inputs] -> [rows, outputs]."""
+    y = poison(x.shape[0], w.shape[0], dtype=dtype)
+    bias_dtype = CODES[dtype if bias is None else bias.dtype]
+    _C.cpu.int8_linear(
+        *(ptr(x), ptr(x_scale), ptr(w), ptr(w_scale), ptr(bias), ptr(y), x.shape[0], x.shape[1], w.shape[0]),
+        *(int(gelu), bias_dtype, CODES[dtype], threads),
+    )
+    return y
+
+
 def table64(tokens: int, start: int, frame_stride: int, width: int, head_dim: int, theta: float = 10000.0) -> Tensor:
     """cos | sin in float64, one token at a time."""
     out = torch.empty(tokens, head_dim, dtype=torch.float64)

@@ -33,6 +33,7 @@ int main() {
         const LayerNormConfig c = layer_norm_config(dim, width, rows, 132);
         row("layer_norm", c.row, rows, 1, c.steps);
       }
+      for (int most : {2, 4}) row("quantize", quantize_config(dim, width, most), most, 1);
       for (int head_dim : {64, 128, 256}) {
         if (dim % head_dim != 0 || width == 1) continue;
         row("norm_rope", norm_rope_config(dim, head_dim, width), 0, head_dim / width);
@@ -44,6 +45,12 @@ int main() {
     const UnpackConfig u = unpack_config(dim / 8);
     std::printf("{\"of\": \"unpack\", \"words\": %d, \"threads\": %d, \"rows\": %d, \"tokens\": %d}\n", dim / 8,
                 u.threads, u.rows, u.tokens);
+  }
+  for (int threads = 32; threads <= 512; threads += 32) {
+    for (int registers : {48, 64, 72}) {
+      std::printf("{\"of\": \"resident\", \"threads\": %d, \"registers\": %d, \"blocks\": %d}\n", threads, registers,
+                  resident_blocks(threads, registers));
+    }
   }
   for (int sink : {0, 3}) {
     for (long long start = 0; start < 40; ++start) {
@@ -114,6 +121,30 @@ def test_tuned_widths(configs: list[dict[str, Any]]) -> None:
     assert shape("layer_norm", 5120, 8, 1131)[2] > 0
     assert shape("layer_norm", 5120, 8, 4524) == (160, 4, 0)
     assert shape("layer_norm", 5120, 4, 1131) == (320, 4, 0)
+
+
+def test_quantised_rows_are_covered_by_blocks_of_128(configs: list[dict[str, Any]]) -> None:
+    for c in of(configs, "quantize"):
+        padded = -(-c["dim"] // 128) * 128
+        assert c["threads"] % WARP == 0 and c["vectors"] in (1, 2, 4)
+        if c["width"] == 1:
+            assert c["threads"] == 256
+            continue
+        assert c["width"] == 8 and c["threads"] * c["vectors"] * 8 >= padded
+        assert c["threads"] <= (1024 if c["vectors"] == 1 else 512)
+        assert 128 % (8 * c["vectors"]) == 0  # a thread's vectors lie in one block
+    wide = {(c["dim"], c["rows"]): (c["threads"], c["vectors"]) for c in of(configs, "quantize") if c["width"] == 8}
+    assert wide[5120, 2] == (320, 2) and wide[5120, 4] == (160, 4)
+    assert wide[1536, 2] == wide[1536, 4] == (96, 2)
+    assert wide[13824, 2] == wide[13824, 4] == (448, 4)
+    assert wide[128, 2] == (32, 1) and wide[16384, 4] == (512, 4)
+
+
+def test_resident_blocks_fit_a_multiprocessor(configs: list[dict[str, Any]]) -> None:
+    for c in of(configs, "resident"):
+        warps = c["blocks"] * c["threads"] // WARP
+        quarter = -(-warps // 4)  # of a multiprocessor: the most warps that one has
+        assert quarter * c["registers"] * WARP <= 65536 // 4
 
 
 def test_columns_and_copies_are_covered(configs: list[dict[str, Any]]) -> None:
