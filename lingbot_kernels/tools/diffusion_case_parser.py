@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Which cases a diffusion test config declares, read without importing it (no GPU, no torch, no package installed).
+"""Which cases a diffusion test config declares: no GPU, no torch, no package installed.
 
-Runs by path: ``python lingbot_kernels/tools/diffusion_case_parser.py list CONFIG``. What can't be resolved is reported
-with its place and reason, so that no case is lost in silence; ``_case_parser`` holds the static evaluator.
+Runs by path: ``python lingbot_kernels/tools/diffusion_case_parser.py list CONFIG``. The config's own code is run, under
+stubs, in a child interpreter; a second reader reads its syntax tree (alone with ``--static``). What can't be resolved
+is reported with its place and reason, so that no case is lost in silence.
 """
 
 from __future__ import annotations
@@ -16,17 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or __package__:
-    from ._case_parser import cli, collect, planning
-    from ._case_parser.evaluator import parse_source, read_source
+    from ._case_parser import cli, planning, results
     from ._case_parser.planning import DEFAULT_EST_TIME_SECONDS, STARTUP_OVERHEAD_SECONDS, load_baselines
-    from ._case_parser.values import FunctionV, Instance
-else:  # run or loaded by path: the evaluator's package lies beside this file
+    from ._case_parser.visitor import CaseVisitor
+else:  # run or loaded by path: the package of its parts lies beside this file
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     try:
-        from _case_parser import cli, collect, planning
-        from _case_parser.evaluator import parse_source, read_source
+        from _case_parser import cli, planning, results
         from _case_parser.planning import DEFAULT_EST_TIME_SECONDS, STARTUP_OVERHEAD_SECONDS, load_baselines
-        from _case_parser.values import FunctionV, Instance
+        from _case_parser.visitor import CaseVisitor
     finally:
         sys.path.pop(0)
     sys.modules.setdefault(__name__, sys.modules["_case_parser"])  # dataclasses look their module up by name
@@ -74,11 +73,11 @@ class DiffusionSuiteInfo:
     missing_standalone_estimates: list[str]
 
 
-class DiffusionTestCaseVisitor(ast.NodeVisitor):
-    """Visits the tree of a config; afterwards `cases` has the ids of every list of cases.
+class DiffusionTestCaseVisitor(CaseVisitor):
+    """The second reader: visits the tree of a config and runs nothing; afterwards `cases` has the ids by list.
 
-    `config_path`, where given, lets imports inside its tree be followed. `parsed` has conditions, duplicates and what
-    stayed unresolved.
+    It knows literal lists, ``append``, ``extend`` and ``+=`` of a case or of a factory's case with a constant id;
+    `unresolved` has what it can't read.
     """
 
     def __init__(
@@ -90,83 +89,13 @@ class DiffusionTestCaseVisitor(ast.NodeVisitor):
         id_param: str = ID_PARAM,
         source: str = "",
     ) -> None:
-        self.config_path = config_path
-        self.source = source
-        self.cases: dict[str, list[str]] = {}
-        self.parsed = collect.ParsedConfig()
-        self._collector = collect.Collector(
-            list_to_suite or CASE_LIST_TO_SUITE, case_class=case_class, id_param=id_param
+        super().__init__(
+            config_path,
+            list_to_suite=list_to_suite or CASE_LIST_TO_SUITE,
+            case_class=case_class,
+            id_param=id_param,
+            source=source,
         )
-
-    @property
-    def unresolved(self) -> list[collect.Unresolved]:
-        """What could hide a case."""
-        return self.parsed.unresolved
-
-    def visit_Module(self, node: ast.Module) -> None:
-        """Evaluate a module's body."""
-        self._collector.run(node, self.config_path, self.source)
-        self._refresh()
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        self._process_statement(node)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        self._process_statement(node)
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        self._process_statement(node)
-
-    def visit_Expr(self, node: ast.Expr) -> None:
-        self._process_statement(node)
-
-    def _process_expr(self, node: ast.AST) -> None:
-        """Evaluate an expression statement, such as ``ONE_GPU_CASES.append(make())``, in the state reached so far."""
-        if isinstance(node, ast.expr):
-            node = ast.copy_location(ast.Expr(value=node), node)
-        if not isinstance(node, ast.stmt):
-            raise TypeError(f"node must be an expression or a statement, got {type(node).__name__}")
-        self._process_statement(node)
-
-    def _extract_factory_case_id(self, node: ast.AST) -> str | None:
-        """Id of the case that a factory call, or a factory with unknown arguments, returns; None if it isn't one."""
-        evaluator = self._collector.evaluator
-        if not self._collector.started:
-            self._collector.run_more([])
-        name = "_factory_result"
-        saved = dict(evaluator.reports)
-        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-            required = len(node.args.args) + len(node.args.posonlyargs) - len(node.args.defaults)
-            unknown = [ast.Name(id="_factory_argument", ctx=ast.Load()) for _ in range(required)]
-            keywords = [
-                ast.keyword(arg=a.arg, value=ast.Name(id="_factory_argument", ctx=ast.Load()))
-                for a, d in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=False)
-                if d is None
-            ]
-            function = evaluator.make_function(node, getattr(node, "name", "<lambda>"))
-            assert isinstance(function, FunctionV)
-            evaluator.bind("_factory", function)
-            node = ast.Call(func=ast.Name(id="_factory", ctx=ast.Load()), args=list(unknown), keywords=keywords)
-        elif isinstance(node, ast.Expr):
-            node = node.value
-        if not isinstance(node, ast.Call):
-            return None
-        assign = ast.Assign(targets=[ast.Name(id=name, ctx=ast.Store())], value=node)
-        evaluator.run_statements([ast.fix_missing_locations(assign)])
-        assert evaluator.main is not None
-        value = evaluator.main.ns.vars.pop(name, None)
-        evaluator.main.ns.vars.pop("_factory", None)
-        evaluator.reports = saved
-        case_id = value.ns.vars.get(evaluator.id_param) if isinstance(value, Instance) else None
-        return case_id if isinstance(case_id, str) else None
-
-    def _process_statement(self, node: ast.stmt) -> None:
-        self._collector.run_more([ast.fix_missing_locations(node)])
-        self._refresh()
-
-    def _refresh(self) -> None:
-        self.parsed = self._collector.config()
-        self.cases = self.parsed.lists
 
 
 def resolve_case_config_path(repo_root: Path, run_suite_path: Path) -> Path:
@@ -177,7 +106,10 @@ def resolve_case_config_path(repo_root: Path, run_suite_path: Path) -> Path:
     """
     run_suite_path = Path(run_suite_path)
     repo_root = Path(repo_root)
-    tree = parse_source(read_source(run_suite_path), str(run_suite_path))
+    try:
+        tree, _ = results.read_tree(run_suite_path)
+    except results.SourceError as e:
+        raise SyntaxError(e.reason, (str(run_suite_path), e.line, e.column, e.source)) from None
     found: dict[str, tuple[int, str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -209,7 +141,7 @@ def resolve_case_config_path(repo_root: Path, run_suite_path: Path) -> Path:
 def parse_testcase_configs(config_path: Path) -> dict[str, list[str]]:
     """Ids by list name, for the lists of `CASE_LIST_TO_SUITE`. Each unresolved place is warned of.
 
-    Raises `OSError` for a missing file and `SyntaxError` for an unreadable one.
+    The config's own code is run. Raises `OSError` for a missing file and `SyntaxError` for an unreadable one.
     """
     parsed = _parse(Path(config_path))
     return {name: ids for name, ids in parsed.lists.items() if name in CASE_LIST_TO_SUITE}
@@ -218,8 +150,8 @@ def parse_testcase_configs(config_path: Path) -> dict[str, list[str]]:
 def parse_run_suite_standalone_data(run_suite_path: Path) -> tuple[dict[str, list[str]], dict[str, dict[str, float]]]:
     """Standalone files of a run-suite file, suite -> files, and their estimates, suite -> file -> seconds."""
     try:
-        data = collect.parse_standalone(Path(run_suite_path), case_class=CASE_CLASS, id_param=ID_PARAM)
-    except collect.SourceError as e:
+        data = results.parse_standalone(Path(run_suite_path), _OPTIONS)
+    except results.SourceError as e:
         raise SyntaxError(e.reason, (str(run_suite_path), e.line, e.column, e.source)) from None
     _warn(data.unresolved)
     return data.files, data.est_times
@@ -250,8 +182,11 @@ def collect_diffusion_suites(
     return suites
 
 
-def _parse(path: Path) -> collect.ParsedConfig:
-    parsed = collect.parse_config(path, CASE_LIST_TO_SUITE, case_class=CASE_CLASS, id_param=ID_PARAM)
+_OPTIONS = results.Options(case_class=CASE_CLASS, id_param=ID_PARAM)
+
+
+def _parse(path: Path) -> results.ParsedConfig:
+    parsed = results.parse_config(path, CASE_LIST_TO_SUITE, _OPTIONS)
     if not parsed.readable:
         u = parsed.unresolved[0]
         raise SyntaxError(u.reason, (u.file, u.line, u.column, u.source))
@@ -259,7 +194,7 @@ def _parse(path: Path) -> collect.ParsedConfig:
     return parsed
 
 
-def _warn(unresolved: Sequence[collect.Unresolved]) -> None:
+def _warn(unresolved: Sequence[results.Unresolved]) -> None:
     for u in unresolved:
         message = f"{u.file}:{u.line}:{u.column}: {u.reason}: {u.source}"
         warnings.warn(message, UnresolvedCaseWarning, stacklevel=4)

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import functools
+import json
 import multiprocessing
+import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import types
 from collections import Counter
@@ -25,8 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import module_generator  # noqa: E402
 
-from lingbot_kernels.tools._case_parser.collect import Collector, ParsedConfig  # noqa: E402
-from lingbot_kernels.tools._case_parser.evaluator import parse_source  # noqa: E402
+from lingbot_kernels.tools._case_parser import results  # noqa: E402
 
 MAX_PARSE_SECONDS = 30.0
 SUITES = {"ONE_GPU_CASES": "one", "TWO_GPU_CASES": "two"}
@@ -42,11 +46,11 @@ class Case:
 
 
 class Stub:
-    """The outside world of a module: `bits` fixes the flags, or `rng` gives each call its own outcome."""
+    """The outside world of a module: `bits` fixes the flags."""
 
-    def __init__(self, bits: int, rng: Random | None) -> None:
+    def __init__(self, bits: int) -> None:
         def flag(i: int) -> Callable[[], bool]:
-            return lambda: bool(rng.getrandbits(1)) if rng else bool(bits >> i & 1)
+            return lambda: bool(bits >> i & 1)
 
         flags = [flag(i) for i in range(6)]
 
@@ -145,15 +149,13 @@ def _execute(code: types.CodeType, ns: dict[str, Any]) -> bool | None:
         return None
 
 
-def executions(text: str, seed: int) -> Iterator[tuple[Stub, bool, dict[str, list[str]]]]:
-    """The lists' ids in every variant that imports: all flags fixed in turn, then with every call random."""
+def executions(text: str, seed: int) -> Iterator[tuple[Stub, dict[str, list[str]]]]:
+    """The lists' ids in every variant that imports, for the flags' extreme and some random values."""
     code = compile(text, "config", "exec")
     signal.signal(signal.SIGALRM, _expired)
     rng = Random(seed)
-    variants = [(b, None) for b in (0, 63, *(rng.getrandbits(6) for _ in range(6)))]
-    variants += [(0, Random(rng.getrandbits(32))) for _ in range(4)]  # type: ignore[misc]
-    for bits, each in variants:
-        stub = Stub(bits, each)
+    for bits in (0, 63, *(rng.getrandbits(6) for _ in range(10))):
+        stub = Stub(bits)
         ns = stub.namespace()
         sys.modules["config"] = types.ModuleType("config")
         ended = _execute(code, ns)
@@ -168,26 +170,59 @@ def executions(text: str, seed: int) -> Iterator[tuple[Stub, bool, dict[str, lis
                 break
             found[name] = [c.id for c in value]
         else:
-            yield stub, each is None, found
+            yield stub, found
 
 
-def parse(text: str) -> ParsedConfig:
-    collector = Collector(SUITES, case_class="DiffusionTestCase", id_param="id")
-    collector.run(parse_source(text, "config"), None, text)
-    return collector.config()
+class Parser:
+    """The parser with one child interpreter for many modules."""
+
+    def __init__(self) -> None:
+        here = str(ROOT / "lingbot_kernels" / "tools")
+        code = (
+            f"import sys, json; sys.path.insert(0, {here!r}); from _case_parser import worlds; sys.path.pop(0)\n"
+            "for line in sys.stdin: print(json.dumps(worlds.answer(json.loads(line))), flush=True)\n"
+        )
+        command = [sys.executable, "-I", "-S", "-B", "-c", code]
+        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.folder = Path(tempfile.mkdtemp())
+        self.serial = 0
+
+    def __call__(self, text: str) -> results.ParsedConfig:
+        self.serial += 1
+        config = self.folder / f"config_{self.serial}.py"
+        config.write_text(text)
+        options = results.Options("DiffusionTestCase", "id", timeout=MAX_PARSE_SECONDS)
+        parsed = results.parse_config(config, SUITES, options, run=self._run)
+        config.unlink()
+        return parsed
+
+    def _run(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self.child.stdin is not None and self.child.stdout is not None
+        self.child.stdin.write(json.dumps(request) + "\n")
+        self.child.stdin.flush()
+        return json.loads(self.child.stdout.readline())
 
 
-def compare(text: str, seed: int = 0, parsed: ParsedConfig | None = None) -> Outcome:
+@functools.cache
+def _parser(process: int) -> Parser:
+    return Parser()
+
+
+def parse(text: str) -> results.ParsedConfig:
+    return _parser(os.getpid())(text)
+
+
+def compare(text: str, seed: int = 0, parsed: results.ParsedConfig | None = None) -> Outcome:
     """Parse and execute a module; a difference counts only where the parser reported nothing."""
-    start = time.process_time()
+    start = time.perf_counter()
     parsed = parse(text) if parsed is None else parsed
     out = Outcome(reported=bool(parsed.unresolved))
-    if time.process_time() - start > MAX_PARSE_SECONDS:
-        out.difference = f"parsing took {time.process_time() - start:.1f} s"
+    if time.perf_counter() - start > MAX_PARSE_SECONDS:
+        out.difference = f"parsing took {time.perf_counter() - start:.1f} s"
     answers = {name: parsed.suites[suite] for name, suite in SUITES.items()}
     out.conditional = any(c.condition for cases in answers.values() for c in cases)
     duplicated = {(d.id, s) for d in parsed.duplicates for s in d.suites}
-    for stub, fixed, found in executions(text, seed):
+    for stub, found in executions(text, seed):
         out.compared += 1
         for name, ids in found.items():
             answer = {c.id: c.condition for c in answers[name]}
@@ -201,7 +236,7 @@ def compare(text: str, seed: int = 0, parsed: ParsedConfig | None = None) -> Out
                 problem = f"order {ids} against {list(answer)}"
             elif unseen := [i for i, n in times.items() if n > 1 and (i, SUITES[name]) not in duplicated]:
                 problem = f"duplicates not reported: {unseen}"
-            elif fixed:
+            else:
                 wrong = [(i, c) for i, c in answer.items() if c and holds(c, stub) not in (None, i in times)]
                 problem = f"condition doesn't tell: {wrong}" if wrong else None
             if problem and not out.reported:

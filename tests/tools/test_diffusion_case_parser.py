@@ -7,29 +7,34 @@ import json
 import random
 import subprocess
 import sys
-import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lingbot_kernels.tools import diffusion_case_parser as parser
-from lingbot_kernels.tools._case_parser.collect import ParsedConfig
+from lingbot_kernels.tools._case_parser.results import Options, ParsedConfig, parse_config
 
 SCRIPT = Path(parser.__file__)
 CASE = "from stubs import DiffusionTestCase as C\n"
 
 
-def visit(text: str) -> parser.DiffusionTestCaseVisitor:
-    visitor = parser.DiffusionTestCaseVisitor(source=text)
-    visitor.visit(ast.parse(text))
-    return visitor
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., ParsedConfig]:
+    """Reads the text of a config, and of modules beside it, by both readers."""
+
+    def reads(text: str, files: dict[str, str] | None = None, **options: Any) -> ParsedConfig:
+        for name, content in {"config.py": text, **(files or {})}.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content)
+        options = {"case_class": "DiffusionTestCase", "id_param": "id", "root": tmp_path, **options}
+        return parse_config(tmp_path / "config.py", parser.CASE_LIST_TO_SUITE, Options(**options))
+
+    return reads
 
 
-def ids(text: str, name: str = "ONE_GPU_CASES") -> list[str]:
-    visitor = visit(text)
-    assert visitor.unresolved == []
-    return visitor.cases[name]
+Read = Callable[..., ParsedConfig]
 
 
 def test_visitor_without_imports_or_source() -> None:
@@ -37,11 +42,13 @@ def test_visitor_without_imports_or_source() -> None:
     visitor.visit(
         ast.parse('def make():\n    return DiffusionTestCase("a")\nONE_GPU_CASES = []\nONE_GPU_CASES.append(make())')
     )
-    assert visitor.cases == {"ONE_GPU_CASES": ["a"]}
+    assert visitor.cases == {"ONE_GPU_CASES": ["a"]} and visitor.unresolved == []
 
 
 def test_visitor_process_expr_and_factory_id() -> None:
-    visitor = visit(CASE + 'def make(i="m", *, gpus=1):\n    return C(f"{i}_{gpus}")\nONE_GPU_CASES = []\n')
+    text = CASE + 'def make(i="m", *, gpus=1):\n    return C(f"{i}_{gpus}")\nONE_GPU_CASES = []\n'
+    visitor = parser.DiffusionTestCaseVisitor(source=text)
+    visitor.visit(ast.parse(text))
     visitor._process_expr(ast.parse('ONE_GPU_CASES.append(make("x", gpus=2))').body[0])
     visitor._process_expr(ast.parse("ONE_GPU_CASES.append(make())", mode="eval").body)
     assert visitor.cases["ONE_GPU_CASES"] == ["x_2", "m_1"]
@@ -51,6 +58,7 @@ def test_visitor_process_expr_and_factory_id() -> None:
     assert visitor._extract_factory_case_id(ast.parse("len([])", mode="eval").body) is None
     visitor.visit(ast.parse('ONE_GPU_CASES += [C("later")]').body[0])
     assert visitor.cases["ONE_GPU_CASES"] == ["x_2", "m_1", "later"]
+    assert visitor.unresolved == []
 
 
 def test_parse_testcase_configs_warns_of_what_is_unresolved(tmp_path: Path) -> None:
@@ -118,12 +126,13 @@ def test_collect_diffusion_suites(tmp_path: Path) -> None:
     assert suites["2-gpu"].cases == [] and set(suites) == set(parser.CASE_LIST_TO_SUITE.values())
 
 
-def test_unresolved_has_place_source_and_reason() -> None:
-    visitor = visit(CASE + "from gone import load\n\nONE_GPU_CASES = [\n    C('a'),\n    *load(),\n]\n")
-    (u,) = visitor.unresolved
-    assert (u.file, u.line, u.column, u.source) == ("<config>", 6, 6, "*load(),")
+def test_unresolved_has_place_source_and_reason(read: Read) -> None:
+    parsed = read(CASE + "from gone import load\n\nONE_GPU_CASES = [\n    C('a'),\n    *load(),\n]\n")
+    (u,) = parsed.unresolved
+    column = 6 if sys.version_info >= (3, 11) else 5
+    assert (Path(u.file).name, u.line, u.column, u.source) == ("config.py", 6, column, "*load(),")
     assert "load" in u.reason
-    assert visitor.cases == {"ONE_GPU_CASES": ["a"]}
+    assert parsed.lists == {"ONE_GPU_CASES": ["a"]}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +143,6 @@ def test_unresolved_has_place_source_and_reason() -> None:
         "ONE_GPU_CASES.append(getattr(factory, name)())",
         "from gone import x; x.cases = ONE_GPU_CASES",
         "from gone import run; run(lambda: ONE_GPU_CASES.append(C('z')))",
-        "import sys; sys.modules[__name__].ONE_GPU_CASES.append(C('z'))",
         "ONE_GPU_CASES = {c.id: c for c in ONE_GPU_CASES}",
         "ONE_GPU_CASES.append('text')",
         "ONE_GPU_CASES.append(None)",
@@ -142,82 +150,50 @@ def test_unresolved_has_place_source_and_reason() -> None:
         "ONE_GPU_CASES.append(C(3))",
         "ONE_GPU_CASES = 5",
         "[X] = ONE_GPU_CASES = open('f')",
-        "ONE_GPU_CASES[0].retag('b')",
+        "ONE_GPU_CASES[0].retag('b'); from gone import tag; tag(ONE_GPU_CASES[0])",
         "for n in {'x', 'y'}: ONE_GPU_CASES.append(C(n))",
-        "ONE_GPU_CASES.extend(ONE_GPU_CASES.__class__([C('q')]))",
         "def f():\n    ONE_GPU_CASES.append(C('z'))\nimport atexit; atexit.register(f)",
         "import threading; threading.Thread(target=ONE_GPU_CASES.clear).start()",
+        "from gone import more\nwhile more(): ONE_GPU_CASES.append(C('w'))",
+        "from gone import at\ndel ONE_GPU_CASES[at():]",
+        "from gone import x\nONE_GPU_CASES.append(C('%s' % [x]))",
     ],
 )
-def test_what_could_hide_a_case_is_reported(line: str) -> None:
-    visitor = visit(CASE + "ONE_GPU_CASES = [C('a')]\n" + line + "\n")
-    assert visitor.unresolved, visitor.cases
+def test_what_could_hide_a_case_is_reported(read: Read, line: str) -> None:
+    parsed = read(CASE + "ONE_GPU_CASES = [C('a')]\n" + line + "\n")
+    assert parsed.unresolved, parsed.suites
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("line", "expected"),
     [
-        "def f(n):\n    return f(n + 1)\nONE_GPU_CASES = f(0)",
-        "def f(n):\n    return f(n) + f(n)\nONE_GPU_CASES = f(0)",
-        "while True:\n    pass",
-        "X = []\nwhile True:\n    X.append(1)",
-        "X = [0] * 10**9",
-        "X = 'a' * 10**9",
-        "X = '%1000000000d' % 5\nY = f'{5:>999999999}'\nZ = '{:>999999999}'.format(5)\nW = 'a'.ljust(10**9)",
-        "X = 10 ** 10 ** 10\nY = 1 << 10**10",
-        "x = 2\nfor i in range(200):\n    x = x * x",
-        "X = [[0] * 1000 for i in range(1000)]\nY = [a for x in X for a in x for b in X]",
-        "X = [0]\nfor i in X:\n    X.append(i)",
-        "def g():\n    while True:\n        yield 1\nX = list(g())",
-        "import itertools\nX = list(itertools.product(range(1000), repeat=5))",
-        "X = {}\nX['x'] = X\nY = [X]\nX['y'] = Y\nimport gone; gone.f(X, Y)\nimport copy\nZ = copy.deepcopy(Y)",
-        "X = []\nX.append(X)\nX == X\nZ = f'{X}'",
-        "from gone import flag\nX = []\n" + "".join(f"if flag({i}):\n    X.append({i})\n" for i in range(800)),
-        "from gone import flag\nX = 0\n" + "".join(f"if flag({i}):\n    X = X + {i}\n" for i in range(60)),
-        "from gone import flag\nX = []\nfor i in range(400):\n    if flag(i):\n        break\n    X.append(i)",
-        "class A(A):\n    pass",
-        "class A:\n    @property\n    def x(self):\n        return self.x\nX = A().x",
-        "ONE_GPU_CASES = " + " + ".join(["[]"] * 5000),
-        "X = " + "-" * 900 + "1",
-        "X = " + ".a" * 0 + "a" + ".b" * 900,
-        "X = " + "[" * 90 + "]" * 90,
-        "\n".join(" " * i + "if a:" for i in range(95)) + "\n" + " " * 95 + "b",
+        ("import sys; sys.modules[__name__].ONE_GPU_CASES.append(C('z'))", ["a", "z"]),
+        ("ONE_GPU_CASES.extend(ONE_GPU_CASES.__class__([C('q')]))", ["a", "q"]),
+        ("globals()['ONE_GPU_CASES'].append(C('g'))", ["a", "g"]),
+        ("exec('ONE_GPU_CASES.append(C(\"e\"))')", ["a", "e"]),
+        ("def f():\n    pass\nimport atexit; atexit.register(f)", ["a"]),
     ],
 )
-def test_bounded(text: str) -> None:
-    start = time.perf_counter()
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, RecursionError, MemoryError):
-        pytest.skip("this Python doesn't parse it")
-    visitor = parser.DiffusionTestCaseVisitor(source=text)
-    visitor.visit(tree)
-    assert time.perf_counter() - start < 20
+def test_reflection_is_followed(read: Read, line: str, expected: list[str]) -> None:
+    parsed = read(CASE + "ONE_GPU_CASES = [C('a')]\n" + line + "\n")
+    assert parsed.lists["ONE_GPU_CASES"] == expected and not parsed.unresolved
 
 
-def test_stopping_early_is_reported_and_keeps_what_was_found() -> None:
-    visitor = visit(CASE + "ONE_GPU_CASES = [C('a')]\nwhile True:\n    pass\nONE_GPU_CASES.append(C('b'))\n")
-    assert visitor.cases["ONE_GPU_CASES"] == ["a"]
-    (u,) = visitor.unresolved
-    assert u.line in (3, 4) and "steps" in u.reason
+def test_stopping_early_is_reported_and_keeps_what_was_found(read: Read) -> None:
+    text = CASE + "ONE_GPU_CASES = [C('a')]\nraise ValueError('no')\nONE_GPU_CASES.append(C('b'))\n"
+    parsed = read(text)
+    assert parsed.lists["ONE_GPU_CASES"] == ["a"]
+    assert [u.line for u in parsed.stopped] == [3] and "ValueError" in parsed.stopped[0].reason
+    assert any("'b'" in u.reason for u in parsed.unresolved)
 
 
-def test_five_thousand_cases_in_a_second(tmp_path: Path) -> None:
+def test_five_thousand_cases(read: Read) -> None:
     lines = [
         f'    DiffusionTestCase("case_{i}", ServerArgs(model_path=M, extras=["--n", "{i}"])),' for i in range(5000)
     ]
-    config = tmp_path / "cases.py"
-    config.write_text(
-        "from stubs import DiffusionTestCase, ServerArgs, M\nONE_GPU_CASES = [\n" + "\n".join(lines) + "\n]\n"
-    )
-    best = min(_seconds(config) for _ in range(3))
-    assert best < 1.0, f"{best:.2f} s"
-
-
-def _seconds(config: Path) -> float:
-    start = time.process_time()
-    assert len(parser.parse_testcase_configs(config)["ONE_GPU_CASES"]) == 5000
-    return time.process_time() - start
+    head = "from stubs import DiffusionTestCase, ServerArgs, M\nONE_GPU_CASES = [\n"
+    parsed = read(head + "\n".join(lines) + "\n]\n", timeout=60)
+    assert len(parsed.lists["ONE_GPU_CASES"]) == 5000 and not parsed.unresolved
 
 
 def test_importing_needs_no_package() -> None:
@@ -266,77 +242,10 @@ def _broken_sources() -> list[bytes]:
 
 def test_broken_input_never_raises(tmp_path: Path) -> None:
     config = tmp_path / "broken.py"
-    start = time.perf_counter()
     unreadable = 0
     for source in _broken_sources():
         config.write_bytes(source)
-        parsed: ParsedConfig = parser.collect.parse_config(
-            config, parser.CASE_LIST_TO_SUITE, case_class="C", id_param="id"
-        )
+        parsed = parse_config(config, parser.CASE_LIST_TO_SUITE, Options("C", "id", static=True))
         assert parsed.readable or parsed.unresolved
         unreadable += not parsed.readable
     assert 50 < unreadable < 450
-    assert time.perf_counter() - start < 60
-
-
-TEMPLATES = [
-    "X = {a}",
-    "X += {a}",
-    "X.append({a})",
-    "X[{a}] = {b}",
-    "for i in {a}: X = {b}",
-    "X = {a} + {b}",
-    "X = {a} if {b} else {c}",
-    "def f(a={a}): return {b}",
-    "X = [{a}, {b}]",
-    "X = ({a})({b})",
-    "del X[{a}]",
-    "X = {a} in {b}",
-    "with {a} as X: {b}",
-    "class K(f): X = {a}",
-    "X = {{{a}: {b}}}",
-    "X, Y = {a}",
-    "assert {a}",
-    "raise {a}",
-    "X = f'{{{a}}}'",
-    "X = {a} < {b}",
-    "try:\n    {a}\nexcept {b}:\n    {c}",
-    "while {a}:\n    break",
-    "X = -({a})",
-    "X = list({a})",
-    "X.sort(key={a})",
-]
-
-
-def test_shuffled_tokens_never_raise() -> None:
-    """Valid Python in a random order: names unbound, wrong types, odd targets."""
-    rng = random.Random(11)
-    pieces = [
-        "X",
-        "C('a')",
-        "[C('b')]",
-        "1",
-        "None",
-        "lambda: X",
-        "f",
-        "{}",
-        "{1, 2}",
-        "'s'",
-        "X[0]",
-        "X.a",
-        "f()",
-        "*X",
-        "[*X]",
-        "x for x in X",
-    ]
-    for _ in range(1500):
-        a, b, c = (rng.choice(pieces) for _ in range(3))
-        template = rng.choice(TEMPLATES)
-        text = "X = []\n" + "\n".join([template.format(a=a, b=b, c=c)] * 2) + "\n"
-        try:
-            tree = ast.parse(text)
-        except SyntaxError:
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            parser.DiffusionTestCaseVisitor(case_class="C", source=text).visit(tree)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lingbot_kernels.tools import diffusion_case_parser
+from lingbot_kernels.tools._case_parser.results import PYTHON
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = sorted(p for p in GOLDEN.glob("*.py") if not p.name.startswith("_"))
@@ -28,7 +29,8 @@ def answer(config: Path) -> dict:
     }
     for u in data["unresolved"]:
         u["file"] = Path(u["file"]).name
-    return data
+    data["stopped"] = bool(data.get("stopped"))
+    return json.loads(json.dumps(data).replace(PYTHON, "Python X.Y"))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)

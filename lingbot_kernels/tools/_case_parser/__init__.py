@@ -1,4 +1,1 @@
-"""Static evaluator behind ``diffusion_case_parser.py``: reads a case config without importing it.
-
-Standard library only; every module here uses relative imports, so the package also loads by path.
-"""
+"""The two readers of the case parser: `worlds` runs a config under stubs, `visitor` reads its tree as upstream does."""

@@ -1,12 +1,13 @@
 """Command line of the case parser: list, plan, verify and diff.
 
-Exit codes: 0; 1 a required suite is empty or cases are missing; 2 unresolved (`--strict`, or an unreadable config);
-64 bad arguments; 66 a missing file.
+Exit codes: 0 all was read; 1 a required suite is empty, a case didn't run, or there is no case at all; 2 unresolved
+(`--strict`, or an unreadable config); 3 stopped early; 64 bad arguments; 66 a missing file.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
 import sys
@@ -14,12 +15,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .collect import ParsedCase, ParsedConfig, StandaloneData, as_json, parse_config, parse_standalone
-from .limits import SourceError
 from .planning import DEFAULT_EST_TIME_SECONDS, BaselineError, Item, load_baselines, plan
 from .reports import STANDALONE_PREFIX, read_reports
+from .results import (
+    DEFAULT_TIMEOUT_SECONDS,
+    Options,
+    ParsedCase,
+    ParsedConfig,
+    SourceError,
+    StandaloneData,
+    as_json,
+    parse_config,
+    parse_standalone,
+)
 
-EXIT_OK, EXIT_FAILED, EXIT_UNRESOLVED, EXIT_USAGE, EXIT_NO_INPUT = 0, 1, 2, 64, 66
+EXIT_OK, EXIT_FAILED, EXIT_UNRESOLVED, EXIT_STOPPED, EXIT_USAGE, EXIT_NO_INPUT = 0, 1, 2, 3, 64, 66
 
 
 class UsageError(Exception):
@@ -62,6 +72,18 @@ def _identifier(text: str) -> str:
     return text
 
 
+def _assumption(text: str) -> tuple[str, bool]:
+    name, _, value = text.rpartition("=")
+    if value not in ("True", "False") or not name.strip():
+        raise argparse.ArgumentTypeError(f"must be CONDITION=True or CONDITION=False, got {text!r}")
+    try:
+        name = ast.unparse(ast.parse(name.strip(), mode="eval"))
+    except SyntaxError:  # such as `import x`
+        name = name.strip()
+    negated = name.startswith("not ")
+    return name.removeprefix("not "), (value == "True") != negated
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser; usage errors raise `UsageError`."""
     common = _Parser(add_help=False)
@@ -81,9 +103,29 @@ def build_parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--case-class", type=_identifier, default="DiffusionTestCase", metavar="NAME")
     common.add_argument("--id-param", type=_identifier, default="id", metavar="NAME")
-    common.add_argument("--root", type=Path, metavar="DIR", help="folder of the tree in which imports are followed")
+    common.add_argument("--root", type=Path, metavar="DIR", help="folder in which absolute imports start")
+    common.add_argument(
+        "--scope",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder whose modules are executed (default: the config's); everything else is a stub",
+    )
+    common.add_argument(
+        "--assume",
+        type=_assumption,
+        action="append",
+        default=[],
+        metavar="CONDITION=BOOL",
+        help="fix an unknown test, such as 'is_hip()=False'",
+    )
+    common.add_argument("--static", action="store_true", help="read the syntax tree only; run nothing")
+    common.add_argument("--timeout", type=_positive, default=DEFAULT_TIMEOUT_SECONDS, metavar="S")
+    common.add_argument("--allow-empty", action="store_true", help="no case at all is no failure")
     parser = _Parser(
-        prog="diffusion_case_parser", description="Which test cases a config declares, without importing it."
+        prog="diffusion_case_parser",
+        description="Which test cases a config declares. The config's own code is run, under stubs, without --static.",
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     p = commands.add_parser("list", parents=[common], help="cases by suite, and what is unresolved")
@@ -114,17 +156,25 @@ class _Run:
     def __init__(self, args: argparse.Namespace, list_to_suite: Mapping[str, str]) -> None:
         self.args = args
         self.list_to_suite = dict(args.lists) if args.lists else dict(list_to_suite)
-        if args.root is not None and not args.root.is_dir():
-            raise NoInputError(f"--root {args.root}: no such folder")
+        for name, folder in [("--root", args.root), *(("--scope", f) for f in args.scope)]:
+            if folder is not None and not folder.is_dir():
+                raise NoInputError(f"{name} {folder}: no such folder")
+        self.options = Options(
+            case_class=args.case_class,
+            id_param=args.id_param,
+            root=args.root,
+            scope=args.scope,
+            assume=dict(args.assume),
+            timeout=args.timeout,
+            static=args.static,
+        )
         self.baselines: dict[str, float] = {}
         if args.baselines is not None:
-            self.baselines = load_baselines(self.file(args.baselines))
+            self.baselines = load_baselines(args.baselines if args.baselines.is_dir() else self.file(args.baselines))
         self.standalone = StandaloneData()
         if args.run_suite is not None:
             try:
-                self.standalone = parse_standalone(
-                    self.file(args.run_suite), case_class=args.case_class, id_param=args.id_param, root=args.root
-                )
+                self.standalone = parse_standalone(self.file(args.run_suite), self.options)
             except SourceError as e:
                 raise UsageError(f"--run-suite {args.run_suite}:{e.line}:{e.column}: {e.reason}") from None
 
@@ -139,11 +189,14 @@ class _Run:
         return path
 
     def parse(self, path: Path) -> ParsedConfig:
-        args = self.args
-        parsed = parse_config(
-            self.file(path), self.list_to_suite, case_class=args.case_class, id_param=args.id_param, root=args.root
-        )
+        parsed = parse_config(self.file(path), self.list_to_suite, self.options)
         parsed.unresolved += self.standalone.unresolved
+        parsed.stopped += self.standalone.stopped
+        for name in self.options.assume:
+            if parsed.readable and not self.options.static and name not in parsed.assumed:
+                print(f"note: --assume {name}: {path} never asks for it", file=sys.stderr)
+        for u in parsed.stopped:
+            print(f"error: stopped early: {u.file}:{u.line}:{u.column}: {u.reason}", file=sys.stderr)
         return parsed
 
     def estimate(self, case_id: str) -> float:
@@ -158,10 +211,18 @@ class _Run:
             "est_time": self.estimate(case.id),
         }
 
-    def exit_code(self, *configs: ParsedConfig, otherwise: int = EXIT_OK) -> int:
-        if any(not c.readable for c in configs) or (self.args.strict and any(c.unresolved for c in configs)):
+    def exit_code(self, *configs: ParsedConfig, failed: bool = False) -> int:
+        """The code of a command that read `configs`; `failed`: what it checks doesn't hold."""
+        if any(not c.readable for c in configs):
             return EXIT_UNRESOLVED
-        return otherwise
+        if any(c.stopped for c in configs):
+            return EXIT_STOPPED
+        if not self.args.allow_empty and not any(configs[-1].suites.values()):
+            print("error: no case at all was found (--allow-empty takes that)", file=sys.stderr)
+            failed = True
+        if failed:
+            return EXIT_FAILED
+        return EXIT_UNRESOLVED if self.args.strict and any(c.unresolved for c in configs) else EXIT_OK
 
     # -- commands --------------------------------------------------------------------------------------------------
 
@@ -179,6 +240,8 @@ class _Run:
                 "unresolved": as_json(parsed.unresolved),
                 "duplicates": as_json(parsed.duplicates),
             }
+            if parsed.stopped:
+                data["stopped"] = as_json(parsed.stopped)
             if parsed.other_lists:
                 data["other_lists"] = parsed.other_lists
             if self.args.run_suite is not None:
@@ -188,7 +251,7 @@ class _Run:
             self.print_list(parsed)
         for suite in empty:
             print(f"error: required suite {suite} has no cases", file=sys.stderr)
-        return EXIT_FAILED if empty else self.exit_code(parsed)
+        return self.exit_code(parsed, failed=bool(empty))
 
     def print_list(self, parsed: ParsedConfig) -> None:
         for suite, cases in parsed.suites.items():
@@ -281,11 +344,16 @@ class _Run:
         executed = read_reports(args.reports)
         missing = executed.missing(expected)
         skipped = executed.missing(conditional)
+        broken = executed.broken(suites)
+        known = {s: {c.id for c in cases} for s, cases in parsed.suites.items()}
+        unexpected = executed.unexpected(known, self.standalone.files if args.run_suite is not None else None)
         if args.json:
             data = {
                 "expected": expected,
                 "missing": missing,
                 "conditional_not_executed": skipped,
+                "errors": broken,
+                "unexpected": unexpected,
                 "reports": executed.files,
                 "problems": executed.problems,
                 "unresolved": as_json(parsed.unresolved),
@@ -299,14 +367,18 @@ class _Run:
                     print(f"  missing: {i}")
                 for i in skipped.get(s, []):
                     print(f"  not run, conditional: {i}")
+            for i in unexpected:
+                print(f"unexpected, not in the config: {i}")
             print(f"{executed.files} reports read")
             self.print_unresolved(parsed, sys.stdout)
         for problem in executed.problems:
             print(f"error: unreadable report {problem}", file=sys.stderr)
+        for i in broken:
+            print(f"error: {i} ended in an error before or after its run", file=sys.stderr)
         if missing:
             names = ", ".join(f"{s}: {' '.join(ids)}" for s, ids in missing.items())
             print(f"error: not executed: {names}", file=sys.stderr)
-        return self.exit_code(parsed, otherwise=EXIT_FAILED if missing else EXIT_OK) if not missing else EXIT_FAILED
+        return self.exit_code(parsed, failed=bool(missing or broken))
 
     def diff(self) -> int:
         old, new = self.parse(self.args.old), self.parse(self.args.new)

@@ -16,21 +16,31 @@ class BaselineError(ValueError):
     """A baseline file that isn't what the rule needs."""
 
 
-def load_baselines(path: Path) -> dict[str, float]:
-    """Estimate in seconds per scenario of a baseline file; a missing file has none.
+_PLATFORM_ORDER = ("h100.json", "b200.json", "5090.json")
 
-    ``estimated_full_test_time_s``, else ``expected_e2e_ms / 1000`` plus the start-up overhead; neither: not listed.
+
+def load_baselines(path: Path) -> dict[str, float]:
+    """Estimate in seconds per scenario of a baseline file, or of a folder with one a platform; a missing one: none.
+
+    ``estimated_full_test_time_s``, else ``expected_e2e_ms / 1000`` plus the start-up overhead; neither: not listed. In
+    a folder the first platform that has a scenario counts: h100, b200, 5090, then by name.
     """
+    if path.is_dir():
+        files = sorted(path.glob("*.json"), key=lambda p: ([*_PLATFORM_ORDER, p.name].index(p.name), p.name))
+        out: dict[str, float] = {}
+        for file in files:
+            out = load_baselines(file) | out
+        return out
     if not path.exists():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as e:
         raise BaselineError(f"{path} isn't JSON: {e}") from None
     scenarios = data.get("scenarios", {}) if isinstance(data, dict) else None
     if not isinstance(scenarios, dict):
         raise BaselineError(f"{path}: 'scenarios' must be an object of case id -> scenario")
-    out: dict[str, float] = {}
+    out = {}
     for case_id, scenario in scenarios.items():
         if not isinstance(scenario, dict):
             raise BaselineError(f"{path}: scenario {case_id!r} must be an object")

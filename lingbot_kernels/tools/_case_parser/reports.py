@@ -18,6 +18,7 @@ class Executed:
 
     by_suite: dict[str, set[str]] = field(default_factory=dict)
     anywhere: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, None] = field(default_factory=dict)
     files: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -36,6 +37,27 @@ class Executed:
                     out.setdefault(suite, []).append(case_id)
         return out
 
+    def broken(self, suites: list[str]) -> list[str]:
+        """Cases that ended in an error of their set-up or teardown and have no run in any report of `suites`."""
+        ran = {i for s in suites for i in self.by_suite.get(s, ())} | self.anywhere.keys()
+        return [i for i in self.errors if i not in ran]
+
+    def unexpected(self, known: dict[str, set[str]], standalone: dict[str, list[str]] | None) -> list[str]:
+        """Ids that ran and that no suite has; standalone files where it is known which there are."""
+        files = {STANDALONE_PREFIX + f for held in (standalone or {}).values() for f in held}
+        cases = {i for ids in known.values() for i in ids}
+        ran = [(i, known.get(s, set())) for s, ids in sorted(self.by_suite.items()) for i in sorted(ids)]
+        ran += [(i, cases) for i in self.anywhere]
+        return list(
+            dict.fromkeys(
+                i
+                for i, there in ran
+                if (
+                    i not in there if not i.startswith(STANDALONE_PREFIX) else standalone is not None and i not in files
+                )
+            )
+        )
+
 
 def read_reports(folder: Path) -> Executed:
     """Read every ``*.json`` and ``*.xml`` below `folder`; an unreadable one is a problem, not an execution."""
@@ -47,7 +69,7 @@ def read_reports(folder: Path) -> Executed:
             if path.stat().st_size > _MAX_REPORT_BYTES:
                 raise ValueError(f"larger than {_MAX_REPORT_BYTES:,} bytes")
             if path.suffix.lower() == ".json":
-                _read_json(json.loads(path.read_text(encoding="utf-8")), out)
+                _read_json(json.loads(path.read_bytes()), out)
             else:
                 _read_junit(ElementTree.parse(path).getroot(), out)
             out.files += 1
@@ -84,7 +106,11 @@ def _read_junit(root: ElementTree.Element, out: Executed) -> None:
     seen: dict[str, None] = {}
     for case in root.iter("testcase"):
         name = case.get("name", "")
-        if case.find("skipped") is None and "[" in name and name.endswith("]"):
+        if case.find("skipped") is not None or "[" not in name or not name.endswith("]"):
+            continue
+        if case.find("error") is not None:  # set-up or teardown failed: not a run
+            out.errors[name[name.index("[") + 1 : -1]] = None
+        else:
             seen[name[name.index("[") + 1 : -1]] = None
     for i in seen:
         out.anywhere[i] = out.anywhere.get(i, 0) + 1
