@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-_HEADER = "# Measured\n\nThe latest row of each measurement in `bench/results`, and the pictures drawn from them."
+_HEADER = "# Every measured row\n\nThe latest of each measurement in `bench/results`, and the pictures drawn from them."
 _COLUMNS = ("case", "op", "backend", "p20", "p50", "p80", "ceiling", "p50 / ceiling", "TB/s", "gate", "commit")
 
 

@@ -178,7 +178,7 @@ def bind_core(
     """
     named, fields, struct = by_name(signature, call, launch), launch.fields, struct_fields(function)
     if unknown := fields.keys() - struct.keys():
-        raise TypeError(f"{', '.join(unknown)}: the declaration gives what the core's struct has no field for")
+        raise TypeError(f"{', '.join(unknown)}: got them from the declaration, must be fields of the core's struct")
     handed = []
     for path, (head, leaf) in struct.items():
         if path in fields:
@@ -188,7 +188,7 @@ def bind_core(
         elif leaf in named:  # "ring.sink" is the sink
             value = named[leaf]
         else:
-            raise TypeError(f"{path}: the declaration gives this field of the core's struct no value")
+            raise TypeError(f"{path}: got no value from the declaration, must have one: the core's struct has it")
         handed.append(0 if value is None else value)
     position = next((i for i, value in enumerate(handed) if isinstance(value, Addresses)), None)
     if position is not None:

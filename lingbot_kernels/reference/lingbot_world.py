@@ -21,7 +21,7 @@ from lingbot_kernels.reference.rope_cos_sin import apply_rope, rope_cos_sin
 KeyValue = tuple[Tensor, Tensor]
 
 
-class Schedule(Protocol):
+class ScheduleLike(Protocol):
     """What a denoising loop reads of a schedule, as `stages.schedule.Schedule` has it."""
 
     @property
@@ -175,7 +175,7 @@ class PlainLingBotWorld:
     @torch.no_grad()
     def denoise_chunk(
         self,
-        schedule: Schedule,
+        schedule: ScheduleLike,
         noise: Tensor,
         renoise: Tensor,
         text: Tensor,
