@@ -4,6 +4,8 @@ Arithmetic is float64 for float64 inputs, else float32; in bf16 and f16 it round
 """
 
 from lingbot_kernels.reference.attention_output_push import attention_output_push
+from lingbot_kernels.reference.frame_norm_silu import frame_norm_silu
+from lingbot_kernels.reference.frame_pixels import frame_pixels
 from lingbot_kernels.reference.gated_residual import gated_residual
 from lingbot_kernels.reference.gated_residual_camera_norm import gated_residual_camera_norm
 from lingbot_kernels.reference.gated_residual_camera_norm_quantize import gated_residual_camera_norm_quantize
@@ -27,6 +29,8 @@ from lingbot_kernels.reference.windowed_attention import windowed_attention, win
 __all__ = [
     "apply_rope",
     "attention_output_push",
+    "frame_norm_silu",
+    "frame_pixels",
     "gated_residual",
     "gated_residual_camera_norm",
     "gated_residual_camera_norm_quantize",
