@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lingbot_kernels.config import LingBotConfig
     from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
     from lingbot_kernels.ops import RingPosition, use_backend
+    from lingbot_kernels.pipeline import LingBotWorldPipeline
     from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
     from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 
@@ -22,6 +23,7 @@ _HOMES = {
     "CausalLingBotTransformer": "lingbot_kernels.models.lingbot_world",
     "RealtimeCausalDiTState": "lingbot_kernels.realtime.causal_state",
     "CausalDenoisingStage": "lingbot_kernels.stages.causal_denoising",
+    "LingBotWorldPipeline": "lingbot_kernels.pipeline",
     "RingPosition": "lingbot_kernels.ops",
     "use_backend": "lingbot_kernels.ops",
 }
@@ -30,6 +32,7 @@ __all__ = [
     "CausalDenoisingStage",
     "CausalLingBotTransformer",
     "LingBotConfig",
+    "LingBotWorldPipeline",
     "RealtimeCausalDiTState",
     "RingPosition",
     "__version__",

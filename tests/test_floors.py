@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("quantization",),
     ("realtime",),
     ("parallel",),
-    ("models", "decoding"),
+    ("models", "decoding", "components"),
     ("stages",),
     ("integrations", "pipeline"),
     ("benchmarks",),

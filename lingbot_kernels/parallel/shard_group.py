@@ -85,6 +85,11 @@ class ShardGroup:
             joined.exchange = PEER_MEMORY if reason is None else f"all-to-all ({reason})"
         return joined
 
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks' process group; None on a single rank."""
+        return self._group
+
     def shard(self, total: int, kv_cache: KVCache | None = None) -> SequenceShard:
         """This rank's part of a chunk of `total` tokens, for the session of `kv_cache` where given."""
         if total not in self._shards:
