@@ -15,7 +15,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-CHECKS = ["kernels_prologue.py", "kernels_passes.py", "kernels_int8.py"]
+CHECKS = ["kernels_prologue.py", "kernels_passes.py", "kernels_int8.py", "kernels_frames.py"]
 
 
 def run_checks(name: str, interpret: bool) -> None:
