@@ -1,4 +1,8 @@
-"""From what an op's declaration says of a call to a backend's function and what it is handed."""
+"""From what an op's declaration says of a call to a backend's function and what it is handed.
+
+A `Recipe` says what goes where, by names alone: it is made once an op and backend. A `BoundLaunch` follows it for the
+calls of one signature.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import importlib
 import inspect
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,38 +23,86 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _STRIDES = {"batch_stride": 0, "token_stride": 1}
 
 
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """The call's argument of this index, which each call fills in."""
+@dataclass
+class Recipe:
+    """What each argument of a backend's function is, by its position; an argument that none of these names is absent.
 
-    index: int
+    Attributes:
+        signature: of the call.
+        size: how many arguments the function has.
+        addresses: tensors are handed over as addresses (absent: 0) and, on CUDA, a stream's handle as the last
+            argument; otherwise they are handed over as they are (absent: None).
+        slots: (position, index in the call) of what each call fills in: tensors, lists of them, varying ints.
+        constants: (position, index in the call) of the other arguments of the call.
+        strides: (position, index in the call, dimension): of a tensor.
+        fields: (position, name): of the launch.
+        outputs: (index in the launch, position).
+    """
+
+    function: Callable[..., Any]
+    signature: Signature
+    size: int
+    addresses: bool = False
+    slots: list[tuple[int, int]] = field(default_factory=list)
+    constants: list[tuple[int, int]] = field(default_factory=list)
+    strides: list[tuple[int, int, int]] = field(default_factory=list)
+    fields: list[tuple[int, str]] = field(default_factory=list)
+    outputs: list[tuple[int, int]] = field(default_factory=list)
+
+    def put(self, name: str, position: int) -> bool:
+        """Put an argument or output there by its name; False where the op has no such name."""
+        signature = self.signature
+        if name in signature.names:
+            index = signature.names.index(name)
+            (self.slots if name in signature.differing else self.constants).append((position, index))
+        elif name in signature.returns:
+            self.outputs.append((signature.returns.index(name), position))
+            self.outputs.sort()
+        return name in signature.names or name in signature.returns or name in signature.absent
 
 
 class BoundLaunch:
     """A backend's function and its arguments, for every call of one signature.
 
     Attributes:
-        arguments: of the function, 0 where it is filled in.
+        arguments: of the function; those of `slots` and the outputs are filled in at each call.
         slots: (position in `arguments`, index of the call's argument that goes there).
-        addresses: tensors are handed over as addresses, and a stream's handle in place of the last argument where the
-            device is CUDA; otherwise they are handed over as they are.
+        addresses: as in `Recipe`.
     """
 
-    __slots__ = ("_device", "_function", "_held", "_outputs", "addresses", "arguments", "slots")
+    __slots__ = ("_device", "_function", "_held", "_outputs", "_stream", "addresses", "arguments", "slots")
 
-    def __init__(
-        self, function: Callable[..., Any], handed: Sequence[Any], call: tuple[Any, ...], addresses: bool = False
-    ) -> None:
-        """`handed` is what the function gets: constants, an array for its address, and each `Argument` and `Output`."""
-        self._function, self.addresses = function, addresses
-        self._held = [x for x in handed if isinstance(x, array)]
-        self.arguments = tuple([_placed(x) for x in handed])
-        self.slots = [(i, x.index) for i, x in enumerate(handed) if isinstance(x, Argument)]
-        self._outputs = [
-            (i, next(source for source, value in enumerate(call) if value is x.like), _allocator(x))
-            for i, x in enumerate(handed)
-            if isinstance(x, Output)
-        ]
+    def __init__(self, recipe: Recipe, call: Sequence[Any], launch: Launch) -> None:
+        self.addresses, self._function, self._stream = recipe.addresses, recipe.function, recipe.size - 1
+        self._held: list[Any] = []  # arrays that the function is told the address of
+        handed: list[Any] = [0 if recipe.addresses else None] * recipe.size
+        for position, index in recipe.constants:
+            if call[index] is not None:
+                handed[position] = call[index]
+        for position, index, dim in recipe.strides:
+            if call[index] is not None and call[index].dim() > 1:  # otherwise a vector that the batch shares
+                handed[position] = call[index].stride(dim)
+        self.slots = [slot for slot in recipe.slots if call[slot[1]] is not None]
+        for position, name in recipe.fields:
+            value = launch.fields[name]
+            if isinstance(value, torch.dtype):
+                handed[position] = _dtype_code(name, value)
+            elif isinstance(value, list):
+                self._held.append(array("q", value))
+                handed[position] = self._held[-1].buffer_info()[0]
+            elif isinstance(value, Addresses):
+                sources = [recipe.signature.names.index(x) for x in value.names]
+                self.slots += enumerate(sources, len(handed))  # the lists come after the arguments
+                handed += [0] * len(sources)
+                self._function = _gathering(recipe.function, position, len(sources), value.unread)
+            else:
+                handed[position] = value
+        self.arguments = tuple(handed)
+        self._outputs = []
+        for which, position in recipe.outputs:
+            output = launch.outputs[which]
+            source = next(index for index, value in enumerate(call) if value is output.like)
+            self._outputs.append((position, source, _allocator(output)))
         device = next(value.device for value in call if isinstance(value, Tensor))
         self._device = device.index if device.type == "cuda" else None
 
@@ -85,12 +137,25 @@ class BoundLaunch:
 
     def _launch_on_stream(self, arguments: list[Any]) -> Any:
         if self.addresses:
-            arguments[-1] = torch._C._cuda_getCurrentRawStream(self._device)  # type: ignore[arg-type]
+            arguments[self._stream] = torch._C._cuda_getCurrentRawStream(self._device)  # type: ignore[arg-type]
         return self._function(*arguments)
 
 
-def _placed(x: Any) -> Any:
-    return x.buffer_info()[0] if isinstance(x, array) else 0 if isinstance(x, (Argument, Output)) else x
+def _dtype_code(name: str, dtype: torch.dtype) -> int:
+    if dtype not in DTYPE_CODES:
+        raise TypeError(f"{name}: got {dtype}, must be float32, float16 or bfloat16")
+    return DTYPE_CODES[dtype]
+
+
+def _gathering(function: Callable[..., None], position: int, count: int, unread: int) -> Callable[..., None]:
+    """`function`, followed by `count` lists of tensors, of whose addresses its argument at `position` is told."""
+    before = [0] * unread
+
+    def launch(*handed: Any) -> None:
+        addresses = array("q", before + [x.data_ptr() for xs in handed[-count:] for x in xs])
+        function(*handed[:position], addresses.buffer_info()[0], *handed[position + 1 : -count])
+
+    return launch
 
 
 def _allocator(output: Output) -> Callable[[Tensor], Tensor]:
@@ -102,25 +167,17 @@ def _allocator(output: Output) -> Callable[[Tensor], Tensor]:
     return lambda _: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
-def _standing(signature: Signature, call: tuple[Any, ...]) -> list[Any]:
-    """What stands for each of the call's arguments in `BoundLaunch`: those that may differ under one signature are
-    filled in, the others are constants.
-    """
-    return [
-        Argument(i) if isinstance(value, (Tensor, list)) or name in signature.varying else value
-        for i, (name, value) in enumerate(zip(signature.names, call, strict=True))
-    ]
+def _by_names(function: Callable[..., Any], names: Sequence[str], signature: Signature) -> Recipe:
+    """Of a Python function that takes these arguments and outputs."""
+    recipe = Recipe(function, signature, len(names))
+    for position, name in enumerate(names):
+        if not recipe.put(name, position):
+            raise TypeError(f"{name}: got a parameter of {function.__name__}, must be an argument or output of the op")
+    return recipe
 
 
-def by_name(signature: Signature, call: tuple[Any, ...], launch: Launch) -> dict[str, Any]:
-    """What stands for each argument, output and absent name of the op in `BoundLaunch`."""
-    named = dict.fromkeys(signature.absent)
-    named.update(zip(signature.names, _standing(signature, call), strict=True))
-    named.update(zip(signature.returns, launch.outputs, strict=True))
-    return named
-
-
-def bind_reference(formula: Callable[..., Any], signature: Signature, call: tuple[Any, ...]) -> BoundLaunch:
+@functools.cache
+def reference_recipe(formula: Callable[..., Any], signature: Signature) -> Recipe:
     """A plain function that takes the declaration's arguments by their names; where the op returns nothing, what the
     function returns is dropped.
     """
@@ -129,96 +186,50 @@ def bind_reference(formula: Callable[..., Any], signature: Signature, call: tupl
         returned = formula(**signature.arguments(values))
         return returned if signature.returns else None
 
-    return BoundLaunch(run, _standing(signature, call), call)
+    return _by_names(run, signature.names, signature)
 
 
 @functools.cache
-def triton_functions(kernel: str) -> tuple[tuple[Callable[..., Any], tuple[str, ...]], ...]:
-    """`why_not` and the launcher of `lingbot_kernels.triton.<kernel>`, each with what it takes by position."""
+def triton_recipes(kernel: str, signature: Signature) -> tuple[Recipe, Recipe]:
+    """`why_not` and the launcher of `lingbot_kernels.triton.<kernel>`, by the names of their positional parameters."""
     module = importlib.import_module(f"lingbot_kernels.triton.{kernel}")
-    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return tuple(
-        (function, tuple(name for name, x in inspect.signature(function).parameters.items() if x.kind == positional))
-        for function in (module.why_not, getattr(module, kernel))
-    )
+
+    def recipe(function: Callable[..., Any]) -> Recipe:
+        parameters = inspect.signature(function).parameters.values()
+        return _by_names(function, [x.name for x in parameters if x.kind == x.POSITIONAL_OR_KEYWORD], signature)
+
+    return recipe(module.why_not), recipe(getattr(module, kernel))
 
 
-def triton_refusal(kernel: str, signature: Signature, call: tuple[Any, ...], launch: Launch) -> str | None:
-    """Why the kernel can't serve this very call, or None. An empty tensor stands for an output."""
-    why_not, names = triton_functions(kernel)[0]
-    named = by_name(signature, call, launch)
-    values = [named[name] for name in names]
-    return why_not(
-        *[call[x.index] if isinstance(x, Argument) else x.new(0) if isinstance(x, Output) else x for x in values]
-    )
-
-
-def bind_triton(kernel: str, signature: Signature, call: tuple[Any, ...], launch: Launch) -> BoundLaunch:
-    """A Triton launcher, which gets arguments and outputs by the names of its parameters."""
-    function, names = triton_functions(kernel)[1]
-    named = by_name(signature, call, launch)
-    return BoundLaunch(function, [named[name] for name in names], call)
+def triton_refusal(recipe: Recipe, call: Sequence[Any], launch: Launch) -> str | None:
+    """What `why_not` says of this very call; an empty tensor stands for an output."""
+    values: list[Any] = [None] * recipe.size
+    for position, index in recipe.slots + recipe.constants:
+        values[position] = call[index]
+    for which, position in recipe.outputs:
+        values[position] = launch.outputs[which].new(0)
+    return recipe.function(*values)  # type: ignore[no-any-return]
 
 
 @functools.cache
-def struct_fields(function: Callable[..., None]) -> dict[str, tuple[str, str]]:
-    """The fields of a core function's struct in their order, as csrc/bindings.cpp documents them, each with the first
-    and the last part of its name: {"k_cache.ptr": ("k_cache", "ptr"), "eps": ("eps", "eps"), ...}.
-    """
-    names = str(function.__doc__).partition("(")[2].rpartition(", ")[0].split(", ")
-    return {name: (name.partition(".")[0], name.rpartition(".")[2]) for name in names}
-
-
-def bind_core(
-    function: Callable[..., None], signature: Signature, call: tuple[Any, ...], launch: Launch
-) -> BoundLaunch:
+def core_recipe(function: Callable[..., None], signature: Signature, fields: frozenset[str]) -> Recipe:
     """A function of the compiled core, which takes its struct's fields and then a stream or a number of threads.
 
-    It raises RuntimeError with its message when it refuses or the launch fails.
+    csrc/bindings.cpp documents the fields, "q.ptr" for a nested one. A launch gives those in `fields`; the others have
+    the name of an argument or an output, of one's `ptr` or stride, or ("ring.sink") end in an argument's name.
     """
-    named, fields, struct = by_name(signature, call, launch), launch.fields, struct_fields(function)
-    if unknown := fields.keys() - struct.keys():
+    struct = str(function.__doc__).partition("(")[2].rpartition(", ")[0].split(", ")
+    recipe = Recipe(function, signature, len(struct) + 1, addresses=True)
+    if unknown := fields - set(struct):
         raise TypeError(f"{', '.join(unknown)}: got them from the declaration, must be fields of the core's struct")
-    handed = []
-    for path, (head, leaf) in struct.items():
+    for position, path in enumerate(struct):
+        head, _, leaf = path.partition(".")
         if path in fields:
-            value = _constant(path, fields[path])
-        elif head in named:
-            value = named[head] if leaf in (head, "ptr") else _stride(named[head], call, leaf)
-        elif leaf in named:  # "ring.sink" is the sink
-            value = named[leaf]
-        else:
+            recipe.fields.append((position, path))
+        elif leaf in _STRIDES and head in signature.names:
+            recipe.strides.append((position, signature.names.index(head), _STRIDES[leaf]))
+        elif head in signature.absent:
+            continue
+        elif not recipe.put(leaf if leaf not in ("", "ptr") else head, position):
             raise TypeError(f"{path}: got no value from the declaration, must have one: the core's struct has it")
-        handed.append(0 if value is None else value)
-    position = next((i for i, value in enumerate(handed) if isinstance(value, Addresses)), None)
-    if position is not None:
-        lists: Any = handed[position]
-        function = _gathering(function, position, lists)
-        handed = [*(named[name] for name in lists.names), *handed]
-    return BoundLaunch(function, (*handed, 0), call, addresses=True)
-
-
-def _constant(path: str, value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        if value not in DTYPE_CODES:
-            raise TypeError(f"{path}: got {value}, must be float32, float16 or bfloat16")
-        return DTYPE_CODES[value]
-    return array("q", value) if isinstance(value, (list, tuple)) else value
-
-
-def _gathering(function: Callable[..., None], position: int, lists: Addresses) -> Callable[..., None]:
-    """`function` with lists of tensors before its arguments, of whose addresses the argument at `position` is told."""
-    count, unread = len(lists.names), [0] * lists.unread
-
-    def launch(*handed: Any) -> None:
-        addresses = array("q", unread + [x.data_ptr() for xs in handed[:count] for x in xs])
-        fields = handed[count:]
-        function(*fields[:position], addresses.buffer_info()[0], *fields[position + 1 :])
-
-    return launch
-
-
-def _stride(operand: Argument | None, call: tuple[Any, ...], leaf: str) -> int:
-    """Of a [B, tokens, ...] tensor; 0 where it is absent, or of a vector that the batch shares."""
-    tensor = None if operand is None else call[operand.index]
-    return 0 if tensor is None or tensor.dim() == 1 else tensor.stride(_STRIDES[leaf])
+    return recipe

@@ -83,6 +83,8 @@ class Signature:
     Attributes:
         names: of the arguments, in order.
         written, varying: those names that are so annotated.
+        differing: names of what may be another object in a call of the same signature: tensors, lists of them, varying
+            ints.
         returns: names of what the op returns and a launch allocates.
         absent: names that the kernels know and the op has not: nothing is handed over for them.
         schema: of the arguments, as torch.library writes it.
@@ -95,6 +97,7 @@ class Signature:
         self.names = tuple(name for name, _ in flat)
         self.written = [name for name, hint in flat if _is(hint, "written")]
         self.varying = [name for name, hint in flat if _is(hint, "varying")]
+        self.differing = [name for name, hint in flat if name in self.varying or _holds_tensors(hint)]
         self.schema = ", ".join(f"{self._type(name, hint)} {name}" for name, hint in flat)
         self.returns, self.absent = tuple(returns), tuple(absent)
         self._ring = next((name for name, hint in parameters if hint is RingPosition), None)
@@ -122,3 +125,7 @@ class Signature:
 def _is(hint: Any, mark: str) -> bool:
     """Whether an annotation, or one within it, carries this mark."""
     return mark in getattr(hint, "__metadata__", ()) or any(_is(inner, mark) for inner in get_args(hint))
+
+
+def _holds_tensors(hint: Any) -> bool:
+    return hint is Tensor or any(_holds_tensors(inner) for inner in get_args(hint))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels import nvtx, reference
-from lingbot_kernels.ops import _bind, _check, _dispatch, _native
+from lingbot_kernels.ops import _check, _dispatch, _native
+from lingbot_kernels.ops._bind import BoundLaunch, reference_recipe, triton_recipes, triton_refusal
 from lingbot_kernels.ops._declare import Launch, Signature
 
 LIBRARY = torch.library.Library("lingbot_kernels", "DEF")
@@ -129,17 +130,18 @@ class KernelOp:
             self._table.keep(call, bound, bound.arguments, bound.slots, bound.addresses)
         return bound.run(call, bound.fill(call))
 
-    def _planned(self, *arguments_and_backend: Any) -> _bind.BoundLaunch:
+    def _planned(self, *arguments_and_backend: Any) -> BoundLaunch:
         """How a call is carried out, if its arguments are valid (but for memory shared with a written one)."""
         *listed, backend = arguments_and_backend
         arguments, signature = tuple(listed), self._signature
         launch = self._declaration(**signature.arguments(arguments))
         if backend == "reference":
-            return _bind.bind_reference(self._formula, signature, arguments)
+            return BoundLaunch(reference_recipe(self._formula, signature), arguments, launch)
         if backend != "triton":
             return _native.plan(self._kernel, backend, signature, arguments, launch)
-        _dispatch.demand(self._name, backend, _bind.triton_refusal(self._kernel, signature, arguments, launch))
-        return _bind.bind_triton(self._kernel, signature, arguments, launch)
+        why_not, launcher = triton_recipes(self._kernel, signature)
+        _dispatch.demand(self._name, backend, triton_refusal(why_not, arguments, launch))
+        return BoundLaunch(launcher, arguments, launch)
 
     def _fake(self, *arguments_and_backend: Any) -> Any:
         """Of `torch.library`: checks and outputs alone; it also runs where an argument is a meta tensor."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lingbot_kernels.ops._bind import BoundLaunch, bind_core
+from lingbot_kernels.ops._bind import BoundLaunch, core_recipe
 from lingbot_kernels.ops._declare import Launch, Signature
 
 _C: Any = None
@@ -56,5 +56,9 @@ def call_table(written: Sequence[int], varying: Sequence[int], limit: int) -> An
 
 
 def plan(kernel: str, backend: str, signature: Signature, call: tuple[Any, ...], launch: Launch) -> BoundLaunch:
-    """How the compiled core's function of this name carries out a launch with "cpu" or "cuda"."""
-    return bind_core(getattr(getattr(_C, backend), kernel), signature, call, launch)
+    """How the compiled core's function of this name carries out a launch with "cpu" or "cuda".
+
+    The function raises RuntimeError with its message when it refuses or the launch fails.
+    """
+    function = getattr(getattr(_C, backend), kernel)
+    return BoundLaunch(core_recipe(function, signature, frozenset(launch.fields)), call, launch)
