@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+from triton_aot import recorded_launches
 
 from lingbot_kernels import reference
 from lingbot_kernels.benchmarks.timing import Effort, measure, measure_copy, rotated_sets, wall_us
@@ -35,7 +36,6 @@ from lingbot_kernels.triton import (
     residual_norm_modulate_quantize,
     rotate_quantize,
 )
-from lingbot_kernels.triton.aot import recorded_launches
 
 BF16, EPS = torch.bfloat16, 1e-6
 EFFORT = Effort(sample_us=1500.0, budget_us=15_000.0, min_samples=7, max_samples=12)

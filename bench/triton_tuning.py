@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+from triton_aot import recorded_launches
 
 from lingbot_kernels import reference
 from lingbot_kernels.benchmarks.timing import QUICK, measure, measure_copy
@@ -35,7 +36,6 @@ from lingbot_kernels.triton import qkv_unpack_kv_write as unpacking
 from lingbot_kernels.triton import residual_norm_modulate as residual
 from lingbot_kernels.triton import rms_norm as rms
 from lingbot_kernels.triton import rope_cos_sin as table
-from lingbot_kernels.triton.aot import recorded_launches
 
 EPS, THETA, FRAME, WIDTH, RANKS, HEAD_DIM, SINK = 1e-6, 1e4, 1508, 52, 4, 128, 7
 SHAPES = [(4524, 5120), (1131, 5120), (4524, 1536), (1131, 1536)]

@@ -1,6 +1,7 @@
 """Compiles the video decoder's passes for every architecture that they serve, as launched at the decoder's widths.
 
-A program of its own since the test process may interpret kernels: python tests/triton/aot_frames.py
+A program of its own since the test process may interpret kernels:
+PYTHONPATH=.:bench python tests/triton/aot_frames.py
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import json
 from collections.abc import Callable, Iterator
 
 import torch
+from triton_aot import recorded_launches
 
 from lingbot_kernels.triton import frame_norm_silu, frame_pixels
-from lingbot_kernels.triton.aot import recorded_launches
 
 ARCHITECTURES = (80, 90, 100, 120)
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32

@@ -1,6 +1,7 @@
 """Compiles the int8 product and the quantising passes for every architecture that they serve, as launched there.
 
-A program of its own since the test process may interpret kernels: python tests/triton/aot_int8.py
+A program of its own since the test process may interpret kernels:
+PYTHONPATH=.:bench python tests/triton/aot_int8.py
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 
 import torch
+from triton_aot import recorded_launches
 
 from lingbot_kernels.triton import (
     gated_residual_camera_norm_quantize,
@@ -18,7 +20,6 @@ from lingbot_kernels.triton import (
     residual_norm_modulate_quantize,
     rotate_quantize,
 )
-from lingbot_kernels.triton.aot import recorded_launches
 
 EPS, TOKENS = 1e-6, 1131
 BF16, F32 = torch.bfloat16, torch.float32

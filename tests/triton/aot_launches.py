@@ -1,6 +1,7 @@
 """Compiles every kernel for sm_90 as its launcher would launch it at the tuned shapes; prints one JSON object a kernel.
 
-A program of its own since the test process may interpret kernels: python tests/triton/aot_launches.py [NAME ...]
+A program of its own since the test process may interpret kernels:
+PYTHONPATH=.:bench python tests/triton/aot_launches.py [NAME ...]
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
+from triton_aot import recorded_launches
 
 from lingbot_kernels.triton import (
     gated_residual,
@@ -23,7 +25,6 @@ from lingbot_kernels.triton import (
     rms_norm,
     rope_cos_sin,
 )
-from lingbot_kernels.triton.aot import recorded_launches
 
 EPS = 1e-6
 BF16, F32 = torch.bfloat16, torch.float32
