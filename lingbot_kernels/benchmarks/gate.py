@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lingbot_kernels.benchmarks.problems import CACHES, Inputs, Outputs, Problem, poisoned, widened, written_slots
+from lingbot_kernels.benchmarks.problem import CACHES, Inputs, Outputs, Problem, poisoned, widened, written_slots
 
 ERROR_FACTOR = 1.25
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

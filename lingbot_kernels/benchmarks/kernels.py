@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from lingbot_kernels.benchmarks import gate, timing
 from lingbot_kernels.benchmarks.kernel_cases import HEADLINE, KERNEL_CASES, KernelCase
 from lingbot_kernels.benchmarks.peers import Peer, gate_run, peers_of
-from lingbot_kernels.benchmarks.problems import Inputs, Outputs, Problem, as_tuple, problems
+from lingbot_kernels.benchmarks.problem import Inputs, Outputs, Problem, as_tuple
+from lingbot_kernels.benchmarks.problems import problems
 from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row, failure_note
 from lingbot_kernels.benchmarks.timing import QUICK, Effort, measure, measure_copy, rotated_sets, wall_us
 from lingbot_kernels.ops import _dispatch

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lingbot_kernels import reference
 from lingbot_kernels.benchmarks.kernel_cases import FRAMES_PER_CHUNK, KernelCase
-from lingbot_kernels.benchmarks.problems import CACHES, EPS, THETA, Inputs, Outputs, as_tuple, written_slots
+from lingbot_kernels.benchmarks.problem import CACHES, EPS, THETA, Inputs, Outputs, as_tuple, written_slots
 
 FULL, WRITE = "qk_norm_rope_kv_write", "k_norm_rope_kv_write"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,77 +12,24 @@ from torch import Tensor
 
 from lingbot_kernels import ops, reference
 from lingbot_kernels.benchmarks.kernel_cases import SINK_FRAMES, WINDOW_FRAMES, KernelCase
+from lingbot_kernels.benchmarks.problem import (
+    CACHES,
+    EPS,
+    THETA,
+    Bind,
+    Inputs,
+    Outputs,
+    Problem,
+    as_tuple,
+    norm_weight,
+    randn,
+    residual_inputs,
+)
+from lingbot_kernels.benchmarks.quantizing_problems import norm_problems, rotate_problems
 from lingbot_kernels.ops.windowed_attention import LIBRARIES
 from lingbot_kernels.ring import RingPosition
 
-EPS = 1e-6
-THETA = 10000.0
-CACHES = ("k_cache", "v_cache")
-RING_OPS = ("qk_norm_rope_kv_write", "k_norm_rope_kv_write", "qkv_unpack_kv_write")
 GATE_QUERIES = 64  # rows of attention and of matrix products that the gate judges: float64 scores of all would be 40 GB
-
-Inputs = dict[str, Any]
-Outputs = tuple[Tensor, ...]
-Bind = Callable[[Inputs, str], Callable[[], Any]]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One op in one case.
-
-    Attributes:
-        op, case: the op's name, and the case's with what sets this variant apart.
-        shape: of the op's main operand.
-        dtype: of the activations; a float32 residual stream is in `case`.
-        tokens, dim: what dispatch goes by.
-        make: device -> fresh random inputs.
-        bind: (inputs, backend) -> the call that is measured: the public op on these inputs.
-        plain: inputs of any dtype -> outputs, the plain torch formulation; of float64 inputs it is the oracle.
-        bytes: activations read and written once (weights, vectors and tables left out: they are under 1%).
-        flops: of a matrix product or attention, else 0.
-        backends: that can be asked for.
-        judged: (inputs, outputs) -> the part of the outputs that the gate judges.
-        ceiling: what the row's ceiling is measured with: "copy" of `bytes`, "gemm" or "" (none).
-    """
-
-    op: str
-    case: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    tokens: int
-    dim: int
-    make: Callable[[torch.device], Inputs]
-    bind: Bind
-    plain: Callable[[Inputs], Outputs]
-    bytes: int
-    flops: int = 0
-    backends: tuple[str, ...] = ("cuda", "triton", "cpu", "reference")
-    judged: Callable[[Inputs, Outputs], Outputs] | None = None
-    ceiling: str = "copy"
-
-    def results(self, inputs: Inputs, outputs: Outputs) -> Outputs:
-        """Everything the gate compares: outputs, then the ring slots that were written."""
-        if self.judged is not None:
-            outputs = self.judged(inputs, outputs)
-        if self.op not in RING_OPS:
-            return outputs
-        slots = written_slots(inputs)
-        return (*outputs, *(inputs[name][:, slots] for name in CACHES))
-
-
-def written_slots(inputs: Inputs) -> Tensor:
-    """Slots of the ring that the chunk of `inputs` goes to."""
-    tokens = inputs["k"].shape[1] if "k" in inputs else inputs["packed"].shape[0]
-    cache = inputs["k_cache"]
-    return inputs["ring"].slots(tokens, cache.shape[1], cache.device)
-
-
-def _randn(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape, device=device, dtype=dtype)
-
-
-def _weight(dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return (1 + 0.2 * torch.randn(dim, device=device)).to(dtype)
 
 
 def _caches(case: KernelCase, tokens: int, heads: int, device: torch.device, dtype: torch.dtype) -> Inputs:
@@ -91,7 +37,7 @@ def _caches(case: KernelCase, tokens: int, heads: int, device: torch.device, dty
     frame = tokens // 3
     capacity, sink = WINDOW_FRAMES * frame, SINK_FRAMES * frame
     shape = (1, capacity, heads, case.head_dim)
-    caches = {name: _randn(*shape, device=device, dtype=dtype) for name in CACHES}
+    caches = {name: randn(*shape, device=device, dtype=dtype) for name in CACHES}
     return {**caches, "ring": RingPosition(case.ring_start(tokens, capacity, sink), sink)}
 
 
@@ -103,11 +49,11 @@ def _table(case: KernelCase, device: torch.device) -> Tensor:
 
 def _qkv(case: KernelCase, device: torch.device, dtype: torch.dtype, caches: bool = True) -> Inputs:
     """q, k, v as strided views of one projection [1, S, 3D], norm weights, the RoPE table, and the window."""
-    qkv = _randn(1, case.tokens, 3 * case.dim, device=device, dtype=dtype)
+    qkv = randn(1, case.tokens, 3 * case.dim, device=device, dtype=dtype)
     q, k, v = qkv.chunk(3, dim=-1)
     return {
         "qkv": qkv, "q": q, "k": k, "v": v,
-        "q_weight": _weight(case.dim, device, dtype), "k_weight": _weight(case.dim, device, dtype),
+        "q_weight": norm_weight(case.dim, device, dtype), "k_weight": norm_weight(case.dim, device, dtype),
         "cos_sin": _table(case, device),
         **(_caches(case, case.tokens, case.heads, device, dtype) if caches else {}),
     }  # fmt: skip
@@ -115,13 +61,7 @@ def _qkv(case: KernelCase, device: torch.device, dtype: torch.dtype, caches: boo
 
 _FULL = ("q", "k", "v", "q_weight", "k_weight", "cos_sin", *CACHES, "ring")
 _WRITE = ("k", "v", "k_weight", "cos_sin", *CACHES, "ring")
-_WRITTEN = ("out", "outs", "q_outs", "k_caches", "v_caches")
 _PACK = ("q", "k", "v", "q_weight", "k_weight", "cos_sin")
-
-
-def as_tuple(out: Any) -> Outputs:
-    """An op's result, be it None, a tensor or several, as a tuple."""
-    return () if out is None else out if isinstance(out, tuple) else (out,)
 
 
 def _op(function: Callable[..., Any], names: tuple[str, ...], *rest: Any) -> Bind:
@@ -172,7 +112,7 @@ def _ring_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
     names = ("packed", *CACHES, "ring")
 
     def packed(device: torch.device) -> Inputs:
-        buffer = _randn(chunk, 1, 3, heads, case.head_dim, device=device, dtype=dtype)
+        buffer = randn(chunk, 1, 3, heads, case.head_dim, device=device, dtype=dtype)
         return {"packed": buffer, **_caches(case, chunk, heads, device, dtype)}
 
     yield Problem(
@@ -191,7 +131,7 @@ def _push_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
         caches = _caches(case, ranks * tokens, ranks * heads, device, dtype)
         shape = (ranks, 1, caches["k_cache"].shape[1], heads, case.head_dim)
         stacked = {f"{name}s": caches[name].view(shape) for name in CACHES}
-        q_outs = _randn(ranks, 1, ranks * tokens, heads, case.head_dim, device=device, dtype=dtype)
+        q_outs = randn(ranks, 1, ranks * tokens, heads, case.head_dim, device=device, dtype=dtype)
         return {**_qkv(case, device, dtype, caches=False), **stacked, "q_outs": q_outs, "ring": caches["ring"]}
 
     def push(function: Callable[..., None], inputs: Inputs, **options: Any) -> Outputs:
@@ -220,8 +160,8 @@ def _push_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
     yield Problem(
         "attention_output_push", *common,
         lambda device: {
-            "attended": _randn(1, ranks * tokens, heads * case.head_dim, device=device, dtype=dtype),
-            "outs": _randn(ranks, 1, tokens, dim, device=device, dtype=dtype),
+            "attended": randn(1, ranks * tokens, heads * case.head_dim, device=device, dtype=dtype),
+            "outs": randn(ranks, 1, tokens, dim, device=device, dtype=dtype),
         },
         lambda inputs, backend: partial(output, ops.attention_output_push, inputs, backend=backend),
         lambda inputs: output(reference.attention_output_push, inputs),
@@ -242,7 +182,7 @@ def _pack_and_norm(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
     yield Problem(
         "rms_norm", *common,
         lambda device: {
-            "x": _randn(1, tokens, dim, device=device, dtype=dtype), "weight": _weight(dim, device, dtype),
+            "x": randn(1, tokens, dim, device=device, dtype=dtype), "weight": norm_weight(dim, device, dtype),
         },
         _op(ops.rms_norm, names, EPS), _plain(reference.rms_norm, names, EPS),
         bytes=2 * tokens * dim * width,
@@ -254,23 +194,12 @@ def _residual_problems(case: KernelCase, dtype: torch.dtype, residual: torch.dty
     name = case.name + ("-r32" if residual != dtype else "")
     shape = (1, tokens, dim)
 
-    def make(device: torch.device, camera: bool) -> Inputs:
-        inputs = {
-            "x": _randn(*shape, device=device, dtype=residual),
-            "delta": _randn(*shape, device=device, dtype=dtype),
-            "weight": _weight(dim, device, dtype), "bias": 0.1 * _randn(dim, device=device, dtype=dtype),
-            "cam_scale": None, "cam_shift": None,
-        }  # fmt: skip
-        inputs |= {key: 0.5 * torch.randn(dim, device=device) for key in ("shift", "scale", "gate")}
-        if camera:
-            inputs |= {key: _randn(*shape, device=device, dtype=dtype) for key in ("cam_scale", "cam_shift")}
-        return inputs
-
     def problem(
         op: str, names: tuple[str, ...], rest: tuple[Any, ...], bytes_per_element: int, suffix: str = ""
     ) -> Problem:
         return Problem(
-            op, name + suffix, shape, dtype, tokens, dim, lambda device: make(device, suffix == "-camera"),
+            op, name + suffix, shape, dtype, tokens, dim,
+            lambda device: residual_inputs(case, dtype, residual, device, suffix == "-camera"),
             _op(getattr(ops, op), names, *rest), _plain(getattr(reference, op), names, *rest),
             bytes=bytes_per_element * tokens * dim,
         )  # fmt: skip
@@ -281,7 +210,8 @@ def _residual_problems(case: KernelCase, dtype: torch.dtype, residual: torch.dty
         return partial(function, x, inputs["shift"], inputs["scale"], EPS, out_dtype=out_dtype, **named)
 
     yield Problem(
-        "layer_norm_modulate", name, shape, dtype, tokens, dim, lambda device: make(device, False),
+        "layer_norm_modulate", name, shape, dtype, tokens, dim,
+        lambda device: residual_inputs(case, dtype, residual, device, False),
         lambda inputs, backend: modulate(ops.layer_norm_modulate, inputs, backend=backend),
         lambda inputs: (modulate(reference.layer_norm_modulate, inputs)(),),
         bytes=(wide + width) * tokens * dim,
@@ -319,8 +249,8 @@ def _library_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]
 
     def make_attention(device: torch.device) -> Inputs:
         shape = (1, visible, heads, head_dim)
-        caches = {name: _randn(*shape, device=device, dtype=dtype) for name in CACHES}
-        q = _randn(1, tokens, heads * head_dim, device=device, dtype=dtype)
+        caches = {name: randn(*shape, device=device, dtype=dtype) for name in CACHES}
+        q = randn(1, tokens, heads * head_dim, device=device, dtype=dtype)
         return {"q": q, **caches, "rows": _spread(tokens)}
 
     yield Problem(
@@ -334,7 +264,7 @@ def _library_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]
 
     def make_segments(device: torch.device) -> Inputs:
         lse = torch.randn(count, 1, heads, tokens, device=device)
-        return {"segments": _randn(count, 1, tokens, heads, head_dim, device=device, dtype=dtype), "lse": lse}
+        return {"segments": randn(count, 1, tokens, heads, head_dim, device=device, dtype=dtype), "lse": lse}
 
     names = ("segments", "lse")
     yield Problem(
@@ -346,9 +276,9 @@ def _library_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]
 
     def make_linear(device: torch.device) -> Inputs:
         return {
-            "x": _randn(1, case.tokens, dim, device=device, dtype=dtype),
-            "weight": _randn(hidden, dim, device=device, dtype=dtype) * dim**-0.5,
-            "bias": _randn(hidden, device=device, dtype=dtype),
+            "x": randn(1, case.tokens, dim, device=device, dtype=dtype),
+            "weight": randn(hidden, dim, device=device, dtype=dtype) * dim**-0.5,
+            "bias": randn(hidden, device=device, dtype=dtype),
             "rows": _spread(case.tokens),
         }
 
@@ -375,18 +305,6 @@ def problems(case: KernelCase, dtype: torch.dtype = torch.bfloat16) -> Iterator[
     streams = (dtype, torch.float32) if case.residual_float32 and dtype != torch.float32 else (dtype,)
     for residual in streams:
         yield from _residual_problems(case, dtype, residual)
+        yield from norm_problems(case, dtype, residual)
+    yield from rotate_problems(case, dtype)
     yield from _library_problems(case, dtype)
-
-
-def widened(inputs: Inputs) -> Inputs:
-    """The same inputs in float64, in memory of their own."""
-    return {
-        name: value.to(torch.float64, copy=True) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
-
-
-def poisoned(inputs: Inputs) -> Inputs:
-    """The same inputs, with what the op writes (the ring's caches, or the buffer it fills) apart and full of NaN."""
-    written = (*CACHES, *_WRITTEN) if "ring" in inputs or not inputs.keys().isdisjoint(_WRITTEN) else ()
-    return {**inputs, **{name: torch.full_like(inputs[name], torch.nan) for name in written if name in inputs}}

@@ -53,6 +53,10 @@ OPS: dict[str, OpHomes] = {
         OpHomes("residual_norm_modulate"),
         OpHomes("gated_residual_camera_norm"),
         OpHomes("gated_residual"),
+        OpHomes("rotate_quantize"),
+        OpHomes("layer_norm_modulate_quantize"),
+        OpHomes("residual_norm_modulate_quantize"),
+        OpHomes("gated_residual_camera_norm_quantize"),
         OpHomes("windowed_attention", dict.fromkeys(("cuda", "triton", "cpu"), f"attention is {_LIBRARY}")),
         OpHomes("linear_gelu", dict.fromkeys(("cuda", "triton", "cpu"), f"matrix products are {_LIBRARY}")),
     )

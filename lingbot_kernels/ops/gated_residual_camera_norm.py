@@ -9,11 +9,11 @@ from lingbot_kernels.ops._declare import Launch, Output, sizes
 from lingbot_kernels.ops._library import kernel_op
 
 
-@kernel_op("gated_residual_camera_norm", returns=("x_out", "y"))
-def _op(
+def check_camera_norm(
     x: Tensor, delta: Tensor, gate: Tensor | None, cam_scale: Tensor | None, cam_shift: Tensor | None,
-    weight: Tensor, bias: Tensor, eps: float,
-) -> Launch:  # fmt: skip
+    weight: Tensor, bias: Tensor,
+) -> None:  # fmt: skip
+    """What this op and its quantising form refuse."""
     _check.residual("x", x, "delta", delta)
     if gate is not None:
         _check.modulation("gate", gate, x)
@@ -25,6 +25,14 @@ def _op(
             _check.contiguous(name, camera)
     for name, vector in (("weight", weight), ("bias", bias)):
         _check.weight(name, vector, x.shape[2], delta)
+
+
+@kernel_op("gated_residual_camera_norm", returns=("x_out", "y"))
+def _op(
+    x: Tensor, delta: Tensor, gate: Tensor | None, cam_scale: Tensor | None, cam_shift: Tensor | None,
+    weight: Tensor, bias: Tensor, eps: float,
+) -> Launch:  # fmt: skip
+    check_camera_norm(x, delta, gate, cam_scale, cam_shift, weight, bias)
     return Launch([Output(x), Output(delta)], {**sizes(x), "residual_dtype": x.dtype, "dtype": delta.dtype})
 
 

@@ -9,7 +9,8 @@ import torch
 
 from lingbot_kernels.benchmarks import gate
 from lingbot_kernels.benchmarks.kernel_cases import KERNEL_CASES, KernelCase
-from lingbot_kernels.benchmarks.problems import Problem, as_tuple, problems, written_slots
+from lingbot_kernels.benchmarks.problem import Problem, as_tuple, written_slots
+from lingbot_kernels.benchmarks.problems import problems
 
 CPU = torch.device("cpu")
 SMALL = KernelCase("small", 2, 4, heads=2, head_dim=64, ffn_dim=96, residual_float32=True)

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map
 
 from lingbot_kernels import _C, ops, reference
 from lingbot_kernels.benchmarks.kernel_cases import KernelCase
-from lingbot_kernels.benchmarks.problems import as_tuple, problems
+from lingbot_kernels.benchmarks.problem import as_tuple
+from lingbot_kernels.benchmarks.problems import problems
 from lingbot_kernels.ops._library import KEPT_CALLS, KernelOp
 from ops.op_case import CACHES, kv_arguments, run
 

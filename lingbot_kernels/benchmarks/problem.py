@@ -1,0 +1,117 @@
+"""What a problem of the kernel bench is, and the inputs that several ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lingbot_kernels.benchmarks.kernel_cases import KernelCase
+
+EPS = 1e-6
+THETA = 10000.0
+CACHES = ("k_cache", "v_cache")
+_WRITTEN = ("out", "outs", "q_outs", "k_caches", "v_caches")
+RING_OPS = ("qk_norm_rope_kv_write", "k_norm_rope_kv_write", "qkv_unpack_kv_write")
+
+Inputs = dict[str, Any]
+Outputs = tuple[Tensor, ...]
+Bind = Callable[[Inputs, str], Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One op in one case.
+
+    Attributes:
+        op, case: the op's name, and the case's with what sets this variant apart.
+        shape: of the op's main operand.
+        dtype: of the activations; a float32 residual stream is in `case`.
+        tokens, dim: what dispatch goes by.
+        make: device -> fresh random inputs.
+        bind: (inputs, backend) -> the call that is measured: the public op on these inputs.
+        plain: inputs of any dtype -> outputs, the plain torch formulation; of float64 inputs it is the oracle.
+        bytes: activations read and written once (weights, vectors and tables left out: they are under 1%).
+        flops: of a matrix product or attention, else 0.
+        backends: that can be asked for.
+        judged: (inputs, outputs) -> the part of the outputs that the gate judges.
+        ceiling: what the row's ceiling is measured with: "copy" of `bytes`, "gemm" or "" (none).
+    """
+
+    op: str
+    case: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tokens: int
+    dim: int
+    make: Callable[[torch.device], Inputs]
+    bind: Bind
+    plain: Callable[[Inputs], Outputs]
+    bytes: int
+    flops: int = 0
+    backends: tuple[str, ...] = ("cuda", "triton", "cpu", "reference")
+    judged: Callable[[Inputs, Outputs], Outputs] | None = None
+    ceiling: str = "copy"
+
+    def results(self, inputs: Inputs, outputs: Outputs) -> Outputs:
+        """Everything the gate compares: outputs, then the ring slots that were written."""
+        if self.judged is not None:
+            outputs = self.judged(inputs, outputs)
+        if self.op not in RING_OPS:
+            return outputs
+        slots = written_slots(inputs)
+        return (*outputs, *(inputs[name][:, slots] for name in CACHES))
+
+
+def written_slots(inputs: Inputs) -> Tensor:
+    """Slots of the ring that the chunk of `inputs` goes to."""
+    tokens = inputs["k"].shape[1] if "k" in inputs else inputs["packed"].shape[0]
+    cache = inputs["k_cache"]
+    return inputs["ring"].slots(tokens, cache.shape[1], cache.device)
+
+
+def as_tuple(out: Any) -> Outputs:
+    """An op's result, be it None, a tensor or several, as a tuple."""
+    return () if out is None else out if isinstance(out, tuple) else (out,)
+
+
+def widened(inputs: Inputs) -> Inputs:
+    """The same inputs in float64, in memory of their own."""
+    return {
+        name: value.to(torch.float64, copy=True) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+def poisoned(inputs: Inputs) -> Inputs:
+    """The same inputs, with what the op writes (the ring's caches, or the buffer it fills) apart and full of NaN."""
+    written = (*CACHES, *_WRITTEN) if "ring" in inputs or not inputs.keys().isdisjoint(_WRITTEN) else ()
+    return {**inputs, **{name: torch.full_like(inputs[name], torch.nan) for name in written if name in inputs}}
+
+
+def randn(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, device=device, dtype=dtype)
+
+
+def norm_weight(dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return (1 + 0.2 * torch.randn(dim, device=device)).to(dtype)
+
+
+def residual_inputs(
+    case: KernelCase, dtype: torch.dtype, residual: torch.dtype, device: torch.device, camera: bool
+) -> Inputs:  # fmt: skip
+    """A stream x, a branch delta, modulation and affine vectors, and the camera's scale and shift where asked for."""
+    shape = (1, case.tokens, case.dim)
+    inputs = {
+        "x": randn(*shape, device=device, dtype=residual),
+        "delta": randn(*shape, device=device, dtype=dtype),
+        "weight": norm_weight(case.dim, device, dtype), "bias": 0.1 * randn(case.dim, device=device, dtype=dtype),
+        "cam_scale": None, "cam_shift": None,
+    }  # fmt: skip
+    inputs |= {key: 0.5 * torch.randn(case.dim, device=device) for key in ("shift", "scale", "gate")}
+    if camera:
+        inputs |= {key: randn(*shape, device=device, dtype=dtype) for key in ("cam_scale", "cam_shift")}
+    return inputs

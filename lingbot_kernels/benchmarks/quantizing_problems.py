@@ -1,0 +1,101 @@
+"""The bench's problems of the passes whose rows leave as int8 codes.
+
+The gate compares what the codes stand for, codes * row_scale, with the rotated row in float64 before it is quantised: a
+pass may lose 1.25 times what the plain formulation's quantisation loses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lingbot_kernels import ops, reference
+from lingbot_kernels.benchmarks.kernel_cases import KernelCase
+from lingbot_kernels.benchmarks.problem import EPS, Inputs, Outputs, Problem, residual_inputs
+from lingbot_kernels.reference.rotate_quantize import padded_width, rotated
+
+Arguments = Callable[[Inputs], tuple[Any, ...]]
+
+
+def _rotated_row(y: Tensor, signs: Tensor) -> Outputs:
+    """In place of codes and scale: the rotated row itself, and ones."""
+    value = rotated(y, signs, True)
+    return value, value.new_ones(value.shape[:-1])
+
+
+def _stood_for(_: Inputs, outputs: Outputs) -> Outputs:
+    """What the last two outputs, codes and their scale, stand for, after the outputs before them."""
+    *others, codes, row_scale = outputs
+    return (*others, codes.to(row_scale.dtype) * row_scale.unsqueeze(-1))
+
+
+def _problem(
+    op: str, case: str, shape: tuple[int, ...], dtype: torch.dtype, bytes_per_row: int,
+    make: Callable[[torch.device], Inputs], arguments: Arguments,
+) -> Problem:  # fmt: skip
+    """`op` is a quantising form; `arguments` are those that it shares with the op whose y it quantises."""
+    rounding = getattr(reference, op.removesuffix("_quantize"), None)
+
+    def plain(inputs: Inputs) -> Outputs:
+        given, signs = arguments(inputs), inputs["signs"]
+        if inputs["x"].dtype != torch.float64:
+            return getattr(reference, op)(*given, signs=signs)
+        outputs = inputs["x"] if rounding is None else rounding(*given)
+        *others, y = outputs if isinstance(outputs, tuple) else (outputs,)
+        return (*others, *_rotated_row(y, signs))
+
+    def bind(inputs: Inputs, backend: str) -> Callable[[], Outputs]:
+        return partial(getattr(ops, op), *arguments(inputs), signs=inputs["signs"], backend=backend)
+
+    _, tokens, dim = shape
+    bytes_ = tokens * (bytes_per_row + padded_width(dim) + 4)
+    return Problem(op, case, shape, dtype, tokens, dim, make, bind, plain, bytes=bytes_, judged=_stood_for)
+
+
+def _signs(dim: int, device: torch.device) -> Inputs:
+    return {"signs": (2 * torch.randint(0, 2, (padded_width(dim),), device=device) - 1).to(torch.int8)}
+
+
+def rotate_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
+    """Of what attention gives and, as "-ffn", of what GELU gives."""
+    for dim, suffix in ((case.dim, ""), (case.ffn_dim, "-ffn")):
+        shape = (1, case.tokens, dim)
+
+        def make(device: torch.device, shape: tuple[int, ...] = shape) -> Inputs:
+            return {"x": torch.randn(shape, device=device, dtype=dtype), **_signs(shape[2], device)}
+
+        yield _problem(
+            "rotate_quantize", case.name + suffix, shape, dtype, dim * dtype.itemsize, make, lambda i: (i["x"],)
+        )
+
+
+def norm_problems(case: KernelCase, dtype: torch.dtype, residual: torch.dtype) -> Iterator[Problem]:
+    """The quantising forms of the passes between two products, on a stream in the dtype `residual`."""
+    dim, width, wide = case.dim, dtype.itemsize, residual.itemsize
+    name, shape = case.name + ("-r32" if residual != dtype else ""), (1, case.tokens, dim)
+
+    def make(device: torch.device, camera: bool = False) -> Inputs:
+        return {**residual_inputs(case, dtype, residual, device, camera), **_signs(dim, device)}
+
+    def norm(inputs: Inputs) -> tuple[Any, ...]:
+        return (inputs["x"], inputs["shift"], inputs["scale"], EPS)
+
+    def residual_norm(inputs: Inputs) -> tuple[Any, ...]:
+        return (inputs["x"], inputs["delta"], inputs["shift"], inputs["scale"], EPS, inputs["gate"])
+
+    def camera_norm(inputs: Inputs) -> tuple[Any, ...]:
+        names = ("x", "delta", "gate", "cam_scale", "cam_shift", "weight", "bias")
+        return (*[inputs[key] for key in names], EPS)
+
+    yield _problem("layer_norm_modulate_quantize", name, shape, dtype, dim * wide, make, norm)
+    moved = dim * (2 * wide + width)
+    yield _problem("residual_norm_modulate_quantize", name, shape, dtype, moved, make, residual_norm)
+    yield _problem(
+        "gated_residual_camera_norm_quantize", name + "-camera", shape, dtype, moved + 2 * dim * width,
+        partial(make, camera=True), camera_norm,
+    )  # fmt: skip
+    yield _problem("gated_residual_camera_norm_quantize", name, shape, dtype, moved, make, camera_norm)
