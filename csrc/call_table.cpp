@@ -223,6 +223,7 @@ class CallTable {
 
   bool read_value(PyObject* argument, bool varying, Reading& reading) const {
     if (argument == Py_None) return reading.put('N');
+    if (PyBool_Check(argument)) return reading.put(argument == Py_True ? 't' : 'f');
     if (PyLong_CheckExact(argument)) {
       const long long value = PyLong_AsLongLong(argument);
       if (value == -1 && PyErr_Occurred() != nullptr) return false;

@@ -22,8 +22,8 @@ def rotate_quantize(
     """(codes int8 [B, S, Dp], row_scale float32 [B, S]) of x, Dp = D filled up with zeros to a multiple of 128.
 
     u = x * signs; with `rotate`, u times the Hadamard matrix (Sylvester's order) / sqrt(128), block of 128 channels by
-    block; amax = the row's largest |u|; row_scale = amax / 127; codes = round(u * (127 / amax)), ties to even. All of
-    it is float32 in one order of operations: the same bits from every backend. codes * row_scale is the rotated row to
+    block; amax = the row's largest magnitude; row_scale = amax / 127; codes = round(u * (127 / amax)), ties to even. It
+    is all float32 in one order of operations: the same bits from every backend. codes * row_scale is the rotated row to
     half a row_scale, and a product of it with weights rotated alike is that of x (Ashkboos et al. 2024, QuaRot).
 
     A row of zeros (amax below 2**-119) has row_scale 0, one with a NaN or Inf has row_scale NaN; the codes of both are

@@ -87,10 +87,47 @@ def test_a_block_is_one_graph_with_the_same_bits(dynamic: bool | None) -> None:
     nodes = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     called = {str(target) for node in nodes for target in (node.target, *node.args[:1])}
     pushes = {"qk_norm_rope_push", "attention_output_push"}  # write other ranks' memory
-    elsewhere = {"rope_cos_sin", "merge_segments", *pushes}  # merging is a part of windowed_attention
+    elsewhere = {"rope_cos_sin", "merge_segments", *pushes, *EIGHT_BIT}  # merging is a part of windowed_attention
     registered = set(ops.__all__) & set(vars(torch.ops.lingbot_kernels)) - elsewhere
     assert len(registered) == 10
     assert {f"lingbot_kernels.{op}.default" for op in registered} <= called
+
+
+EIGHT_BIT = {
+    "rotate_quantize", "layer_norm_modulate_quantize", "residual_norm_modulate_quantize",
+    "gated_residual_camera_norm_quantize",
+}  # fmt: skip
+
+
+def quantising_passes(x: Tensor, delta: Tensor, w: dict[str, Tensor], signs: Tensor) -> list[Tensor]:
+    """Every pass whose row leaves as codes, each on what the one before left of the stream."""
+    first = ops.layer_norm_modulate_quantize(x, w["shift"], w["scale"], 1e-6, signs)
+    x, *second = ops.gated_residual_camera_norm_quantize(
+        x, delta, w["gate"], None, None, w["norm"], w["norm"], 1e-6, signs
+    )
+    x, *third = ops.residual_norm_modulate_quantize(x, delta, w["shift"], w["scale"], 1e-6, None, signs, False)
+    return [x, *first, *second, *third, *ops.rotate_quantize(delta, signs)]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_quantising_passes_are_one_graph_with_the_same_bits(dynamic: bool | None) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    x, weights, *_ = block_arguments()
+    signs = torch.tensor([1, -1], dtype=torch.int8).repeat(64)
+    compiled = torch.compile(quantising_passes, fullgraph=True, dynamic=dynamic, backend=aot_autograd(fw_compiler=keep))
+    with torch.no_grad():
+        want, got = (f(x, x.flip(1), weights, signs) for f in (quantising_passes, compiled))
+    assert len(want) == len(got) == 9
+    for a, b in zip(want, got, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert len(graphs) == 1
+    called = {str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"}
+    assert {f"lingbot_kernels.{op}.default" for op in EIGHT_BIT} <= called
 
 
 def test_inductor_writes_the_caches_in_place() -> None:
