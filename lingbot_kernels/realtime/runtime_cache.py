@@ -70,12 +70,18 @@ _NO_KEY = object()
 
 
 class _Entry:
-    """A value by its key; without one, memory for the next value."""
+    """A value by its key; without one, memory for the next value.
 
-    __slots__ = ("key", "made_room", "new", "used", "value")
+    Attributes:
+        new: whether it was stored since the store's mark.
+        replaced: whether another value made room for it.
+        used: when it was last asked for.
+    """
 
-    def __init__(self, key: object, value: Any, made_room: bool) -> None:
-        self.key, self.value, self.made_room, self.new, self.used = key, value, made_room, True, 0
+    __slots__ = ("key", "new", "replaced", "used", "value")
+
+    def __init__(self, value: Any) -> None:
+        self.key, self.value, self.new, self.replaced, self.used = _NO_KEY, value, True, False, 0
 
 
 class Store:
@@ -116,8 +122,8 @@ class Store:
         if not self.enabled:
             with self.observe():
                 return compute()
-        full = len(self._entries) >= self.max_entries
-        room = self._oldest() if full else None
+        room = self._oldest() if len(self._entries) >= self.max_entries else None
+        full = room is not None
         if room is not None:
             room.key = _NO_KEY  # and let go of the key, which may hold a large tensor
         with self.observe():
@@ -127,9 +133,9 @@ class Store:
                 room = None
                 value = compute()
         if room is None:
-            room = _Entry(_NO_KEY, value, full)
+            room = _Entry(value)
             self._entries.append(room)
-        room.value, room.made_room, room.new, room.used = value, full, True, self._clock
+        room.value, room.new, room.replaced, room.used = value, True, full, self._clock
         room.key = key
         return value
 
@@ -137,17 +143,17 @@ class Store:
         """What `undo` goes back to."""
         self._marked = (self.hits, self.misses, self.max_entries)
         for entry in self._entries:
-            entry.new = False
+            entry.new = entry.replaced = False
 
     def undo(self) -> None:
         """Take back what was counted and stored since `mark`. What was evicted doesn't come back; the memory of what
-        took its place is kept for the next value.
+        replaced it is kept for the next value.
         """
         self.hits, self.misses, self.max_entries = self._marked
         for entry in self._entries:
             if entry.new:
                 entry.key = _NO_KEY
-        self._entries = [entry for entry in self._entries if entry.made_room or not entry.new]
+        self._entries = [entry for entry in self._entries if entry.replaced or not entry.new]
 
     def resize(self, max_entries: int) -> None:
         """Keep at most `max_entries` from now on."""

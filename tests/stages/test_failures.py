@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from failures import ERRORS, STRIDE, Interrupt, OutOfMemory, failing
 from helpers import make_inputs, make_model, ring_bits, same_bits, same_ring, small_config
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-import lingbot_kernels
 from lingbot_kernels import CausalDenoisingStage, RealtimeCausalDiTState
 from lingbot_kernels.models import session_forward
 from lingbot_kernels.models.lingbot_world import LingBotCrossAttention, LingBotTransformerBlock
@@ -27,8 +24,6 @@ from lingbot_kernels.realtime.kv_cache import KVCache
 from lingbot_kernels.realtime.runtime_cache import Store
 from lingbot_kernels.ring import KVRing
 
-PACKAGE = os.path.dirname(lingbot_kernels.__file__) + os.sep
-ERRORS = (RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError)
 CHUNKS = 4  # inputs, taken in turn
 STEADY = 3  # chunks behind a session whose window is full and whose first graph replays come next
 
@@ -80,36 +75,6 @@ class Twins:
         return False
 
 
-class Interrupt:
-    """While it is active, raises at event `at` of the package's functions: as one is called, or has returned.
-
-    Not when the chunk is over and all that is left is to hand it out.
-    """
-
-    HANDING_OUT = ("attempt", "denoise_chunk", "marked")
-
-    def __init__(self, at: int, error: type[BaseException]) -> None:
-        self.at, self.error, self.seen = at, error, 0
-
-    def __call__(self, frame: Any, event: str, _: object) -> None:
-        code = frame.f_code
-        if not code.co_filename.startswith(PACKAGE) or event not in ("call", "return"):
-            return
-        if event == "return" and code.co_name in self.HANDING_OUT:
-            return
-        self.seen += 1
-        if self.seen > self.at:
-            sys.setprofile(None)
-            raise self.error(f"injected at the {event} of {code.co_name}")
-
-    def __enter__(self) -> None:
-        self.before = sys.getprofile()
-        sys.setprofile(self)
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(self.before)
-
-
 def interrupted_everywhere(twins: Callable[[], Twins], stride: int) -> int:
     """Interrupt a chunk at every `stride`-th event, until one ends undisturbed; returns how many were interrupted."""
     for count in itertools.count():
@@ -117,9 +82,6 @@ def interrupted_everywhere(twins: Callable[[], Twins], stride: int) -> int:
         if not twins().fail(Interrupt(count * stride, error), error):
             return count
     raise AssertionError
-
-
-STRIDE = int(os.environ.get("LINGBOT_KERNELS_TEST_STRIDE", "13"))  # 1: every event
 
 
 def test_a_steady_chunk_interrupted_anywhere() -> None:
@@ -176,25 +138,6 @@ def test_chunks_that_warm_up_and_capture_interrupted_anywhere(graphs_on_cpu: Non
 # Named steps, before and after each.
 
 
-@contextlib.contextmanager
-def failing(owner: Any, name: str, nth: int, after: bool, error: type[BaseException]) -> Iterator[None]:
-    """The nth call of `owner.name` raises, before it has done anything or when it has done everything."""
-    original, calls = getattr(owner, name), itertools.count()
-
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        hit = next(calls) == nth
-        if hit and not after:
-            raise error("injected")
-        result = original(*args, **kwargs)
-        if hit:
-            raise error("injected")
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, patched)
-        yield
-
-
 # (where, calls in a chunk of two steps and the context update, of two blocks)
 STEPS = {
     "block": (LingBotTransformerBlock, "forward", 6),
@@ -216,21 +159,6 @@ def test_each_step_in_turn(step: str, after: bool, chunks: int) -> None:
         error = ERRORS[nth % len(ERRORS)]
         assert twins.fail(failing(owner, name, nth, after, error), error)
         twins.advance()
-
-
-class OutOfMemory(TorchFunctionMode):
-    """The torch function with this index finds no memory; those that only tell of a tensor need none."""
-
-    TELL = ("__get__", "_set_grad_enabled", "data_ptr", "dim", "is_contiguous", "is_inference", "untyped_storage")
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at, self.calls = at, itertools.count()
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.__name__ not in self.TELL and next(self.calls) == self.at:
-            raise torch.OutOfMemoryError("injected")
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("chunks", [0, 3])
@@ -280,7 +208,7 @@ class _Reset(contextlib.ExitStack):
 
 def stopped(twins: Twins, at: int = 2, **changes: Any) -> None:
     """The next chunk fails in the block that is run as number `at`."""
-    with failing(LingBotTransformerBlock, "forward", at, False, RuntimeError), pytest.raises(RuntimeError):
+    with failing(LingBotTransformerBlock, "forward", at), pytest.raises(RuntimeError):
         twins.chunk(twins.state, **changes)
 
 
@@ -409,7 +337,7 @@ def test_half_written_text_and_camera_are_never_taken_for_whole() -> None:
     twins = Twins(2)
     assert twins.state.crossattn_cache is not None
     buffers = [id(x) for pair in twins.state.crossattn_cache.layers for x in pair]
-    with failing(LingBotCrossAttention, "project_text", 1, False, RuntimeError), pytest.raises(RuntimeError):
+    with failing(LingBotCrossAttention, "project_text", 1), pytest.raises(RuntimeError):
         twins.chunk(twins.state)
     assert twins.state.crossattn_cache is None
     twins.advance()
