@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_graphs import graphs_on_cpu
 from failures import ERRORS, STRIDE, Interrupt, OutOfMemory, failing
 from helpers import make_inputs, make_model, ring_bits, same_bits, same_ring, small_config
 from torch import Tensor
 
 from lingbot_kernels import CausalDenoisingStage, RealtimeCausalDiTState
-from lingbot_kernels.models import session_forward
 from lingbot_kernels.models.lingbot_world import LingBotCrossAttention, LingBotTransformerBlock
-from lingbot_kernels.realtime.graphs import SessionGraphs, _Captured
 from lingbot_kernels.realtime.kv_cache import KVCache
 from lingbot_kernels.realtime.runtime_cache import Store
 from lingbot_kernels.ring import KVRing
@@ -99,38 +98,16 @@ def test_a_chunk_of_a_session_without_caches_interrupted_anywhere() -> None:
     assert interrupted_everywhere(lambda: twins, STRIDE * 3) > 1300 // (STRIDE * 3)
 
 
-class OnCpu:
-    """Stands in for a captured CUDA graph: each replay runs the captured forward on the captured tensors."""
-
-    def __init__(self, forward: Callable[[], Tensor | None]) -> None:
-        self.forward = forward
-
-    def replay(self) -> None:
-        self.captured.out = self.forward()
-
-
-@pytest.fixture
-def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(graphs: SessionGraphs, run: Any, inputs: Any, kv_cache: Any, position: Any, only: bool) -> _Captured:
-        own = inputs.__class__(**{**vars(inputs), "latents": inputs.latents.clone()})
-        graph = OnCpu(lambda: run(own, kv_cache.layers, position, only))
-        graph.captured = _Captured(graph, own, kv_cache, None)  # type: ignore[arg-type]
-        graphs.captures += 1
-        return graph.captured
-
-    monkeypatch.setattr(SessionGraphs, "_capture", capture)
-    monkeypatch.setattr(session_forward, "_graphs", lambda model, state: state.graphs)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-
-
-def test_a_chunk_with_graphs_interrupted_anywhere(graphs_on_cpu: None) -> None:
+def test_a_chunk_with_graphs_interrupted_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs_on_cpu(monkeypatch)
     twins = Twins(STEADY)
     assert interrupted_everywhere(lambda: twins, STRIDE * 2) > 1300 // (STRIDE * 2)
     assert twins.state.graphs.captures == 2 and twins.state.graphs.replays > 10
 
 
-def test_chunks_that_warm_up_and_capture_interrupted_anywhere(graphs_on_cpu: None) -> None:
+def test_chunks_that_warm_up_and_capture_interrupted_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second chunk, with which the window is full: both kinds of forward warm up, and the denoise step captures."""
+    graphs_on_cpu(monkeypatch)
     assert interrupted_everywhere(lambda: Twins(1), STRIDE * 8) > 1000 // (STRIDE * 8)
     assert interrupted_everywhere(lambda: Twins(2), STRIDE * 8) > 1000 // (STRIDE * 8)
 
