@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import os
 import re
+import runpy
 import stat
 import subprocess
 import sys
@@ -112,6 +113,12 @@ def test_the_stub_names_the_arguments_of_the_core() -> None:
             compiled[name] = [argument.replace(".", "_") for argument in arguments]
             assert last_argument == last
         assert compiled == stub
+
+
+def test_the_stub_is_what_the_program_writes() -> None:
+    pytest.importorskip("lingbot_kernels._C")
+    make_stub = runpy.run_path(str(ROOT / "csrc" / "make_stub.py"))
+    assert make_stub["stub"]() == (ROOT / "lingbot_kernels" / "_C.pyi").read_text(), "run python csrc/make_stub.py"
 
 
 def test_every_op_has_its_file_for_the_cpu() -> None:
