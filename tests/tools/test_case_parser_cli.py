@@ -67,7 +67,8 @@ def test_list_unresolved_and_strict(config: Path) -> None:
     assert set(u) == {"file", "line", "column", "source", "reason"}
     assert (u["file"], u["line"], u["source"]) == (str(config), 6, "ONE_GPU_CASES.append(make())")
     assert run("list", config, "--strict").returncode == 2
-    assert f"{config}:6:22" in run("list", config).stdout
+    column = 22 if sys.version_info >= (3, 11) else 1  # before, a call is known by its line alone
+    assert f"{config}:6:{column}" in run("list", config).stdout
 
 
 def test_list_required_suite(config: Path) -> None:

@@ -64,7 +64,8 @@ def test_visitor_process_expr_and_factory_id() -> None:
 def test_parse_testcase_configs_warns_of_what_is_unresolved(tmp_path: Path) -> None:
     config = tmp_path / "cases.py"
     config.write_text(CASE + 'from gone import make\nONE_GPU_CASES = [C("a"), make()]\nOTHER = [C("o")]\n')
-    with pytest.warns(parser.UnresolvedCaseWarning, match=r"cases\.py:3:26: .*make"):
+    column = 26 if sys.version_info >= (3, 11) else 1
+    with pytest.warns(parser.UnresolvedCaseWarning, match=rf"cases\.py:3:{column}: .*make"):
         assert parser.parse_testcase_configs(config) == {"ONE_GPU_CASES": ["a"]}
     config.write_text("ONE_GPU_CASES = [")
     with pytest.raises(SyntaxError, match="never closed"):

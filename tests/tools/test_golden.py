@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,20 @@ def answer(config: Path) -> dict:
     return json.loads(json.dumps(data).replace(PYTHON, "Python X.Y"))
 
 
+def without_places(data: dict) -> dict:
+    """The answer with no more of a place than its file."""
+    for u in data["unresolved"]:
+        for key in ("line", "column", "source"):
+            del u[key]
+    return data
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
 def test_golden(config: Path) -> None:
-    assert answer(config) == json.loads(config.with_suffix(".json").read_text())
+    got, want = answer(config), json.loads(config.with_suffix(".json").read_text())
+    if sys.version_info < (3, 11):  # which knows a call by the line of its statement, and a decorator by its function's
+        got, want = without_places(got), without_places(want)
+    assert got == want
 
 
 def test_every_answer_has_its_config() -> None:
