@@ -69,13 +69,18 @@ class TextEncoder:
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
-    transformers = require("transformers")
+    transformers, logging = require("transformers"), require("transformers.utils.logging")
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a library draws nothing on its caller's terminal
     try:
         model, info = transformers.UMT5EncoderModel.from_pretrained(
             str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # what safetensors, json and transformers raise has no common class
         raise BadPart(f"text encoder: {folder}: {error}") from error
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
     # A checkpoint with one table of embeddings stores it under either of two names.
     missing = [key for key in info["missing_keys"] if key not in ("shared.weight", "encoder.embed_tokens.weight")]
     if missing or info.get("mismatched_keys"):
