@@ -59,6 +59,35 @@ class RingPosition:
         return slot(offset + start, self.sink, capacity)
 
 
+def visible_segments(
+    ring: RingPosition, num_tokens: int, capacity: int, num_visible: int, recent: int
+) -> list[tuple[int, int]]:
+    """Slot ranges of the sink and the `recent` latest tokens (the chunk's own included), in slot order, neighbours
+    merged.
+
+    `ring` must hold its position as an int: which slots are recent decides how many calls are made.
+    """
+    if ring.cursor is not None:
+        raise ValueError("ring: got a device cursor, must hold an int position when `recent` is given")
+    if recent < num_tokens:
+        raise ValueError(f"recent: got {recent}, must be at least the chunk's {num_tokens} tokens")
+    sink, turn = ring.sink, capacity - ring.sink
+    # A full ring may tell its position by the slot alone, as the session's does: one turn on, the slots are the same.
+    end = ring.chunk_start + num_tokens + (turn if num_visible == capacity else 0)
+    first = max(end - recent, end - turn, min(sink, end))
+    ranges = [(0, min(sink, num_visible))] if sink else []
+    if end > sink:
+        low, high = slot(first, sink, capacity), slot(end - 1, sink, capacity) + 1
+        ranges += [(low, high)] if low < high else [(sink, high), (low, capacity)]
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
 @dataclass(frozen=True)
 class ChunkPosition:
     """Where the blocks write a chunk and how much of the ring they see."""

@@ -14,9 +14,8 @@ from lingbot_kernels.ops import _check, _dispatch, _native
 from lingbot_kernels.ops._even_segments import TILE, even_segments, hopper_multiprocessors
 from lingbot_kernels.ops._library import register
 from lingbot_kernels.ops.merge_segments import merge_segments
-from lingbot_kernels.ring import RingPosition
+from lingbot_kernels.ring import RingPosition, visible_segments
 
-Segments = Sequence[tuple[int, int]]
 LIBRARIES = ("fa4", "cudnn", "sdpa", "reference")
 
 
@@ -68,35 +67,6 @@ def resolve_library(requested: str | None, device_type: str, dtype: torch.dtype,
         raise ValueError(f"backend: got {requested!r}, must be auto or one of {', '.join(LIBRARIES)}")
     _dispatch.demand("windowed_attention", requested, why_not(requested, device_type, dtype, head_dim))
     return requested
-
-
-def visible_segments(
-    ring: RingPosition, num_tokens: int, capacity: int, num_visible: int, recent: int
-) -> list[tuple[int, int]]:
-    """Slot ranges of the sink and the `recent` latest tokens (the chunk's own included), in slot order, neighbours
-    merged.
-
-    `ring` must hold its position as an int: which slots are recent decides how many calls are made.
-    """
-    if ring.cursor is not None:
-        raise ValueError("ring: got a device cursor, must hold an int position when `recent` is given")
-    if recent < num_tokens:
-        raise ValueError(f"recent: got {recent}, must be at least the chunk's {num_tokens} tokens")
-    sink, turn = ring.sink, capacity - ring.sink
-    # A full ring may tell its position by the slot alone, as the session's does: one turn on, the slots are the same.
-    end = ring.chunk_start + num_tokens + (turn if num_visible == capacity else 0)
-    first = max(end - recent, end - turn, min(sink, end))
-    ranges = [(0, min(sink, num_visible))] if sink else []
-    if end > sink:
-        low, high = (first - sink) % turn, (end - 1 - sink) % turn + 1
-        ranges += [(sink + low, sink + high)] if low < high else [(sink, sink + high), (sink + low, capacity)]
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return merged
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, library: str, with_lse: bool) -> tuple[Tensor, Tensor | None]:
