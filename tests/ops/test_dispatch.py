@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lingbot_kernels import ops
 from lingbot_kernels.ops import _dispatch, _native
 from lingbot_kernels.ops._winners import Winners
 
+ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = "LINGBOT_KERNELS_BACKEND"
 
 
@@ -132,3 +134,17 @@ def test_the_automatic_order_starts_with_the_winner(best: str, monkeypatch: pyte
     assert _dispatch.automatic_order("rms_norm", "cuda", 4524, 5120) == (best, other, "reference")
     assert _dispatch.automatic_order("rms_norm", "cuda", 99, 5120) == ("cuda", "triton", "reference")
     assert _dispatch.automatic_order("rms_norm", "cpu", 4524, 5120) == ("cpu", "reference")
+
+
+@pytest.mark.parametrize("op", _dispatch.OPS)
+def test_every_home_has_its_file(op: str) -> None:
+    homes = _dispatch.OPS[op]
+    kernel = homes.kernel or op
+    assert kernel in _dispatch.OPS
+    for backend, path in (
+        ("triton", f"lingbot_kernels/triton/{kernel}.py"),
+        ("cpu", f"csrc/cpu/{kernel}.cpp"),
+        ("cuda", f"csrc/cuda/{kernel}.cu"),
+        ("reference", f"lingbot_kernels/reference/{op}.py"),
+    ):
+        assert (ROOT / path).is_file() == (backend not in homes.absent)
