@@ -103,7 +103,8 @@ constexpr RowConfig quantize_config(int dim, int width, int most) {
 // Blocks of `threads` (0: any number) that a multiprocessor holds with `registers` each: its quarters have 512
 // registers a lane, and a warp stays in one.
 constexpr int resident_blocks(int threads, int registers) {
-  return threads == 0 ? 1 : 512 / registers * 4 / (threads / kWarpSize);
+  const int blocks = threads == 0 ? 1 : 512 / registers * 4 / (threads / kWarpSize);
+  return blocks > 0 ? blocks : 1;
 }
 
 constexpr int kMaxTwoVectorRow = 2 * 8 * max_row_threads(2);  // elements of the longest row in two vectors a thread
