@@ -66,47 +66,27 @@ Row = dict[str, Any]
 def product_configs() -> dict[str, int8_linear.LinearConfig]:
     """Configurations worth trying, by a name that says what they are."""
     make = int8_linear.LinearConfig
-    wide = make(128, 256, 128, 8, 3)
+    wide, tall, pair = make(128, 256, 128, 8, 4), make(256, 128, 128, 8, 4), make(128, 128, 128, 4, 3)
     configs = [
-        wide,
-        dataclasses.replace(wide, num_stages=4),
-        dataclasses.replace(wide, num_stages=2),
-        dataclasses.replace(wide, group_m=4),
-        dataclasses.replace(wide, group_m=16),
-        dataclasses.replace(wide, num_stages=4, group_m=16),
-        dataclasses.replace(wide, tma_store=True),
-        dataclasses.replace(wide, persistent=True),
-        dataclasses.replace(wide, persistent=True, tma_store=True),
-        dataclasses.replace(wide, persistent=True, num_stages=4),
-        make(128, 256, 64, 8, 6),
-        make(256, 128, 128, 8, 3),
-        make(256, 128, 128, 8, 4),
-        make(256, 128, 128, 8, 3, persistent=True),
-        make(128, 128, 128, 8, 4),
-        make(128, 128, 128, 8, 6),
-        make(128, 128, 128, 4, 3),
-        make(128, 128, 128, 4, 4, tma_store=True),
+        *(dataclasses.replace(wide, group_m=group) for group in (8, 16, 32)),
+        *(dataclasses.replace(tall, group_m=group) for group in (4, 8, 16)),
+        *(dataclasses.replace(pair, group_m=group) for group in (8, 16, 32)),
+        make(128, 256, 128, 8, 3, group_m=16),
         make(128, 128, 256, 8, 3),
-        make(64, 256, 128, 4, 4),
+        make(128, 128, 256, 8, 3, group_m=16),
         make(64, 256, 128, 4, 2),
+        make(64, 256, 128, 4, 4),
         make(64, 128, 128, 4, 4),
-        make(128, 256, 128, 8, 3, tma=False),
+        make(64, 128, 256, 4, 4),
+        make(128, 256, 128, 8, 4, group_m=16, tma=False),
     ]
     return {describe(config): config for config in configs}
 
 
 def describe(config: int8_linear.LinearConfig) -> str:
-    flags = [
-        name
-        for name, on in (
-            ("persistent", config.persistent),
-            ("tma_store", config.tma_store),
-            ("pointers", not config.tma),
-        )
-        if on
-    ]
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
-    return " ".join([tile, f"w{config.num_warps}", f"s{config.num_stages}", f"g{config.group_m}", *flags])
+    source = [] if config.tma else ["pointers"]
+    return " ".join([tile, f"w{config.num_warps}", f"s{config.num_stages}", f"g{config.group_m}", *source])
 
 
 def pass_configs(dim: int) -> dict[str, _rows.RowConfig]:
@@ -124,16 +104,19 @@ def pass_configs(dim: int) -> dict[str, _rows.RowConfig]:
     return configs
 
 
-def integers(*shape: int, device: str) -> torch.Tensor:
-    return torch.randint(-127, 128, shape, device=device, dtype=torch.int8)
-
-
 def product_operands(rows: int, columns: int, depth: int, device: str) -> tuple[torch.Tensor, ...]:
-    """x, x_scale, w, w_scale, bias, sized so that the result's spread is about one."""
-    scale = torch.rand(2, max(rows, columns), device=device) / (73 * depth**0.25)
+    """x, x_scale, w, w_scale, bias: normal values as the passes quantise them, the result's spread about one."""
     bias = torch.randn(columns, device=device, dtype=BF16)
-    x, w = integers(1, rows, depth, device=device), integers(columns, depth, device=device)
-    return x, (0.1 * scale[:1, :rows]).contiguous(), w, scale[1, :columns].contiguous(), bias
+    x, x_scale = quantized(1, rows, depth, device)
+    w, w_scale = quantized(1, columns, depth, device)
+    return x, x_scale, w[0], w_scale[0] / depth**0.5, bias
+
+
+def quantized(batch: int, rows: int, depth: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normal values as codes and scales: what a multiprocessor can do depends on the bits that toggle."""
+    values = torch.randn(batch, rows, depth, device=device)
+    scale = values.abs().amax(-1) / 127
+    return (values / scale.unsqueeze(-1)).round().to(torch.int8), scale
 
 
 def launch_product(

@@ -12,13 +12,11 @@ import triton.language as tl
 from lingbot_kernels.reference.rotate_quantize import ROTATION_BLOCK, SMALLEST_AMAX, padded_width
 from lingbot_kernels.triton._rows import (
     INTERPRETED,
-    LONG_ROW,
     MAX_DIM,
     RowConfig,
     load_chunk,
-    short_row_config,
+    row_config,
     store_chunk,
-    value_config,
     why_not_rows,
 )
 
@@ -29,6 +27,7 @@ SMALLEST: tl.constexpr = tl.constexpr(SMALLEST_AMAX)
 NO_SIGN: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 INFINITY_BITS: tl.constexpr = tl.constexpr(0x7F800000)
 NAN_BITS: tl.constexpr = tl.constexpr(0x7FC00000)
+QUARTER = 4  # values of a chunk in a thread
 # 1.5 * 2**23: added to a float of a magnitude up to 127, it rounds it to the integer in the sum's low byte.
 TO_INTEGER: tl.constexpr = tl.constexpr(12582912.0)
 
@@ -127,13 +126,12 @@ def quantize_store(
         store_chunk(codes_ptr, codes, i, PADDED, CHUNK, MODIFIER)
 
 
-def quantizing_config(dim: int, element_sizes: tuple[int, ...], rows: int) -> RowConfig:
-    """Configuration of a pass that leaves `rows` rows of `dim` values as codes: its chunks are whole blocks of 128.
+def quantizing_config(dim: int, warps: int | None = None) -> RowConfig:
+    """Configuration of a pass that leaves rows of `dim` values as codes: a thread has four neighbours of each chunk.
 
-    A long row takes eight warps: it is held in float32 while it is rotated.
+    A row is held in float32 while it is rotated: with fewer values a thread more rows are in flight.
     """
-    config = value_config(dim, element_sizes, 8 if dim >= LONG_ROW else None, streaming=False)
-    return short_row_config(config, dim)
+    return row_config(dim, QUARTER, warps, streaming=False)
 
 
 def why_not_quantized(dim: int, **tensors: torch.Tensor | None) -> str | None:

@@ -8,7 +8,15 @@ import triton.language as tl
 
 from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._quantize import padded_width, quantize_store, quantizing_config, why_not_quantized
-from lingbot_kernels.triton._rows import RowConfig, affine_chunk, layer_norm_stats, modulation_stride, residual_row
+from lingbot_kernels.triton._rows import (
+    LONG_ROW,
+    RowConfig,
+    affine_chunk,
+    layer_norm_stats,
+    modulation_stride,
+    residual_row,
+    value_config,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -78,7 +86,9 @@ def gated_residual_camera_norm_quantize_kernel(
 
 def launch_config(dim: int, element_sizes: tuple[int, ...], rows: int) -> RowConfig:
     """Configuration for `rows` rows of `dim` values in tensors of these element sizes."""
-    return quantizing_config(dim, element_sizes, rows)
+    if dim < LONG_ROW:
+        return quantizing_config(dim)
+    return value_config(dim, element_sizes, 8, streaming=False)
 
 
 def why_not(x: torch.Tensor, delta: torch.Tensor) -> str | None:

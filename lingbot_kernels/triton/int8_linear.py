@@ -5,6 +5,7 @@ Tiles come through TMA descriptors where the GPU has them (sm_90 and later), els
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,18 +14,40 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lingbot_kernels.triton._rows import round_to
+from lingbot_kernels.triton._rows import INTERPRETED, round_to
 
 ALIGNMENT = 16  # bytes, of the rows that TMA reads
+MULTIPROCESSORS = 132  # of the H100 that the configurations were measured on
 LARGEST_K = 131071  # 128 * 128 * K must stay below 2**31
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+CUBE: tl.constexpr = tl.constexpr(0.044715)
+TO_POWER: tl.constexpr = tl.constexpr(-2 * math.sqrt(2 / math.pi) * math.log2(math.e))
 
 
 @triton.jit
 def gelu_tanh(x):
     """0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3): nothing cancels where x < 0."""
-    u = 0.7978845608028654 * x * (1 + 0.044715 * x * x)
-    return x / (1 + tl.exp(-2 * u))
+    power = x * (TO_POWER + TO_POWER * CUBE * x * x)  # -2u, to the base of two
+    if INTERPRETED:
+        return x / (1 + tl.exp2(power))
+    else:  # the GPU's own power and reciprocal, 2 ulp each: a division takes as many instructions as all the rest
+        share = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .f32 a;
+            ex2.approx.ftz.f32 a, $1;
+            add.f32 a, a, 0f3F800000;
+            rcp.approx.ftz.f32 $0, a;
+            }
+            """,
+            "=f,f",
+            [power],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+        return x * share
 
 
 @triton.jit
@@ -62,15 +85,14 @@ def tile_of(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return first_m + within % size_m, within // size_m
 
 
-@triton.jit
-def linear_tile(
-    index,
+@triton.jit(do_not_specialize=["rows"])
+def int8_linear_kernel(
     x,
     x_scale_ptr,
     w,
     w_scale_ptr,
     bias_ptr,
-    y,
+    y_ptr,
     rows,
     columns,
     x_stride,
@@ -78,16 +100,18 @@ def linear_tile(
     y_stride,
     DEPTH: tl.constexpr,
     GELU: tl.constexpr,
-    OUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
-    TMA_STORE: tl.constexpr,
 ):
-    """Tile `index` of y = activation((x w^T) * x_scale w_scale + bias)."""
-    tile_m, tile_n = tile_of(index, tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP_M)
+    """y[m, n] = activation((sum_k x[m, k] w[n, k]) * (x_scale[m] * w_scale[n]) + bias[n]), rounded once
+
+    x int8 [rows, DEPTH], w int8 [columns, DEPTH], TMA descriptors with TMA, else pointers; sums int32; scales float32;
+    bias [columns] or None. Programs: one a tile of BLOCK_M x BLOCK_N.
+    """
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP_M)
     m0, n0 = tile_m * BLOCK_M, tile_n * BLOCK_N
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for k0 in range(0, DEPTH, BLOCK_K):
@@ -102,64 +126,16 @@ def linear_tile(
         value += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
     if GELU:
         value = gelu_tanh(value)
-    result = round_to(value, OUT)
-    if TMA_STORE:
-        y.store([m0, n0], result)
-    else:
-        pointers = y + m.to(tl.int64)[:, None] * y_stride + n[None, :]
-        tl.store(pointers, result, mask=(m < rows)[:, None] & (n < columns)[None, :])
-
-
-@triton.jit(do_not_specialize=["rows"])
-def int8_linear_kernel(
-    x,
-    x_scale_ptr,
-    w,
-    w_scale_ptr,
-    bias_ptr,
-    y,
-    rows,
-    columns,
-    x_stride,
-    w_stride,
-    y_stride,
-    DEPTH: tl.constexpr,
-    GELU: tl.constexpr,
-    OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    TMA: tl.constexpr,
-    TMA_STORE: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-):
-    """y[m, n] = activation((sum_k x[m, k] w[n, k]) * (x_scale[m] * w_scale[n]) + bias[n]), rounded once
-
-    x int8 [rows, DEPTH], w int8 [columns, DEPTH], sums int32; scales float32; bias [columns] or None. x and w are TMA
-    descriptors with TMA, y with TMA_STORE, else pointers with strides. Programs: one a tile, or with PERSISTENT any
-    number, each taking every num_programs-th tile.
-    """
-    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
-    if PERSISTENT:
-        for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            linear_tile(
-                index, x, x_scale_ptr, w, w_scale_ptr, bias_ptr, y, rows, columns, x_stride, w_stride, y_stride,
-                DEPTH, GELU, OUT, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, TMA_STORE,
-            )  # fmt: skip
-    else:
-        linear_tile(
-            tl.program_id(0), x, x_scale_ptr, w, w_scale_ptr, bias_ptr, y, rows, columns, x_stride, w_stride, y_stride,
-            DEPTH, GELU, OUT, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA, TMA_STORE,
-        )  # fmt: skip
+    result = round_to(value, y_ptr.dtype.element_ty)
+    pointers = y_ptr + m.to(tl.int64)[:, None] * y_stride + n[None, :]
+    tl.store(pointers, result, mask=(m < rows)[:, None] & (n < columns)[None, :])
 
 
 @dataclass(frozen=True)
 class LinearConfig:
     """Tile, warps, pipeline stages and order of a launch.
 
-    group_m: rows of tiles that are gone through together. tma: operands come through descriptors. tma_store: so does
-    the result. persistent: one program a multiprocessor, not one a tile.
+    group_m: rows of tiles that are gone through together. tma: operands come through descriptors.
     """
 
     block_m: int
@@ -169,8 +145,6 @@ class LinearConfig:
     num_stages: int
     group_m: int = 8
     tma: bool = True
-    tma_store: bool = False
-    persistent: bool = False
 
     @property
     def shared_bytes(self) -> int:
@@ -182,12 +156,22 @@ class LinearConfig:
 def launch_config(rows: int, columns: int, depth: int, capability: tuple[int, int], out_size: int = 2) -> LinearConfig:
     """Configuration for rows x columns sums of `depth` products on a GPU of this compute capability.
 
-    out_size: bytes of a result. A float32 tile of 256 columns would spill on its way to memory.
+    Measured on an H100. One wide tile a multiprocessor is the most efficient where it is large or deep enough to hide
+    filling the pipeline and the epilogue; else two smaller ones hide each other's. out_size: bytes of a result; a
+    float32 tile of 256 columns would spill on its way to memory.
     """
-    if capability[0] in (9, 10):  # 227 KB of shared memory a program
-        if rows <= 64:
+    if capability[0] in (9, 10):  # 227 KB of shared memory a multiprocessor
+        tiles = -(-rows // 128) * -(-columns // 128)
+        if tiles <= MULTIPROCESSORS:
             return LinearConfig(64, 128, 128, 4, 4)
-        return LinearConfig(128, 256, 128, 8, 3) if out_size == 2 else LinearConfig(128, 128, 128, 8, 4)
+        if out_size == 4:
+            return LinearConfig(128, 128, 128, 8, 4)
+        deep = depth >= 8192
+        if depth >= 4096 and columns >= 4096 and (rows >= 4096 or (deep and tiles >= 5 * MULTIPROCESSORS)):
+            return LinearConfig(128, 256, 128, 8, 4, group_m=16)
+        if deep and tiles < 3 * MULTIPROCESSORS:
+            return LinearConfig(128, 128, 256, 8, 3)
+        return LinearConfig(128, 128, 128, 4, 3)
     if capability == (8, 0) and out_size == 2:  # 163 KB
         return LinearConfig(128, 256, 64, 8, 4, tma=False)
     return LinearConfig(128, 128, 128, 8, 3, tma=False)  # 99 KB; sm_120 has TMA, but spills with it
@@ -234,15 +218,13 @@ def int8_linear(
     if config is None:
         config = launch_config(rows, columns, depth, capability(x.device), y.element_size())
     tma = config.tma and described(x) and described(w)
-    tma_store = tma and config.tma_store and described(y)
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
-    int8_linear_kernel[(min(tiles, multiprocessors(x.device)) if config.persistent else tiles,)](
+    int8_linear_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
         TensorDescriptor(x, [rows, depth], [x.stride(0), 1], [config.block_m, config.block_k]) if tma else x,
         x_scale,
         TensorDescriptor(w, [columns, depth], [w.stride(0), 1], [config.block_n, config.block_k]) if tma else w,
         w_scale,
         bias,
-        TensorDescriptor(y, [rows, columns], [columns, 1], [config.block_m, config.block_n]) if tma_store else y,
+        y,
         rows,
         columns,
         x.stride(0),
@@ -250,29 +232,17 @@ def int8_linear(
         columns,
         DEPTH=depth,
         GELU=activation == "gelu_tanh",
-        OUT=TRITON_DTYPES[y.dtype],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         TMA=tma,
-        TMA_STORE=tma_store,
-        PERSISTENT=config.persistent,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-
-
-TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @lru_cache(maxsize=64)
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device; that of the smallest GPU served for a CPU, where kernels are interpreted."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 6)
-
-
-@lru_cache(maxsize=64)
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; 4 for a CPU, where kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

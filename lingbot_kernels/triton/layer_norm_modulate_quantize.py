@@ -8,7 +8,14 @@ import triton.language as tl
 
 from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._quantize import padded_width, quantize_store, quantizing_config, why_not_quantized
-from lingbot_kernels.triton._rows import RowConfig, layer_norm_stats, load_row, modulated_chunk, modulation_stride
+from lingbot_kernels.triton._rows import (
+    LONG_ROW,
+    RowConfig,
+    layer_norm_stats,
+    load_row,
+    modulated_chunk,
+    modulation_stride,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -58,7 +65,7 @@ def layer_norm_modulate_quantize_kernel(
 
 def launch_config(dim: int, element_sizes: tuple[int, ...], rows: int) -> RowConfig:
     """Configuration for `rows` rows of `dim` values in tensors of these element sizes."""
-    return quantizing_config(dim, element_sizes, rows)
+    return quantizing_config(dim, 4 if LONG_ROW <= dim <= 2 * LONG_ROW else None)
 
 
 def why_not(x: torch.Tensor) -> str | None:

@@ -8,7 +8,9 @@ import triton.language as tl
 
 from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._quantize import padded_width, quantize_store, quantizing_config, why_not_quantized
-from lingbot_kernels.triton._rows import RowConfig, load_row
+from lingbot_kernels.triton._rows import RowConfig, load_row, value_config
+
+LONGEST_WIDE = 8192  # values of a row up to which a thread holds whole 16-byte vectors of it
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -49,7 +51,7 @@ def rotate_quantize_kernel(
 
 def launch_config(dim: int, element_size: int, rows: int) -> RowConfig:
     """Configuration for `rows` rows of `dim` values of this element size."""
-    return quantizing_config(dim, (element_size,), rows)
+    return quantizing_config(dim) if dim > LONGEST_WIDE else value_config(dim, (element_size,), streaming=False)
 
 
 def why_not(x: torch.Tensor) -> str | None:

@@ -140,10 +140,7 @@ CONFIGS = [
     int8_linear.LinearConfig(64, 128, 128, 4, 3),
     int8_linear.LinearConfig(64, 64, 64, 4, 2, group_m=2),
     int8_linear.LinearConfig(32, 64, 64, 4, 2, tma=False),
-    int8_linear.LinearConfig(64, 64, 64, 4, 2, tma_store=True, group_m=3),
 ]
-if not INTERPRETED:  # the interpreter can't count up to a number that is an argument
-    CONFIGS.append(int8_linear.LinearConfig(64, 64, 64, 4, 2, persistent=True))
 
 
 @pytest.mark.parametrize("config", [None, *CONFIGS], ids=str)

@@ -49,9 +49,6 @@ def test_passes_leave_room_to_hide_latency(compiled: dict[str, dict[str, Any]]) 
     passes = {case: row for case, row in compiled.items() if row["name"] != "int8_linear_kernel"}
     assert {case: row["registers"] for case, row in passes.items() if row["registers"] > MOST_REGISTERS} == {}
     for case, row in passes.items():
-        wide = re.compile(r"\.(128|64)$" if "float32" not in case else r"\.(128|64)$|^(LDG\.E\.EL|STG\.E)$")
-        narrow = {opcode: count for opcode, count in row["accesses"].items() if not wide.search(opcode)}
-        if "float32" not in case:
-            assert narrow == {"STG.E": 1}, case  # the row's scale
-        else:
-            assert narrow == {}, case
+        # A thread has four or eight neighbours: four bytes of codes and signs at a time, eight or more of values.
+        narrow = {opcode for opcode in row["accesses"] if not re.search(r"\.(128|64)$|^(LDG\.E\.EL|STG\.E)$", opcode)}
+        assert narrow == set(), case

@@ -10,16 +10,22 @@ from lingbot_kernels.triton import (
     _rows,
     gated_residual,
     gated_residual_camera_norm,
+    gated_residual_camera_norm_quantize,
     int8_linear,
     layer_norm_modulate,
+    layer_norm_modulate_quantize,
     qk_norm_rope_kv_write,
     qk_norm_rope_pack,
     residual_norm_modulate,
+    residual_norm_modulate_quantize,
     rms_norm,
     rope_cos_sin,
     rotate_quantize,
 )
 
+QUANTISING = (
+    layer_norm_modulate_quantize, residual_norm_modulate_quantize, gated_residual_camera_norm_quantize,
+)  # fmt: skip
 BF16, WIDE = (2, 2), (4, 2)  # element sizes of a pass: 16-bit, or with a float32 residual stream
 
 
@@ -122,16 +128,38 @@ def test_tiles_of_the_int8_product_fit_every_gpu(rows: int, out_size: int, capab
 
 
 def test_measured_tiles_of_the_int8_product() -> None:
-    wide = int8_linear.LinearConfig(128, 256, 128, 8, 3)
-    assert int8_linear.launch_config(4524, 15360, 5120, (9, 0)) == wide
+    wide, pair = (
+        int8_linear.LinearConfig(128, 256, 128, 8, 4, group_m=16),
+        int8_linear.LinearConfig(128, 128, 128, 4, 3),
+    )
+    deep, small = int8_linear.LinearConfig(128, 128, 256, 8, 3), int8_linear.LinearConfig(64, 128, 128, 4, 4)
+    measured = {
+        (4524, 15360, 5120): wide, (4524, 5120, 5120): wide, (4524, 13824, 5120): wide, (4524, 5120, 13824): wide,
+        (2262, 15360, 5120): pair, (2262, 5120, 5120): pair, (2262, 13824, 5120): pair, (2262, 5120, 13824): wide,
+        (1131, 15360, 5120): pair, (1131, 5120, 5120): pair, (1131, 13824, 5120): pair, (1131, 5120, 13824): deep,
+        (4680, 4608, 1536): pair, (4680, 1536, 1536): pair, (4680, 8960, 1536): pair, (4680, 1536, 8960): pair,
+        (1170, 4608, 1536): pair, (1170, 1536, 1536): small, (1170, 8960, 1536): pair, (1170, 1536, 8960): small,
+    }  # fmt: skip
+    assert {shape: int8_linear.launch_config(*shape, (9, 0)) for shape in measured} == measured
     assert int8_linear.launch_config(4524, 15360, 5120, (9, 0), out_size=4).block_n == 128  # 256 would spill
 
 
 def test_quantised_rows_are_whole_blocks_of_the_rotation() -> None:
     for dim in range(1, _rows.MAX_DIM + 1, 7):
-        for size in (2, 4):
-            config = rotate_quantize.launch_config(dim, size, 4524)
+        configs = [rotate_quantize.launch_config(dim, size, 4524) for size in (2, 4)]
+        configs += [op.launch_config(dim, BF16, 4524) for op in QUANTISING]
+        for config in configs:
             assert config.chunk % 128 == 0
             assert -(-dim // config.chunk) * config.chunk // (32 * config.num_warps) <= 64  # float32 values a thread
-    assert rotate_quantize.launch_config(5120, 2, 4524) == _rows.RowConfig(8, 2048, streaming=False)
-    assert rotate_quantize.launch_config(1536, 2, 4524) == _rows.RowConfig(4, 1024, streaming=False)
+
+
+def test_measured_configurations_of_the_quantising_passes() -> None:
+    def plain(num_warps: int, chunk: int) -> _rows.RowConfig:
+        return _rows.RowConfig(num_warps, chunk, streaming=False)
+
+    rotations = {5120: plain(4, 1024), 13824: plain(8, 1024), 8960: plain(8, 1024), 1536: plain(2, 512)}
+    assert {dim: rotate_quantize.launch_config(dim, 2, 4524) for dim in rotations} == rotations
+    assert residual_norm_modulate_quantize.launch_config(5120, BF16, 4524) == plain(8, 1024)
+    assert residual_norm_modulate_quantize.launch_config(1536, BF16, 4524) == plain(4, 512)
+    assert gated_residual_camera_norm_quantize.launch_config(5120, BF16, 4524) == plain(8, 2048)
+    assert layer_norm_modulate_quantize.launch_config(5120, (2,), 4524) == plain(4, 512)
