@@ -182,6 +182,7 @@ class LingBotConfig:
             raise ValueError(f"{path}: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{path}: holds {type(content).__name__}, must hold an object")
+        content.pop("quantization", None)  # how the weights are stored says nothing of the network
         try:
             return cls.from_dict(_translate(content) if _is_foreign(content) else content)
         except ValueError as error:

@@ -22,7 +22,9 @@ from torch import nn
 
 from lingbot_kernels.config import PLUECKER_CHANNELS, LingBotConfig
 from lingbot_kernels.files import read_json
-from lingbot_kernels.models.checkpoint_files import STEMS, CheckpointError, Entry, Headers, read_headers
+from lingbot_kernels.models.checkpoint_files import RECIPE, STEMS, CheckpointError, Entry, Headers, read_headers
+from lingbot_kernels.models.quantize import int8_slots, quantize
+from lingbot_kernels.quantization import Int8Linear, Int8Recipe
 
 NAMINGS = ("official", "fastvideo", "diffusers")
 
@@ -73,6 +75,8 @@ _BLOCK_INDEX = re.compile(r"^blocks\.(0|[1-9]\d*)\.")
 # torch.compile and FSDP put these between a module and its parts.
 _INNER_WRAPPER = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
+_SCALE = "_scale"  # <layer>.weight_scale
+
 # A shard is mapped anew after this many bytes, so that pages already copied do not count as memory in use.
 _MAPPED_BYTES = 64 * 2**20
 
@@ -96,6 +100,9 @@ _TO_OFFICIAL, _FROM_OFFICIAL = _name_tables()
 
 
 def _look_up(table: dict[str, str], key: str) -> str | None:
+    if key.endswith(_SCALE):  # of int8 weights, beside them
+        weight = _look_up(table, key.removesuffix(_SCALE))
+        return None if weight is None else weight + _SCALE
     block = _BLOCK_INDEX.match(key)
     if block is None:
         return table.get(key) if "*" not in key else None
@@ -164,6 +171,7 @@ def load_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    recipe: Int8Recipe | None = None,
 ) -> None:
     """Copy a checkpoint into a model, converting to the parameters' dtype and device on the way.
 
@@ -176,6 +184,8 @@ def load_checkpoint(
         folder: a folder of safetensors shards, with or without an index, or one safetensors file; in any of NAMINGS.
         dtype: of all parameters; None leaves each as it is.
         device: of all parameters; None leaves them where they are, and means the CPU for a model on the meta device.
+        recipe: of a `CausalLingBotTransformer` on the meta device, to have its weights quantised: those of a checkpoint
+            in 16 or 32 bits on the way, tensor by tensor, those of one that is quantised by this recipe as they are.
 
     Raises:
         CheckpointError: missing, unexpected or wrongly shaped keys, damaged or missing files, an index that does not
@@ -183,23 +193,40 @@ def load_checkpoint(
     """
     path = Path(folder)
     headers = read_headers(path)
-    matches, problems = _match(headers, {name: tuple(slot.shape) for name, slot in model.state_dict().items()})
-    if problems := headers.problems + problems:
+    stored, problems = _recipe(path, headers)
+    if stored is not None:
+        if recipe == stored and getattr(model, "recipe", None) is None:
+            quantize(model, stored)
+        problems += _other_recipe(stored, getattr(model, "recipe", None) or recipe)
+    slots = {name: (tuple(slot.shape), slot.dtype) for name, slot in model.state_dict().items()}
+    matches, unfit = _match(headers, slots)
+    if problems := headers.problems + (problems or unfit):
         raise CheckpointError(path, problems)
     _, prefix = _unwrapped(headers.entries)
     if prefix:
         warnings.warn(f"{path}: every key starts with {prefix!r}; read without it", stacklevel=2)
+    if recipe is not None and stored is None:
+        quantize(model, recipe)
     _place(model, dtype, device)
-    slots = model.state_dict()
+    into = model.state_dict()
+    quantized = {} if stored is not None else int8_slots(model)
     with torch.no_grad():
         for group in _groups(matches):
             with safe_open(group[0][1].file, framework="pt", device="cpu") as shard:
                 for name, entry in group:
-                    slots[name].copy_(shard.get_tensor(entry.key).view(slots[name].shape))
+                    if name not in quantized:
+                        into[name].copy_(shard.get_tensor(entry.key).view(into[name].shape))
+                        continue
+                    layer, rows = quantized[name]
+                    try:
+                        layer.fill(shard.get_tensor(entry.key), rows)
+                    except ValueError as error:
+                        raise CheckpointError(path, [f"{entry.key}: in {entry.file.name}: {error}"]) from error
 
 
 def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 2**30) -> None:
-    """Write `model.state_dict()` under official names, and `model.config` as config.json.
+    """Write `model.state_dict()` under official names, and `model.config` as config.json, with the recipe of quantised
+    weights in it and in each file's metadata.
 
     One file `diffusion_pytorch_model.safetensors`, or numbered shards and an index. Files are written under temporary
     names and renamed at the end; those of an earlier checkpoint are then removed. Memory in use grows by one shard.
@@ -226,7 +253,12 @@ def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str], *, max_sha
     files = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     if count == 1:
         files = [f"{stem}.safetensors"]
-    texts = {"config.json": config.to_dict()}
+    recipe: Int8Recipe | None = getattr(model, "recipe", None)
+    metadata = {"format": "pt"}
+    texts: dict[str, dict[str, Any]] = {"config.json": config.to_dict()}
+    if recipe is not None:
+        texts["config.json"][RECIPE] = recipe.to_dict()
+        metadata[RECIPE] = json.dumps(recipe.to_dict())
     if count > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         size = sum(slot.nbytes for slot in slots.values())
@@ -240,8 +272,10 @@ def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str], *, max_sha
             partial[name].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for file, names in zip(files, shards, strict=True):
             tensors = {name: slots[name].to("cpu", copy=True) for name in names}
-            tensors = {name: tensor.reshape(shapes.get(name, tensor.shape)) for name, tensor in tensors.items()}
-            save_file(tensors, partial[file], metadata={"format": "pt"})
+            for name in tensors.keys() & shapes.keys():
+                if tensors[name].dtype != torch.int8:  # codes may be padded
+                    tensors[name] = tensors[name].reshape(shapes[name])
+            save_file(tensors, partial[file], metadata=metadata)
             del tensors  # before the next shard is copied
             shutil.copymode(partial["config.json"], partial[file])  # save_file makes files that only the owner can read
         for name, source in partial.items():
@@ -301,6 +335,51 @@ def infer_config(folder: str | os.PathLike[str]) -> LingBotConfig:
         raise CheckpointError(path, [f"the shapes give no valid configuration: {error}"]) from error
 
 
+def stored_recipe(folder: str | os.PathLike[str]) -> Int8Recipe | None:
+    """The recipe that a checkpoint's weights are quantised by; None where they are not.
+
+    Raises:
+        CheckpointError: its files, or they and config.json, disagree on it, or it is of a later format.
+    """
+    path = Path(folder)
+    recipe, problems = _recipe(path, read_headers(path))
+    if problems:
+        raise CheckpointError(path, problems)
+    return recipe
+
+
+def _recipe(path: Path, headers: Headers) -> tuple[Int8Recipe | None, list[str]]:
+    """The recipe in the files' metadata, and what is wrong with it."""
+    said: dict[str, Any] = {}
+    problems = []
+    for file in sorted({entry.file.name for entry in headers.entries.values()}):
+        try:
+            said[file] = Int8Recipe.from_dict(json.loads(headers.recipes[file])) if file in headers.recipes else None
+        except (ValueError, TypeError) as error:
+            problems.append(f"{file}: its weights are quantised in a way that can't be read: {error}")
+    description = (path if path.is_dir() else path.parent) / "config.json"
+    if any(recipe is not None for recipe in said.values()) and description.is_file():
+        try:
+            content = read_json(description)
+            said[description.name] = Int8Recipe.from_dict(content[RECIPE]) if RECIPE in content else None
+        except (ValueError, TypeError) as error:
+            problems.append(f"{description.name}: {error}")
+    if len(set(said.values())) > 1:
+        each = "; ".join(f"{file}: {recipe or 'not quantised'}" for file, recipe in said.items())
+        problems.append(f"the files are of different checkpoints, must be quantised by one recipe ({each})")
+    return next(iter(said.values()), None), problems
+
+
+def _other_recipe(stored: Int8Recipe, wanted: Int8Recipe | None) -> list[str]:
+    """What is wrong with reading weights quantised by `stored` into a model that wants others."""
+    if wanted == stored:
+        return []
+    return [
+        f"the weights are quantised by {stored}, and can be read in no other way; got {wanted or 'bfloat16'}, must be "
+        "precision=None or that recipe"
+    ]
+
+
 def _unwrapped(keys: Iterable[str]) -> tuple[dict[str, str], str]:
     """Stored key -> key of the network itself, and the prefix that all of them share.
 
@@ -337,8 +416,10 @@ def _translate(headers: Headers) -> tuple[dict[str, Entry], set[str], list[str],
     return found, unreadable, problems, naming
 
 
-def _match(headers: Headers, slots: dict[str, tuple[int, ...]]) -> tuple[dict[str, Entry], list[str]]:
-    """Pair the model's slots (official name -> shape) with the checkpoint's entries; say what does not fit."""
+def _match(
+    headers: Headers, slots: dict[str, tuple[tuple[int, ...], torch.dtype]]
+) -> tuple[dict[str, Entry], list[str]]:
+    """Pair the model's slots (official name -> shape, dtype) with the checkpoint's entries; say what does not fit."""
     found, unreadable, problems, naming = _translate(headers)
     missing = [name for name in slots if name not in found and name not in unreadable]
     if not headers.complete:
@@ -347,8 +428,13 @@ def _match(headers: Headers, slots: dict[str, tuple[int, ...]]) -> tuple[dict[st
     unexpected = [name for name in found if name not in slots]
     problems += [f"{found[name].key}: unexpected, in {found[name].file.name}" for name in unexpected]
     for name, entry in found.items():
-        if name in slots and not _same_values(name, entry.shape, slots[name]):
-            problems.append(f"{entry.key}: shape {list(entry.shape)} in {entry.file.name}, must be {list(slots[name])}")
+        if name not in slots:
+            continue
+        shape, dtype = slots[name]
+        if not _same_values(name, entry.shape, shape):
+            problems.append(f"{entry.key}: shape {list(entry.shape)} in {entry.file.name}, must be {list(shape)}")
+        elif (entry.dtype == "I8") != (dtype == torch.int8):
+            problems.append(f"{entry.key}: stored as {entry.dtype} in {entry.file.name}, must be {dtype}")
     if found and not any(map(_CAMERA_KEY.match, found)) and any(_CAMERA_KEY.match(name) for name in missing):
         problems.append("the checkpoint has no camera keys: it needs a model with camera=False")
     if any(_CAMERA_KEY.match(name) for name in unexpected) and not any(_CAMERA_KEY.match(name) for name in slots):
@@ -374,7 +460,8 @@ def _same_values(name: str, stored: tuple[int, ...], slot: tuple[int, ...]) -> b
 
 def _place(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
-        buffers = [name for name, _ in model.named_buffers()]
+        own = {f"{name}.signs" for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+        buffers = [name for name, _ in model.named_buffers() if name not in own]  # signs come back by themselves
         if buffers:
             raise ValueError(f"model is on the meta device and has buffers that no checkpoint fills: {buffers}")
         model.to(dtype=dtype).to_empty(device=device or "cpu")

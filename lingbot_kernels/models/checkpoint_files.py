@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,7 @@ from lingbot_kernels.files import LFS_POINTER, is_lfs_pointer, read_json
 STEMS = ("diffusion_pytorch_model", "model")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _FLOATS = ("F64", "F32", "F16", "BF16")
+RECIPE = "quantization"  # key of a quantised checkpoint's recipe, in every file's metadata and in config.json
 _STORED_AS_FLOAT8 = re.compile(r": stored as F8_")
 _SCALE = re.compile(r"scale_(weight|input)$|(weight|input)_scale(_inv)?$|^scaled_fp8$|\.scaled_fp8$")
 _FOREIGN = {
@@ -46,7 +47,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return {"F64": 8, "F32": 4}.get(self.dtype, 2) * math.prod(self.shape)
+        return {"F64": 8, "F32": 4, "I8": 1}.get(self.dtype, 2) * math.prod(self.shape)
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Headers:
     problems: list[str]
     unreadable: set[str]  # keys that the index puts in a file that cannot be read
     complete: bool  # False: an unreadable file may hold keys that nothing tells
+    recipes: dict[str, str] = field(default_factory=dict)  # file name -> the recipe that its metadata has, as JSON
 
 
 def read_headers(path: Path) -> Headers:
@@ -75,6 +77,9 @@ def read_headers(path: Path) -> Headers:
                 _give_up(headers, file, index)
                 continue
             with safe_open(file, framework="pt", device="cpu") as shard:
+                recipe = (shard.metadata() or {}).get(RECIPE)
+                if recipe is not None:
+                    headers.recipes[file.name] = recipe
                 for key in shard.keys():  # noqa: SIM118, not a mapping
                     view = shard.get_slice(key)
                     _add(headers, Entry(file, key, tuple(view.get_shape()), view.get_dtype()), index)
@@ -168,7 +173,7 @@ def _give_up(headers: Headers, file: Path, index: dict[str, str] | None) -> None
 
 
 def _add(headers: Headers, entry: Entry, index: dict[str, str] | None) -> None:
-    if entry.dtype not in _FLOATS:
+    if entry.dtype not in _FLOATS and not (entry.dtype == "I8" and entry.file.name in headers.recipes):
         headers.problems.append(f"{entry.key}: stored as {entry.dtype} in {entry.file.name}, must be one of {_FLOATS}")
     if index is not None and entry.key not in index:
         headers.problems.append(f"{entry.key}: in {entry.file.name}, but not in the index")

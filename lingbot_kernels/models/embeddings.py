@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lingbot_kernels import ops
+from lingbot_kernels.quantization import Int8Linear, Taken
 
 
 def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
@@ -91,6 +92,14 @@ def timestep_embedding(timestep: float, freq_dim: int, device: torch.device) -> 
     return torch.cat([angles.cos(), angles.sin()])
 
 
+def linear_gelu(layer: nn.Module, x: Taken) -> Tensor:
+    """gelu_tanh(layer(x)), the activation in the product's epilogue."""
+    if isinstance(layer, Int8Linear):
+        return layer(x, "gelu_tanh")
+    assert isinstance(layer, nn.Linear) and isinstance(x, Tensor)
+    return ops.linear_gelu(x, layer.weight, layer.bias)
+
+
 def linears(layers: nn.Sequential) -> list[nn.Linear]:
     """The linear layers of a sequence, in order."""
     return [layer for layer in layers if isinstance(layer, nn.Linear)]
@@ -101,9 +110,11 @@ def linear_in(x: Tensor, linear: nn.Linear, dtype: torch.dtype) -> Tensor:
     return F.linear(x, linear.weight.to(dtype), linear.bias.to(dtype))
 
 
-def linear_into(out: Tensor | None, x: Tensor, linear: nn.Linear) -> Tensor:
+def linear_into(out: Tensor | None, x: Tensor, linear: nn.Module) -> Tensor:
     """The layer's output, written to the contiguous `out` where given: the same product and bits either way."""
     if out is None:
         return linear(x)
+    if not isinstance(linear, nn.Linear):
+        return out.copy_(linear(x))
     torch.addmm(linear.bias, x.flatten(0, -2), linear.weight.t(), out=out.view(-1, out.shape[-1]))
     return out

@@ -9,31 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lingbot_kernels.quantization import Int8Linear, Taken
 
-class FusedLinear(nn.Module):
+
+class FusedRows(nn.Module):
     """Linear layers `names`, [out_features, in_features] each, kept as the rows of one weight: there is no second copy.
 
-    The module that owns it, a `FusedLinearOwner`, shows the rows in its state dict as `<name>.weight` and
-    `<name>.bias`.
+    The module that owns it, a `FusedLinearOwner`, shows the rows in its state dict as `<name>.weight` and so on, for
+    each of `parts`.
     """
 
-    def __init__(self, in_features: int, out_features: int, names: tuple[str, ...], **factory: Any) -> None:
-        super().__init__()
-        self.names = names
-        self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(len(names) * out_features, in_features, **factory))
-        self.bias = nn.Parameter(torch.empty(len(names) * out_features, **factory))
-        bound = 1 / math.sqrt(in_features)
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+    out_features: int
 
-    def forward(self, *names: str, x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of `names`, neighbours in the order kept, as strided views of one product [..., out_features]."""
+    def rows_of(self, names: tuple[str, ...]) -> slice:
+        """The rows of layers `names`, which must be neighbours in the order kept."""
         first = self.names.index(names[0])
         if self.names[first : first + len(names)] != names:
             raise ValueError(f"names: got {names}, must be neighbours in {self.names}")
-        rows = slice(first * self.out_features, (first + len(names)) * self.out_features)
-        return F.linear(x, self.weight[rows], self.bias[rows]).chunk(len(names), dim=-1)
+        size = getattr(self, self.parts[0]).shape[0] // len(self.names)
+        return slice(first * size, (first + len(names)) * size)
+
+    def row_views(self) -> dict[str, Tensor]:
+        """`<name>.<part>` of each layer, as views of the parameters."""
+        parts = {part: getattr(self, part).chunk(len(self.names)) for part in self.parts}
+        return {f"{name}.{part}": rows[i] for i, name in enumerate(self.names) for part, rows in parts.items()}
 
     def _load_from_state_dict(
         self,
@@ -49,28 +50,57 @@ class FusedLinear(nn.Module):
         if strict:
             unexpected_keys += [key for key in state_dict if key.startswith(prefix)]
 
-    def row_views(self) -> dict[str, Tensor]:
-        """`<name>.weight` and `<name>.bias` of each layer, as views of the parameters."""
-        weights, biases = self.weight.chunk(len(self.names)), self.bias.chunk(len(self.names))
-        return {
-            f"{name}.{part}": rows
-            for name, weight, bias in zip(self.names, weights, biases, strict=True)
-            for part, rows in (("weight", weight), ("bias", bias))
-        }
+
+class FusedLinear(FusedRows):
+    """Fused layers in the model's dtype: weight [n * out_features, in_features], bias [n * out_features]."""
+
+    parts = ("weight", "bias")
+
+    def __init__(self, in_features: int, out_features: int, names: tuple[str, ...], **factory: Any) -> None:
+        super().__init__()
+        self.names = names
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(len(names) * out_features, in_features, **factory))
+        self.bias = nn.Parameter(torch.empty(len(names) * out_features, **factory))
+        bound = 1 / math.sqrt(in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, *names: str, x: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of `names`, neighbours in the order kept, as strided views of one product [..., out_features]."""
+        rows = self.rows_of(names)
+        return F.linear(x, self.weight[rows], self.bias[rows]).chunk(len(names), dim=-1)
+
+
+class Int8FusedLinear(FusedRows, Int8Linear):
+    """Fused layers with int8 weights: their rows of codes, scales and bias."""
+
+    parts = ("weight", "weight_scale", "bias")
+
+    def __init__(self, in_features: int, out_features: int, names: tuple[str, ...], **kwargs: Any) -> None:
+        Int8Linear.__init__(self, in_features, len(names) * out_features, **kwargs)
+        self.names, self.out_features = names, out_features
+
+    def forward(self, *names: str, x: Taken) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """The outputs of `names`, neighbours in the order kept, as strided views of one product [..., out_features]."""
+        return self.product(x, self.rows_of(names)).chunk(len(names), dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{'‖'.join(self.names)}, {super().extra_repr()}"
 
 
 class FusedLinearOwner(nn.Module):
-    """A module whose `FusedLinear` children appear in its state dict as the single layers, directly under its own
+    """A module whose `FusedRows` children appear in its state dict as the single layers, directly under its own
     prefix.
     """
 
-    def _fused(self) -> list[tuple[str, FusedLinear]]:
-        return [(name, child) for name, child in self._modules.items() if isinstance(child, FusedLinear)]
+    def _fused(self) -> list[tuple[str, FusedRows]]:
+        return [(name, child) for name, child in self._modules.items() if isinstance(child, FusedRows)]
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         destination = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for name, fused in self._fused():
-            for part in ("weight", "bias"):
+            for part in fused.parts:
                 del destination[f"{prefix}{name}.{part}"]
             for key, rows in fused.row_views().items():
                 destination[prefix + key] = rows if keep_vars else rows.detach()
@@ -97,7 +127,7 @@ class FusedLinearOwner(nn.Module):
             if wrong:
                 continue
             if local_metadata.get("assign_to_params_buffers", False) and len(given) == len(views):
-                for part in ("weight", "bias"):
+                for part in fused.parts:
                     rows = torch.cat([given[f"{name}.{part}"] for name in fused.names])
                     setattr(fused, part, nn.Parameter(rows, requires_grad=getattr(fused, part).requires_grad))
             else:

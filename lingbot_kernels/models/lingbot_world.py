@@ -20,6 +20,7 @@ from lingbot_kernels.models import checkpoint, session_forward
 from lingbot_kernels.models.embeddings import (
     PatchEmbedding,
     TextEmbedding,
+    linear_gelu,
     linear_in,
     linear_into,
     linears,
@@ -28,8 +29,10 @@ from lingbot_kernels.models.embeddings import (
     unpatchify,
 )
 from lingbot_kernels.models.fused_linear import FusedLinear, FusedLinearOwner
+from lingbot_kernels.models.quantize import quantize
 from lingbot_kernels.parallel.sequence_shard import SequenceShard
 from lingbot_kernels.parallel.shard_group import ShardGroup
+from lingbot_kernels.quantization import PLAIN, Int8Recipe, Rows, Taken, recipe_of, rows_for
 from lingbot_kernels.realtime import memory
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.realtime.chunk_inputs import ChunkInputs, TimeEmbeddings
@@ -64,14 +67,14 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
 
     def forward(
         self,
-        x: Tensor,
+        x: Taken,
         cos_sin: Tensor,
         kv: KeyValue,
         position: ChunkPosition,
         update_cache_only: bool = False,
         shard: SequenceShard = WHOLE,
     ) -> Tensor | None:
-        """x [B, S, d] -> [B, S, d], with the chunk's K and V left in the ring `kv`.
+        """x [B, S, d], or its int8 codes -> [B, S, d], with the chunk's K and V left in the ring `kv`.
 
         Over several ranks x is this rank's tokens, `kv` this rank's heads; between the exchanges q is all tokens.
         With `update_cache_only` K and V are projected and written, and nothing else: returns None.
@@ -106,8 +109,8 @@ class LingBotCrossAttention(nn.Module):
         k, v = self.norm_k(self.k(context)), self.v(context)
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, x: Tensor, text_kv: KeyValue) -> Tensor:
-        """x [B, S, d] -> [B, S, d]."""
+    def forward(self, x: Taken, text_kv: KeyValue) -> Tensor:
+        """x [B, S, d], or its int8 codes -> [B, S, d]."""
         q = self.norm_q(self.q(x))
         return self.o(ops.windowed_attention(q, *text_kv, text_kv[0].shape[1]))
 
@@ -122,9 +125,9 @@ class FeedForward(nn.Sequential):
             nn.Linear(cfg.ffn_dim, cfg.dim, **factory),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        up, down = linears(self)
-        return down(ops.linear_gelu(x, up.weight, up.bias))
+    def forward(self, x: Taken) -> Tensor:
+        up, _, down = self
+        return down(linear_gelu(up, x))
 
 
 class LingBotTransformerBlock(nn.Module):
@@ -157,7 +160,7 @@ class LingBotTransformerBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Taken,
         modulation: Tensor,
         following: Tensor,
         cos_sin: Tensor,
@@ -167,12 +170,13 @@ class LingBotTransformerBlock(nn.Module):
         camera: KeyValue | None = None,
         update_cache_only: bool = False,
         shard: SequenceShard = WHOLE,
-    ) -> tuple[Tensor, Tensor] | None:
+        rows: Rows = PLAIN,
+    ) -> tuple[Tensor, Taken] | None:
         """One block over a chunk, or over this rank's tokens of it: (x, y) -> (x, y) for what follows.
 
         Args:
             x: residual stream [B, S, d].
-            y: layer_norm(x), scaled and shifted by this block's modulation, [B, S, d].
+            y: layer_norm(x), scaled and shifted by this block's modulation, [B, S, d], or its int8 codes.
             modulation: float32 [6, d]: shift, scale, gate of self-attention, then of the MLP.
             following: float32 [>= 2, d]: shift and scale of the next block's self-attention, or of the head.
             cos_sin: float32 [S, head_dim].
@@ -181,6 +185,7 @@ class LingBotTransformerBlock(nn.Module):
             camera: this layer's (scale, shift) [B, S, d], or None.
             update_cache_only: stop after the K/V write and return None.
             shard: which tokens x has; one rank's whole chunk by default.
+            rows: how what follows takes its y.
         """
         _, _, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(0)
         with nvtx.range("self_attn"):
@@ -189,13 +194,14 @@ class LingBotTransformerBlock(nn.Module):
             return None
         norm3, (cam_scale, cam_shift) = self.norm3, camera or (None, None)
         with nvtx.range("camera"):
-            x, y = ops.gated_residual_camera_norm(
+            x, y = rows_for(self.cross_attn.q).gated_residual_camera_norm(
                 x, attended, gate_sa, cam_scale, cam_shift, norm3.weight, norm3.bias, self.eps
             )
         with nvtx.range("cross_attn"):
-            x, y = ops.residual_norm_modulate(x, self.cross_attn(y, text_kv), shift_ffn, scale_ffn, self.eps)
+            crossed = self.cross_attn(y, text_kv)
+            x, y = rows_for(self.ffn[0]).residual_norm_modulate(x, crossed, shift_ffn, scale_ffn, self.eps)
         with nvtx.range("ffn"):
-            return ops.residual_norm_modulate(x, self.ffn(y), following[0], following[1], self.eps, gate_ffn)
+            return rows.residual_norm_modulate(x, self.ffn(y), following[0], following[1], self.eps, gate_ffn)
 
 
 class Head(nn.Module):
@@ -230,6 +236,7 @@ class CausalLingBotTransformer(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = cfg
+        self.recipe: Int8Recipe | None = None
         self.cuda_graphs = True
         self.shard_group = ShardGroup()
         self.weights = WeightsIdentity()
@@ -259,26 +266,49 @@ class CausalLingBotTransformer(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         cfg: LingBotConfig | None = None,
+        precision: str | Int8Recipe | None = None,
     ) -> CausalLingBotTransformer:
         """The model of a checkpoint folder (safetensors shards in any of the three namings), in `dtype` on `device`.
 
         The configuration is `cfg`, or the folder's config.json, or read off the shapes. Weights go from the mapped file
-        straight into the parameters: memory stays near one copy. dtype None: bfloat16.
+        straight into the parameters: memory stays near one copy, of the int8 weights where they are quantised. dtype
+        None: bfloat16.
+
+        Args:
+            precision: "bfloat16": the products in `dtype`; "int8", "int8_qk" or an Int8Recipe: quantised while loading.
+                None: as `save_pretrained` wrote the folder, which is "bfloat16" for every other checkpoint.
 
         Raises:
             CheckpointError: naming every missing, unexpected, wrongly shaped or unreadable entry, in one message.
             NotEnoughMemory: the weights can't fit on `device`; nothing has been allocated there.
+            ValueError: a precision that there is not, or another one than the folder's weights are quantised in.
         """
+        stored = checkpoint.stored_recipe(folder)
+        recipe = stored if precision is None else recipe_of(precision)
         cfg, dtype = cfg or checkpoint.infer_config(folder), dtype or torch.bfloat16
-        memory.check_weights(cfg, dtype, device)
+        memory.check_weights(cfg, dtype, device, recipe)
         with torch.device("meta"):
             model = cls(cfg, dtype=dtype)
-        checkpoint.load_checkpoint(model, folder, device=device)
+        checkpoint.load_checkpoint(model, folder, device=device, recipe=recipe)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the weights under their official names as safetensors shards with an index, and config.json."""
+        """Write the weights under their official names as safetensors shards with an index, and config.json.
+
+        Quantised weights are written as they are: int8 with float32 scales, and the recipe in config.json.
+        """
         checkpoint.save_checkpoint(self, folder)
+
+    def quantize(self, recipe: Int8Recipe | None = None) -> None:
+        """Run the recipe's products (the default one's where None) in int8 from now on: each weight is replaced by its
+        codes, in place and one after the other. Sessions begun before must start again.
+
+        Raises:
+            ValueError: the recipe names what this network has not, a weight can't be quantised, or they already are;
+                the model is then as it was.
+        """
+        quantize(self, recipe or Int8Recipe())
+        self._disown_sessions()
 
     def shard_sequence(self, group: dist.ProcessGroup | None = None, layout: str = "ulysses") -> None:
         """Share every later chunk among the ranks of `group`, the default process group where None.
@@ -374,7 +404,8 @@ class CausalLingBotTransformer(nn.Module):
         time = inputs.time
         x = self.patch_embedding(inputs.latents, shard.tokens).to(self.residual_dtype)
         shift, scale = time.blocks[0, :2]
-        y = ops.layer_norm_modulate(x, shift, scale, self.config.eps, out_dtype=self.dtype)
+        taken = [*(rows_for(block.self_attn.qkv) for block in self.blocks), PLAIN]  # the last is the head's
+        y = taken[0].layer_norm_modulate(x, shift, scale, self.config.eps, self.dtype)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             with nvtx.range(f"block {i}"):
@@ -390,10 +421,12 @@ class CausalLingBotTransformer(nn.Module):
                     None if inputs.camera is None else inputs.camera[i],
                     update_cache_only=update_cache_only and i == last,
                     shard=shard,
+                    rows=taken[i + 1],
                 )
             if after is None:
                 return None
             x, y = after
+        assert isinstance(y, Tensor)
         _, _, frames, height, width = inputs.latents.shape
         with nvtx.range("head"):
             out = shard.gather(self.head(y))

@@ -118,7 +118,7 @@ def ring_memory(
     if not torch.compiler.is_compiling():
         plan = memory.session_memory(
             model.config, layout.grid, model.dtype, batch=layout.batch, frames=frames, ranks=model.shard_group.ranks,
-            camera=camera, cuda_graphs=model.cuda_graphs, **state.switches,
+            camera=camera, cuda_graphs=model.cuda_graphs, recipe=model.recipe, **state.switches,
         )  # fmt: skip
         error = memory.shortage("session", plan, model.device, memory.savings(plan, model.config))
         model.shard_group.agree({"memory": "enough" if error is None else str(error)})

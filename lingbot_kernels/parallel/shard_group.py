@@ -63,6 +63,7 @@ class ShardGroup:
             **{f"config.{name}": value for name, value in model.config.to_dict().items()},
             "layout": layout,
             "dtype": model.dtype,
+            "precision": model.recipe or "as the dtype",
             "device": model.device.type,
             "backends": sorted(device.type for device in group._device_types),
             "torch": torch.__version__,
@@ -144,6 +145,7 @@ class ShardGroup:
         if self.ranks == 1:
             return
         facts: dict[str, object] = {name: _describe(value) for name, value in arguments.items()}
+        facts["precision"] = model.recipe or "as the dtype"
         facts["weights"] = self._weights_digest(model, weights)
         facts |= {f"state.{name}": getattr(state, name) for name in ("next_frame", "chunk_start_frame")}
         this_chunk = (arguments["start_frame"], *getattr(arguments["latents"], "shape", ())[2:3])

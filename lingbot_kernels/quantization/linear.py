@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lingbot_kernels import ops
 from lingbot_kernels.quantization.rotation import random_signs
-from lingbot_kernels.quantization.rows import Int8Rows, QuantizedRows, Taken
+from lingbot_kernels.quantization.rows import PLAIN, Int8Rows, QuantizedRows, Rows, Taken
 from lingbot_kernels.reference.rotate_quantize import hadamard_blocks, padded_width
 
 LARGEST_K = 131071  # 128 * 128 * K must stay below 2**31
@@ -69,7 +69,7 @@ class Int8Linear(nn.Module):
         step = max(1, _WIDENED // max(self.in_features, 1))
         for start in range(0, weight.shape[0], step):
             part = slice(start, start + step)
-            wide = weight[part].to(codes.device, torch.float32)
+            wide = weight[part].to(codes.device).float()  # 16 bits travel, not 32
             made = self.rows.quantize(wide.unsqueeze(0))
             if made.scale.isnan().any():
                 raise ValueError("weight: got a NaN or Inf, must be finite to be quantised")
@@ -116,3 +116,8 @@ class Int8Linear(nn.Module):
         if self.rotate and was_meta and not self.weight.is_meta:
             self.signs = random_signs(self.in_features, self.seed, self.weight.device)
         return self
+
+
+def rows_for(layer: nn.Module) -> Rows:
+    """How `layer` takes its rows."""
+    return layer.rows if isinstance(layer, Int8Linear) else PLAIN

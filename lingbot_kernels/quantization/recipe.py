@@ -1,4 +1,4 @@
-"""What of a network is computed in eight bits. Needs nothing but the standard library."""
+"""What of a network is computed in eight bits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any
+
+from lingbot_kernels.config import LingBotConfig
 
 # A block's products, by the name that a recipe gives them; "camera" stands for the four layers of the camera.
 PRODUCTS = ("qkv", "self_o", "cross_q", "cross_o", "ffn_up", "ffn_down", "camera")
@@ -117,6 +119,16 @@ class Int8Recipe:
                 f"quantization: unknown or missing fields {', '.join(sorted(odd))}; it has {', '.join(known)}"
             )
         return cls(**{name: fields[name] for name in known})
+
+
+def product_shapes(cfg: LingBotConfig) -> dict[str, tuple[tuple[int, int], ...]]:
+    """(N, K) of a block's products: the weights [N, K] that each name of PRODUCTS stands for."""
+    d, f = cfg.dim, cfg.ffn_dim
+    square = ((d, d),)
+    return {
+        "qkv": ((3 * d, d),), "self_o": square, "cross_q": square, "cross_o": square, "ffn_up": ((f, d),),
+        "ffn_down": ((d, f),), "camera": 4 * square if cfg.camera else (),
+    }  # fmt: skip
 
 
 def _order(entry: str) -> tuple[int, str]:

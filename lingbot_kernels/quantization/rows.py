@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lingbot_kernels import ops
 
@@ -80,9 +80,3 @@ class Int8Rows(Rows):
     def quantize(self, x: Tensor) -> QuantizedRows:
         """Rows x [B, S, K] that no pass of ours made."""
         return QuantizedRows(*ops.rotate_quantize(x, self.signs, self.rotate))
-
-
-def rows_for(layer: nn.Module) -> Rows:
-    """How `layer` takes its rows."""
-    rows = getattr(layer, "rows", PLAIN)
-    return rows if isinstance(rows, Rows) else PLAIN

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from lingbot_kernels.config import LingBotConfig
+from lingbot_kernels.quantization import Int8Recipe, product_shapes
+from lingbot_kernels.reference.rotate_quantize import padded_width
 
 GIB = 2**30
 WORKSPACE = 64 * 2**20  # of cuBLAS and cuBLASLt, 32 MiB each on Hopper, for a stream they run on
@@ -61,9 +63,14 @@ class MemoryPlan:
         return ", ".join(f"{name} {count / GIB:.2f}" for name, count in self.parts().items())
 
 
-def weights_memory(cfg: LingBotConfig, dtype: torch.dtype) -> MemoryPlan:
-    """The parameters of a network; each rank of a shard has all of them."""
-    return MemoryPlan(weights=cfg.num_parameters() * dtype.itemsize)
+def weights_memory(cfg: LingBotConfig, dtype: torch.dtype, recipe: Int8Recipe | None = None) -> MemoryPlan:
+    """The parameters of a network, quantised by `recipe` where given; each rank of a shard has all of them."""
+    count = cfg.num_parameters() * dtype.itemsize
+    for product, shapes in product_shapes(cfg).items():
+        blocks = sum(recipe is not None and recipe.has(block, product) for block in range(cfg.num_layers))
+        for rows, columns in shapes:  # a code for each value, a float32 scale for each row
+            count += blocks * rows * (padded_width(columns) + 4 - columns * dtype.itemsize)
+    return MemoryPlan(weights=count)
 
 
 def session_memory(
@@ -81,6 +88,7 @@ def session_memory(
     text_cache: bool = True,
     time_entries: int = 5,
     cuda_graphs: bool = True,
+    recipe: Int8Recipe | None = None,
 ) -> MemoryPlan:
     """What a session will hold besides the weights, on the first rank, which has as many tokens as any.
 
@@ -92,6 +100,7 @@ def session_memory(
         camera: whether chunks come with a camera.
         rope_cache, time_cache, camera_cache, text_cache, time_entries: as of `RealtimeCausalDiTState`.
         cuda_graphs: whether steady forwards may replay graphs.
+        recipe: of a quantised model.
     """
     d, layers, element = cfg.dim, cfg.num_layers, dtype.itemsize
     wide = torch.promote_types(dtype, torch.float32).itemsize
@@ -100,7 +109,7 @@ def session_memory(
     own_tokens = -(-chunk_tokens // ranks)
     modulation = (6 * layers + 2) * d * wide  # of one timestep
     graphed = cuda_graphs and text_cache and (camera_cache or not camera)
-    activations = _activations(cfg, dtype, batch * own_tokens, ranks, camera and not camera_cache)
+    activations = _activations(cfg, dtype, batch * own_tokens, ranks, camera and not camera_cache, recipe is not None)
     positions = batch * chunk_tokens * cfg.patch_volume
     latents = positions * (3 * cfg.in_channels * element + 8 * cfg.out_channels * wide)
     rays = 2 * positions * cfg.camera_channels * wide * camera  # this chunk's, and the one that a key still holds
@@ -116,15 +125,23 @@ def session_memory(
     )
 
 
-def _activations(cfg: LingBotConfig, dtype: torch.dtype, rows: int, ranks: int, camera_per_block: bool) -> int:
-    """The most that a block's phases have at once: [rows, d] tensors of the residual stream (r) and the model (e)."""
+def _activations(
+    cfg: LingBotConfig, dtype: torch.dtype, rows: int, ranks: int, camera_per_block: bool, quantized: bool
+) -> int:
+    """The most that a block's phases have at once: [rows, d] tensors of the residual stream (r) and the model (e), and
+    codes (c) of what a product takes.
+    """
     e, r = dtype.itemsize, torch.promote_types(dtype, getattr(torch, cfg.residual_dtype)).itemsize
+    c = (padded_width(cfg.dim) / cfg.dim + 4 / cfg.dim) if quantized else 0
     hidden = cfg.ffn_dim / cfg.dim * e * (1 if dtype.itemsize == 2 else 2)  # GELU is in the product's epilogue in bf16
+    hidden += (padded_width(cfg.ffn_dim) + 4) / cfg.dim if quantized else 0
     phases = (
-        r + (9 if ranks == 1 else 13) * e,  # norm, qkv, q, attended in halves, merged, output; the exchange's buffers
-        2 * r + 6 * e,  # cross-attention
+        r
+        + c
+        + (9 if ranks == 1 else 13) * e,  # norm, qkv, q, attended in halves, merged, output; the exchange's buffers
+        2 * r + 6 * e + c,  # cross-attention
         2 * r + 3 * e + hidden,  # MLP
-        3 * r + 4 * e,  # a residual pass
+        3 * r + 4 * e + c,  # a residual pass
     )
     kept = 3 * e if camera_per_block else 0  # the camera's embedding and this block's scale and shift
     return int((max(phases) + kept) * rows * cfg.dim)
@@ -172,9 +189,14 @@ def savings(plan: MemoryPlan, cfg: LingBotConfig) -> str:
     return "to save: " + ", ".join(f"{what} ({count / GIB:.2f} GiB)" for what, count in choices if count)
 
 
-def check_weights(cfg: LingBotConfig, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+def check_weights(
+    cfg: LingBotConfig,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    recipe: Int8Recipe | None = None,
+) -> None:
     """Raise NotEnoughMemory where the parameters do not fit on `device` (torch's default where None)."""
     where = torch.get_default_device() if device is None else torch.device(device)
-    error = shortage("weights", weights_memory(cfg, dtype or torch.get_default_dtype()), where)
+    error = shortage("weights", weights_memory(cfg, dtype or torch.get_default_dtype(), recipe), where)
     if error is not None:
         raise error
