@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
     from lingbot_kernels.ops import RingPosition, use_backend
     from lingbot_kernels.pipeline import LingBotWorldPipeline
+    from lingbot_kernels.quantization import Int8Recipe
     from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
     from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 
@@ -24,6 +25,7 @@ _HOMES = {
     "RealtimeCausalDiTState": "lingbot_kernels.realtime.causal_state",
     "CausalDenoisingStage": "lingbot_kernels.stages.causal_denoising",
     "LingBotWorldPipeline": "lingbot_kernels.pipeline",
+    "Int8Recipe": "lingbot_kernels.quantization",
     "RingPosition": "lingbot_kernels.ops",
     "use_backend": "lingbot_kernels.ops",
 }
@@ -31,6 +33,7 @@ _HOMES = {
 __all__ = [
     "CausalDenoisingStage",
     "CausalLingBotTransformer",
+    "Int8Recipe",
     "LingBotConfig",
     "LingBotWorldPipeline",
     "RealtimeCausalDiTState",

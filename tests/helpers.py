@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lingbot_kernels import CausalLingBotTransformer, LingBotConfig, RealtimeCausalDiTState
+from lingbot_kernels import CausalLingBotTransformer, Int8Recipe, LingBotConfig, RealtimeCausalDiTState
+from lingbot_kernels.quantization import PRODUCTS
 
 _SMALL: dict[str, Any] = {
     "dim": 48, "num_heads": 2, "num_layers": 2, "ffn_dim": 64, "text_dim": 24, "text_len": 7, "freq_dim": 16,
@@ -16,14 +17,30 @@ _SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
+INT8 = Int8Recipe(products=PRODUCTS)  # the camera's as well
+# (dtype, residual dtype, recipe) of models whose bits may depend on nothing but their inputs.
+NUMERICS = {
+    "float32": (torch.float32, "float32", None),
+    "bfloat16": (torch.bfloat16, "bfloat16", None),
+    "bfloat16 in float32": (torch.bfloat16, "float32", None),
+    "int8": (torch.bfloat16, "bfloat16", INT8),
+    "int8 in float32": (torch.float32, "float32", INT8),
+}
+
+
 def small_config(**overrides: Any) -> LingBotConfig:
     return LingBotConfig(**{**_SMALL, **overrides})
 
 
 def make_model(
-    cfg: LingBotConfig | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+    cfg: LingBotConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    recipe: Int8Recipe | None = None,
 ) -> CausalLingBotTransformer:
-    """A model with weights of a size at which every layer, norm, bias and modulation changes the output."""
+    """A model with weights of a size at which every layer, norm, bias and modulation changes the output; quantised by
+    `recipe` where given.
+    """
     model = CausalLingBotTransformer(cfg or small_config(), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -37,7 +54,10 @@ def make_model(
                 weight.copy_(0.3 * values)
             else:
                 weight.copy_(0.8 * values / weight[0].numel() ** 0.5)
-    return model.to(dtype)
+    model = model.to(dtype)
+    if recipe is not None:
+        model.quantize(recipe)
+    return model
 
 
 @dataclass

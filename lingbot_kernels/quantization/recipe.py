@@ -18,7 +18,7 @@ LARGEST_SEED = 2**63 - 1
 _LEFT_OUT = re.compile(r"blocks\.(0|[1-9]\d*)(?:\.(\w+))?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Int8Recipe:
     """Which products of the blocks run on int8 rows and int8 weights, and how both are rotated before. Hashable.
 
@@ -75,6 +75,11 @@ class Int8Recipe:
     def precision(self) -> str:
         """The name that rows of the benches give it: "int8", or "int8_qk" with attention in it."""
         return "int8_qk" if self.attention == "int8_qk" else "int8"
+
+    def __repr__(self) -> str:
+        """What differs from the default recipe."""
+        fields = ((field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self))
+        return f"Int8Recipe({', '.join(f'{name}={value!r}' for name, value, usual in fields if value != usual)})"
 
     def has(self, block: int, product: str) -> bool:
         """Whether this product of this block runs in int8."""

@@ -20,9 +20,12 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-def make_model(layers: int = 2) -> CausalLingBotTransformer:
+def make_model(layers: int = 2, int8: bool = False) -> CausalLingBotTransformer:
     torch.manual_seed(0)
-    return CausalLingBotTransformer(LingBotConfig.preset("tiny", num_layers=layers, window_frames=9))
+    model = CausalLingBotTransformer(LingBotConfig.preset("tiny", num_layers=layers, window_frames=9))
+    if int8:
+        model.quantize()
+    return model
 
 
 def run(model: CausalLingBotTransformer, chunks: int = 5, size: tuple[int, int] = (4, 6)) -> list[Tensor]:
@@ -34,11 +37,12 @@ def run(model: CausalLingBotTransformer, chunks: int = 5, size: tuple[int, int] 
     return list(stage.rollout(state, chunks, text=text, camera=camera, generator=generator, latent_size=size))
 
 
-def test_compiled_blocks_share_their_graphs_and_leave_the_bits() -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_compiled_blocks_share_their_graphs_and_leave_the_bits(int8: bool) -> None:
     compilations = []
     for layers in (2, 5):
         torch._dynamo.reset()
-        model = make_model(layers)
+        model = make_model(layers, int8)
         want = run(model)
         counter = CompileCounterWithBackend("aot_eager")
         for block in model.blocks:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Inputs, make_inputs, make_model, ring_bits, same_ring, small_config
+from helpers import NUMERICS, Inputs, make_inputs, make_model, ring_bits, same_ring, small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lingbot_kernels import (
@@ -54,13 +54,11 @@ def forward(model: CausalLingBotTransformer, state: RealtimeCausalDiTState, chun
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize(
-    ("dtype", "residual"),
-    [(torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.bfloat16, "float32")],
-    ids=["float32", "bfloat16", "bfloat16 in float32"],
-)
-def test_update_cache_only_leaves_the_bits_of_a_full_forward(dtype: torch.dtype, residual: str, backend: str) -> None:
-    model = make_model(small_config(window_frames=8, sink_frames=1, residual_dtype=residual), dtype)
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_update_cache_only_leaves_the_bits_of_a_full_forward(numerics: str, backend: str) -> None:
+    dtype, residual, recipe = NUMERICS[numerics]
+    cfg = small_config(window_frames=8, sink_frames=1, residual_dtype=residual)
+    model = make_model(cfg, dtype, recipe=recipe)
     full, only = RealtimeCausalDiTState(), RealtimeCausalDiTState()
     with use_backend(backend):
         for chunk in range(5):
