@@ -8,6 +8,7 @@ from lingbot_kernels.ops.attention_output_push import attention_output_push
 from lingbot_kernels.ops.gated_residual import gated_residual
 from lingbot_kernels.ops.gated_residual_camera_norm import gated_residual_camera_norm
 from lingbot_kernels.ops.gated_residual_camera_norm_quantize import gated_residual_camera_norm_quantize
+from lingbot_kernels.ops.int8_linear import int8_linear
 from lingbot_kernels.ops.k_norm_rope_kv_write import k_norm_rope_kv_write
 from lingbot_kernels.ops.layer_norm_modulate import layer_norm_modulate
 from lingbot_kernels.ops.layer_norm_modulate_quantize import layer_norm_modulate_quantize
@@ -33,6 +34,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_camera_norm",
     "gated_residual_camera_norm_quantize",
+    "int8_linear",
     "k_norm_rope_kv_write",
     "layer_norm_modulate",
     "layer_norm_modulate_quantize",
@@ -50,3 +52,11 @@ __all__ = [
     "use_backend",
     "windowed_attention",
 ]
+
+# TEMPORARY
+from lingbot_kernels.reference import (  # noqa: F401
+    gated_residual_camera_norm_quantize,
+    layer_norm_modulate_quantize,
+    residual_norm_modulate_quantize,
+    rotate_quantize,
+)
