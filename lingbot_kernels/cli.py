@@ -13,6 +13,10 @@ COMMANDS = {
     "generate": ("lingbot_kernels.commands.generate", "A prompt, an image and keys to an .mp4, chunk after chunk."),
     "rollout": ("lingbot_kernels.commands.rollout", "Denoise chunk after chunk along a camera path, with timings."),
     "doctor": ("lingbot_kernels.commands.doctor", "What this machine has, which backend serves each op, and why."),
+    "quality": (
+        "lingbot_kernels.commands.quality",
+        "What int8 costs a network, chunk by chunk, and whether to use it.",
+    ),
     "profile": ("lingbot_kernels.commands.profile", "Where the time of a steady chunk, or of one op, goes."),
     "cases": ("lingbot_kernels.commands.cases", "List the CI cases of a diffusion test suite."),
 }

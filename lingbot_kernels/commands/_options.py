@@ -13,6 +13,7 @@ from lingbot_kernels.commands._click import option_group
 from lingbot_kernels.config import PRESETS
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+PRECISIONS = ("bfloat16", "int8", "int8_qk")
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 
@@ -24,6 +25,7 @@ class SessionOptions:
     checkpoint: Path | None = None
     device: str = "auto"
     dtype: str | None = None
+    precision: str | None = None
     backend: str | None = None
     seed: int = 0
     height: int | None = None
@@ -97,6 +99,12 @@ _OPTIONS = (
     ),
     _run(
         "--dtype", type=click.Choice(DTYPES), help="Of weights and caches. [default: bfloat16 on a GPU, else float32]"
+    ),
+    _run(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        help="Of the blocks' products: bfloat16 (that is, --dtype) or int8. [default: bfloat16; a quantised checkpoint: "
+        "its own]",
     ),
     _run(
         "--backend",

@@ -26,6 +26,7 @@ from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.models.poses import load_array
 from lingbot_kernels.ops import BackendUnavailable, use_backend
 from lingbot_kernels.ops._dispatch import requested_backend
+from lingbot_kernels.quantization import recipe_of
 from lingbot_kernels.stages.schedule import Schedule
 
 DEFAULT_SIZE = (480, 832)
@@ -138,12 +139,19 @@ def make_model(options: SessionOptions, num_layers: int | None = None) -> Causal
         if num_layers is not None:
             cfg = dataclasses.replace(cfg, num_layers=num_layers)
         torch.manual_seed(options.seed)
-        return CausalLingBotTransformer(cfg, device=device, dtype=dtype).eval()
+        model = CausalLingBotTransformer(cfg, device=device, dtype=dtype).eval()
+        recipe = recipe_of(options.precision or "bfloat16")
+        if recipe is not None:
+            with blame("--precision"):
+                model.quantize(recipe)
+        return model
     try:
         found = infer_config(options.checkpoint)
         with blame("/".join("--" + name.replace("_", "-") for name in changes) or "--checkpoint"):
             cfg = dataclasses.replace(found, **changes)
-        return CausalLingBotTransformer.from_pretrained(options.checkpoint, dtype=dtype, device=device, cfg=cfg).eval()
+        return CausalLingBotTransformer.from_pretrained(
+            options.checkpoint, dtype=dtype, device=device, cfg=cfg, precision=options.precision
+        ).eval()
     except (ValueError, OSError) as error:  # a CheckpointError, or a config.json that isn't such a network's
         raise click.ClickException(str(error)) from error
 

@@ -75,7 +75,7 @@ def test_one_loud_channel_costs_a_rotated_layer_little() -> None:
         x = torch.randn(1, 50, 512)
         x[..., 7] *= 60
         errors[rotate] = float((layer(x) - plain(x)).norm() / plain(x).norm())
-    assert errors[True] < 0.02 < 2 * errors[True] < errors[False]
+    assert errors[True] < 0.03 and 4 * errors[True] < errors[False]
 
 
 def test_scales_stay_float32_when_a_model_is_cast() -> None:

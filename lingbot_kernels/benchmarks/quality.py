@@ -1,0 +1,346 @@
+"""What eight bits cost a network: each chunk against float32, with the exact model's history and with its own.
+
+The report (`--json`) is one object:
+
+- environment, device: as a rollout's. model: preset, checkpoint, parameters, config; weights ("plain", "loud" or
+  "checkpoint").
+- settings: dtype (of the model), chunks, tokens_per_chunk, window_frames, recipe, min_psnr.
+- teacher_forced: precision ("bfloat16", "int8", "int8_plain": without the rotation, "fp8": e4m3 with a scale a row, on
+  the same products) -> psnr_db (one a chunk), error (the worst chunk's relative error). The history is the float32
+  rollout's: every chunk is denoised after its clean chunks.
+- free_rollout: precision -> psnr_db and error where each rollout goes on from its own chunks: how far it drifts.
+- by_product, by_block: relative error of one forward in float32 with only that product (in all blocks), or only that
+  block (all its products), in int8.
+- memory: precision -> bytes of the weights and of the session, as planned.
+- step_ms: precision -> median of a denoise step at a full window; None without a GPU.
+- leave_out: what to leave in bfloat16 to reach min_psnr (empty: nothing), predicted_db and measured_db (the worst
+  chunk's, with the recipe that leaves it out); None without min_psnr.
+- verdict: whether to use it, in a sentence; good: whether.
+
+A PSNR is 10 log10(range^2 / mean squared error) of the latents, range being that of the float32 chunk's values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lingbot_kernels.benchmarks import environment
+from lingbot_kernels.benchmarks.gate import relative_error
+from lingbot_kernels.benchmarks.replaced_layers import Fp8Linear, WideLinear, int8_stand_in, layer_names, replaced
+from lingbot_kernels.benchmarks.scene import Scene, StageInputs
+from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
+from lingbot_kernels.quantization import Int8Recipe
+from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.realtime.memory import session_memory, weights_memory
+from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
+
+BELOW_BFLOAT16 = {"plain": 6.0, "loud": 7.0, "checkpoint": 7.0}  # dB that it may lie below bfloat16
+TIMED_STEPS = 10
+
+
+@dataclass(frozen=True)
+class QualityPlan:
+    """What to measure.
+
+    Attributes:
+        weights: "plain", "loud" or "checkpoint": where the network's weights are from.
+        recipe: the int8 that is judged.
+        chunks: of each rollout.
+        min_psnr: dB that the worst chunk must have; None: no such wish.
+    """
+
+    weights: str
+    recipe: Int8Recipe
+    chunks: int = 8
+    min_psnr: float | None = None
+
+
+def psnr_db(got: Tensor, want: Tensor) -> float:
+    """10 log10(range^2 / mse) in dB, range being that of want's values; -inf where got is not finite."""
+    if not bool(got.isfinite().all()):
+        return -math.inf
+    spread = float(want.max() - want.min())
+    error = float((got.double() - want.double()).square().mean())
+    return math.inf if error == 0 else 10 * math.log10(spread**2 / error)
+
+
+class QualityBench:
+    """Measures one network; `say` is told what is under way. The model ends as it began."""
+
+    def __init__(self, scene: Scene, plan: QualityPlan, say: Callable[[str], None] = lambda text: None) -> None:
+        self.scene, self.plan, self.say = scene, plan, say
+        self.model = scene.model
+        self.layers = self.model.config.num_layers
+        self.inputs = list(itertools.islice(scene.inputs(), plan.chunks))
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        """The report."""
+        self.say("float32 rollout")
+        with self.widened():
+            exact = self.rollout()
+        forced: dict[str, Any] = {}
+        free: dict[str, Any] = {}
+        step_ms: dict[str, float] | None = {} if self.model.device.type == "cuda" else None
+        for name, within in self.precisions().items():
+            self.say(f"{name}, with the history of float32")
+            with within():
+                forced[name] = self.compare(self.rollout(exact), exact)
+                if name in ("bfloat16", "int8"):
+                    self.say(f"{name}, on its own")
+                    free[name] = self.compare(self.rollout(), exact)
+                    if step_ms is not None:
+                        step_ms[name] = self.step_ms()
+        by_product, by_block = self.sensitivity()
+        report: dict[str, Any] = {
+            "environment": environment.collect(),
+            "device": environment.device_name(self.model.device),
+            "model": {**self.scene.describe(), "weights": self.plan.weights},
+            "settings": self.settings(),
+            "teacher_forced": forced,
+            "free_rollout": free,
+            "by_product": by_product,
+            "by_block": by_block,
+            "memory": self.memory(),
+            "step_ms": step_ms,
+            "leave_out": None,
+        }
+        if self.plan.min_psnr is not None:
+            report["leave_out"] = self.leave_out(report, exact)
+        report["good"], report["verdict"] = judge(report)
+        return report
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "chunks": self.plan.chunks,
+            "tokens_per_chunk": self.scene.chunk_tokens,
+            "window_frames": self.model.config.window_frames,
+            "recipe": self.plan.recipe.to_dict(),
+            "min_psnr": self.plan.min_psnr,
+        }
+
+    def precisions(self) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+        """Precision -> what makes the model compute in it, for as long as it is entered."""
+        recipe = self.plan.recipe
+        return {
+            "bfloat16": nullcontext,
+            "int8": lambda: self.in_int8(recipe),
+            "int8_plain": lambda: self.in_int8(dataclasses.replace(recipe, rotate=False)),
+            "fp8": lambda: replaced(self.model, layer_names(self.layers, recipe), Fp8Linear),
+        }
+
+    def in_int8(self, recipe: Int8Recipe) -> AbstractContextManager[None]:
+        dtype = self.model.dtype
+        names = layer_names(self.layers, recipe)
+        return replaced(self.model, names, lambda layer: int8_stand_in(layer, recipe, dtype))
+
+    @contextmanager
+    def widened(self) -> Iterator[None]:
+        """The model in float32. The blocks' weights are widened one at a time: they stay in memory as they are."""
+        dtype = self.model.dtype
+        with replaced(self.model, layer_names(self.layers, camera=self.model.config.camera), WideLinear):
+            self.model.float()
+            try:
+                yield
+            finally:
+                self.model.to(dtype)  # exact: float32 holds every value of a narrower dtype
+
+    def rollout(self, history: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Each chunk's clean latents, float32 on the CPU; after its own chunks, or after those of `history`."""
+        stage, state = CausalDenoisingStage(self.model, schedule=self.scene.schedule), RealtimeCausalDiTState()
+        chunks = []
+        for i, given in enumerate(self.inputs):
+            chunk = stage.denoise_chunk(
+                state, given.noise, text=self.scene.text, camera=given.camera, renoise=given.renoise,
+                update_context=False,
+            )  # fmt: skip
+            chunks.append(chunk.float().cpu())
+            clean = chunk if history is None else history[i].to(chunk.device, chunk.dtype)
+            stage.update_context(state, clean, text=self.scene.text, camera=given.camera)
+        state.dispose()
+        return chunks
+
+    def compare(self, got: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, Any]:
+        """psnr_db of each chunk, and the worst chunk's relative error."""
+        return {
+            "psnr_db": [psnr_db(a, b) for a, b in zip(got, exact, strict=True)],
+            "error": max(relative_error(a, b) for a, b in zip(got, exact, strict=True)),
+        }
+
+    def sensitivity(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Relative error of one forward in float32 with one product in int8, in all blocks; and with one block."""
+        recipe = self.plan.recipe
+        with self.widened(), one_forward(self.model, self.scene, self.inputs) as forward:
+            exact = forward()
+
+            def error(part: Int8Recipe) -> float:
+                with self.in_int8(part):
+                    return relative_error(forward(), exact)
+
+            by_product, by_block = {}, {}
+            for product in recipe.products:
+                self.say(f"{product} alone in int8")
+                by_product[product] = error(dataclasses.replace(recipe, products=(product,)))
+            for block in range(self.layers):
+                self.say(f"block {block} alone in int8")
+                others = tuple(f"blocks.{i}" for i in range(self.layers) if i != block)
+                by_block[f"blocks.{block}"] = error(dataclasses.replace(recipe, leave_out=(*recipe.leave_out, *others)))
+        return by_product, by_block
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes of weights and session, as planned."""
+        cfg, dtype, camera = self.model.config, self.model.dtype, self.scene.camera is not None
+        return {
+            name: {
+                "weights": weights_memory(cfg, dtype, recipe).total,
+                "session": session_memory(cfg, self.scene.grid, dtype, camera=camera, recipe=recipe).total,
+            }
+            for name, recipe in (("bfloat16", None), ("int8", self.plan.recipe))
+        }
+
+    def step_ms(self) -> float:
+        """Median of a denoise step at a full window, by events, graphs replayed where they may be."""
+        cfg, state = self.model.config, RealtimeCausalDiTState()
+        stage = CausalDenoisingStage(self.model, schedule=self.scene.schedule)
+        for given in itertools.islice(self.scene.inputs(), -(-cfg.window_frames // cfg.frames_per_chunk) + 2):
+            stage.denoise_chunk(state, given.noise, text=self.scene.text, camera=given.camera, renoise=given.renoise)
+        times = []
+        for _ in range(TIMED_STEPS):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            _forward(self.model, self.scene, given, state)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        state.dispose()
+        return statistics.median(times[1:])
+
+    def leave_out(self, report: dict[str, Any], exact: Sequence[Tensor]) -> dict[str, Any]:
+        """What to leave in the model's dtype for the worst chunk to reach min_psnr: predicted, then measured."""
+        assert self.plan.min_psnr is not None
+        names, predicted = choose(report, self.plan.recipe, self.layers, self.plan.min_psnr)
+        measured = min(report["teacher_forced"]["int8"]["psnr_db"])
+        if names:
+            recipe = dataclasses.replace(self.plan.recipe, leave_out=(*self.plan.recipe.leave_out, *names))
+            self.say("int8 without what is left out")
+            with self.in_int8(recipe):
+                measured = min(self.compare(self.rollout(exact), exact)["psnr_db"])
+        return {"names": names, "predicted_db": predicted, "measured_db": measured}
+
+
+def _forward(
+    model: CausalLingBotTransformer, scene: Scene, given: StageInputs, state: RealtimeCausalDiTState
+) -> Tensor:
+    """One more denoise step of the session's current chunk."""
+    empty = given.noise.new_zeros(1, model.config.in_channels - model.config.out_channels, *given.noise.shape[2:])
+    flow = model(
+        torch.cat([given.noise, empty], 1), scene.text, scene.schedule.times[0], state=state,
+        start_frame=state.chunk_start_frame, camera=given.camera,
+    )  # fmt: skip
+    assert isinstance(flow, Tensor)
+    return flow
+
+
+@contextmanager
+def one_forward(
+    model: CausalLingBotTransformer, scene: Scene, inputs: Sequence[StageInputs]
+) -> Iterator[Callable[[], Tensor]]:
+    """A function that runs one step of the last of these chunks, after the others, with the layers of the moment."""
+    stage, state, graphs = (
+        CausalDenoisingStage(model, schedule=scene.schedule),
+        RealtimeCausalDiTState(),
+        model.cuda_graphs,
+    )
+    model.cuda_graphs = False  # they would be captured anew for each set of layers
+    try:
+        for given in inputs:
+            stage.denoise_chunk(state, given.noise, text=scene.text, camera=given.camera, renoise=given.renoise)
+        yield lambda: _forward(model, scene, inputs[-1], state).double()
+    finally:
+        model.cuda_graphs = graphs
+        state.dispose()
+
+
+def choose(report: dict[str, Any], recipe: Int8Recipe, layers: int, min_psnr: float) -> tuple[list[str], float]:
+    """(what to leave out, the worst chunk's PSNR predicted without it), loudest products first.
+
+    Errors of products add up as if independent: energies, of a block and a product in proportion to what each causes
+    alone. What bfloat16 itself costs stays.
+    """
+    forced = report["teacher_forced"]
+    whole = 10 ** (-min(forced["int8"]["psnr_db"]) / 10)  # mean squared errors, by range^2
+    floor = min(whole, 10 ** (-min(forced["bfloat16"]["psnr_db"]) / 10))
+    parts = {
+        f"{block}.{product}": by_block**2 * by_product**2
+        for block, by_block in report["by_block"].items()
+        for product, by_product in report["by_product"].items()
+        if recipe.has(int(block.removeprefix("blocks.")), product)
+    }
+    total = sum(parts.values())
+    names: list[str] = []
+    left = total
+
+    def predicted() -> float:
+        error = floor + (whole - floor) * (left / total if total else 0.0)
+        return math.inf if error <= 0 else -10 * math.log10(error)
+
+    for name in sorted(parts, key=lambda name: -parts[name]):
+        if predicted() >= min_psnr:
+            break
+        names.append(name)
+        left = max(0.0, left - parts[name])
+    for block in range(layers):  # a block of which nothing is left is named as a whole
+        own = [name for name in parts if name.startswith(f"blocks.{block}.")]
+        if own and all(name in names for name in own):
+            names = [name for name in names if name not in own] + [f"blocks.{block}"]
+    return names, predicted()
+
+
+def judge(report: dict[str, Any]) -> tuple[bool, str]:
+    """(whether to use int8, in a sentence why)."""
+    forced = {name: min(found["psnr_db"]) for name, found in report["teacher_forced"].items()}
+    below, above = forced["bfloat16"] - forced["int8"], forced["int8"] - forced["fp8"]
+    limit, wanted = BELOW_BFLOAT16[report["model"]["weights"]], report["settings"]["min_psnr"]
+    place = f"{forced['int8']:.1f} dB, {below:.1f} below bfloat16 and {above:.1f} above fp8"
+    if wanted is not None and forced["int8"] < wanted:
+        chosen = report["leave_out"]
+        if chosen["measured_db"] >= wanted:
+            names = ", ".join(chosen["names"])
+            return True, f"Use int8 with leave_out={names}: {chosen['measured_db']:.1f} dB (all of it: {place})."
+        return False, (
+            f"Do not use int8 for {wanted:g} dB: it has {place}, {chosen['measured_db']:.1f} dB with "
+            f"{len(chosen['names'])} products or blocks left out."
+        )
+    if below > limit:
+        return False, f"Do not use int8: the worst chunk has {place}, must be at most {limit:g} below."
+    return True, f"Use int8: the worst chunk has {place}."
+
+
+def bench_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the report, one for each rollout: op `teacher_forced` and `free_rollout`, precision, psnr_db, error."""
+    model, settings = report["model"], report["settings"]
+    origin = model["preset"] or "checkpoint"
+    case = f"{origin}-{model['weights']}-{model['config']['num_layers']}layers-{settings['chunks']}chunks"
+    case += f"-s{settings['tokens_per_chunk']}"
+    blank = dict.fromkeys(("p20_us", "p50_us", "p80_us", "ceiling_us", "ratio"))
+    return [
+        {
+            "bench": "quality", "op": op, "case": case, "backend": "lingbot_kernels", "peer": precision == "fp8",
+            "precision": precision, "dtype": settings["dtype"], "bytes": 0, **blank,
+            "gate": "green" if report["good"] or precision != "int8" else "red", "note": report["verdict"],
+            "psnr_db": [round(value, 2) for value in found["psnr_db"]], "error": float(f"{found['error']:.5g}"),
+        }
+        for op in ("teacher_forced", "free_rollout")
+        for precision, found in report[op].items()
+    ]  # fmt: skip
