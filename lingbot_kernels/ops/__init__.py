@@ -52,11 +52,3 @@ __all__ = [
     "use_backend",
     "windowed_attention",
 ]
-
-# TEMPORARY
-from lingbot_kernels.reference import (  # noqa: F401
-    gated_residual_camera_norm_quantize,
-    layer_norm_modulate_quantize,
-    residual_norm_modulate_quantize,
-    rotate_quantize,
-)
