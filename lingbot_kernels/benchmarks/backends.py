@@ -10,6 +10,7 @@ from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.ops import BackendUnavailable, _dispatch
 from lingbot_kernels.ops.windowed_attention import LIBRARIES, resolve_library
 from lingbot_kernels.ops.windowed_attention import why_not as attention_why_not
+from lingbot_kernels.quantization import Int8Recipe
 
 # Matrix products are torch's own: cuBLAS(Lt) on CUDA, oneDNN or MKL on the CPU.
 _MATRIX_PRODUCTS = "torch"
@@ -24,8 +25,11 @@ def _chosen(op: str, device_type: str, dtype: torch.dtype, tokens: int, dim: int
     return _dispatch.resolve(op, None, device_type, dtype, tokens, dim)
 
 
-def serving(cfg: LingBotConfig, device_type: str, dtype: torch.dtype, tokens: int) -> dict[str, str]:
-    """Op -> what serves it in a chunk of `tokens` tokens of this network, under the backend now in force.
+def serving(
+    cfg: LingBotConfig, device_type: str, dtype: torch.dtype, tokens: int, recipe: Int8Recipe | None = None
+) -> dict[str, str]:
+    """Op -> what serves it in a chunk of `tokens` tokens of this network, quantised by `recipe` where given, under the
+    backend now in force.
 
     Raises:
         BackendUnavailable: the backend asked for by name can't serve an op.
@@ -36,6 +40,10 @@ def serving(cfg: LingBotConfig, device_type: str, dtype: torch.dtype, tokens: in
     for op in ("qk_norm_rope_kv_write", "k_norm_rope_kv_write", "rms_norm", *of_residual):
         op_dtype = residual if op in of_residual else dtype
         served[op] = _chosen(op, device_type, op_dtype, tokens, cfg.dim, cfg.head_dim)
+    if recipe is not None:
+        for op in (*(f"{name}_quantize" for name in of_residual), "rotate_quantize", "int8_linear"):
+            op_dtype = residual if op.removesuffix("_quantize") in of_residual else dtype
+            served[op] = _chosen(op, device_type, op_dtype, tokens, cfg.dim, cfg.head_dim)
     for op in ("windowed_attention", "linear_gelu"):
         served[op] = _chosen(op, device_type, dtype, tokens, cfg.dim, cfg.head_dim)
     return served

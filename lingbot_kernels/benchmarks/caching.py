@@ -186,7 +186,7 @@ class CachingBench:
         return memory.session_memory(
             model.config, scene.grid, model.dtype, camera=scene.camera is not None,
             time_entries=len(scene.schedule.times) + 1,
-            cuda_graphs=model.cuda_graphs and model.device.type == "cuda",
+            cuda_graphs=model.cuda_graphs and model.device.type == "cuda", recipe=model.recipe,
         ).total  # fmt: skip
 
 
@@ -238,7 +238,7 @@ def bench_rows(report: dict[str, Any]) -> Iterator[tuple[Row, dict[str, Any]]]:
     for variant, found in zip(VARIANTS, measured, strict=True):
         row = Row(
             bench="caching", case=case, op=variant.op, backend="lingbot_kernels", peer=False,
-            shape=(1, tokens, cfg["dim"]), dtype=settings["dtype"], precision=settings["dtype"], tokens=tokens,
+            shape=(1, tokens, cfg["dim"]), dtype=settings["dtype"], precision=settings["precision"], tokens=tokens,
             dim=cfg["dim"], gate=RED, bytes=found["cache_bytes"] or 0, note=f"{note}; the latents differ",
         )  # fmt: skip
         if not found["bit_identical"]:

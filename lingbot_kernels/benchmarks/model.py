@@ -12,6 +12,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from lingbot_kernels.benchmarks import flashdreams_peer, model_compiled, timelin
 from lingbot_kernels.benchmarks.chunk_timer import ChunkTimer, ChunkTimes
 from lingbot_kernels.benchmarks.gate import relative_error, within
 from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row, failure_note
-from lingbot_kernels.benchmarks.timing import percentiles
+from lingbot_kernels.benchmarks.timing import Effort, measure, percentiles
 from lingbot_kernels.config import LingBotConfig
+from lingbot_kernels.models.embeddings import linear_gelu
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.ops._dispatch import use_backend
 from lingbot_kernels.ops.windowed_attention import _attend, resolve_library
+from lingbot_kernels.quantization import Int8Linear, Int8Rows, recipe_of
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 
@@ -49,6 +52,7 @@ class ModelPlan:
         residual_dtype: None for the preset's own.
         timeline_path: also record the floor, kernel by kernel beside the step, and write both here as JSON.
         compiled: also time the step with its blocks compiled by torch.compile.
+        precision: "bfloat16", or of `quantization.recipe_of`: the blocks' products in int8.
     """
 
     preset: str = "lingbot-world-14b"
@@ -60,6 +64,7 @@ class ModelPlan:
     residual_dtype: str | None = None
     timeline_path: Path | None = None
     compiled: bool = False
+    precision: str = "bfloat16"
 
     def config(self, **overrides: Any) -> LingBotConfig:
         if self.layers is not None:
@@ -90,6 +95,16 @@ class ModelBench:
         residual = "" if plan.residual_dtype is None else f"-{plan.residual_dtype}-residual"
         self.case = f"{plan.preset}{layers}-s{self.tokens}-kv{self.window}{camera}{residual}-1gpu"
         self.memory: dict[str, int] = {}
+        self.recipe = recipe_of(plan.precision)
+
+    def model(self, **overrides: Any) -> CausalLingBotTransformer:
+        """The plan's network with random weights, the same at every call, in its precision."""
+        torch.manual_seed(0)
+        model = CausalLingBotTransformer(self.plan.config(**overrides), device=self.device, dtype=torch.bfloat16)
+        if self.recipe is not None:
+            model.quantize(self.recipe)
+            free()
+        return model
 
     @torch.no_grad()
     def run(self) -> bool:
@@ -99,8 +114,7 @@ class ModelBench:
         if gate != GREEN:
             self.report(self._row("denoise_step", "lingbot_kernels", [], **gated, note="the gate failed: no times"))
             return False
-        torch.manual_seed(0)
-        model = CausalLingBotTransformer(self.config, device=self.device, dtype=torch.bfloat16)
+        model = self.model()
         self._remember("weights")
         session = BenchSession(self, model)
         first, steady = session.fill(lambda: self._remember("session")), []
@@ -111,6 +125,7 @@ class ModelBench:
         free, total = torch.cuda.mem_get_info(self.device)
         self._remember("in use on the GPU", total - free)
         self._report_memory(gated)
+        self.layer_products(model)
         replay_floor = self.floor(session)
         floor: list[float] = []
         for _ in range(self.plan.chunks):  # in turns, so that clocks and temperature are the same for both
@@ -124,7 +139,7 @@ class ModelBench:
         self.step_by_kernel(session, ceiling, gated)
         if self.plan.timeline_path is not None:
             self.timelines(session, replay_floor, self.plan.timeline_path)
-        green = self.peer(session, ceiling) if self.plan.peer else True
+        green = self.peer(session, ceiling) if self.plan.peer and self.recipe is None else True
         if compiled_error is not None:
             green &= model_compiled.measure(self, session, ceiling, compiled_error, plain_error)
         return green
@@ -183,14 +198,16 @@ class ModelBench:
         self.say(table)
 
     def gate(self) -> tuple[str, float, float, float | None]:
-        """Two layers of this width over 7 chunks on a small grid: ours, the plain bfloat16 formulation and, where the
-        plan wants it, the compiled model, against float64.
+        """Two layers of this width over 7 chunks on a small grid: ours, the plain formulation of the same precision
+        and, where the plan wants it, the compiled model, against the unquantised float64.
         """
         overrides = {"num_layers": 2, "window_frames": 12}
         torch.manual_seed(0)
         model = CausalLingBotTransformer(self.plan.config(**overrides), device=self.device, dtype=torch.bfloat16)
         exact = CausalLingBotTransformer(self.plan.config(**overrides), device=self.device, dtype=torch.float64)
         exact.load_state_dict(model.state_dict())
+        if self.recipe is not None:
+            model.quantize(self.recipe)
         got = _small_rollout(model)
         with use_backend("reference"):
             plain, truth = _small_rollout(model), _small_rollout(exact)
@@ -230,8 +247,12 @@ class ModelBench:
         q = torch.randn(1, self.tokens, own_heads, cfg.head_dim, **factory)
         q_text = torch.randn(1, own_tokens, cfg.num_heads, cfg.head_dim, **factory)
 
+        made = {} if self.recipe is None else {k.shape[-1]: Int8Rows(None, True).quantize(k[None]) for k in (x, hidden)}
+
         def product(operand: Tensor, layer: Any, activated: bool = False) -> None:
-            if not epilogues:
+            if isinstance(layer, Int8Linear):  # its epilogue can't be left out
+                layer.product(made[operand.shape[-1]], activation="gelu_tanh" if activated else None)
+            elif not epilogues:
                 torch.mm(operand, layer.weight.t())
             elif activated:
                 ops.linear_gelu(operand, layer.weight, layer.bias)
@@ -256,6 +277,35 @@ class ModelBench:
             run()
         graph.replay()
         return graph.replay
+
+    def layer_products(self, model: CausalLingBotTransformer) -> None:
+        """A row of a layer's products together, epilogues included, each on its own weights and on rows as the pass
+        before it leaves them; the layers take turns, so that no weight is in the L2 when its turn comes again.
+        """
+        cfg, factory = self.config, {"device": self.device, "dtype": torch.bfloat16}
+        x = torch.randn(1, self.tokens, cfg.dim, **factory)  # type: ignore[call-overload]
+        hidden = torch.randn(1, self.tokens, cfg.ffn_dim, **factory)  # type: ignore[call-overload]
+        taken = {
+            width: rows if self.recipe is None else Int8Rows(None, True).quantize(rows)
+            for width, rows in ((cfg.dim, x), (cfg.ffn_dim, hidden))
+        }
+
+        def products(block: Any) -> None:
+            attention, cross, (up, _, down) = block.self_attn, block.cross_attn, block.ffn
+            attention.qkv("q", "k", "v", x=taken[cfg.dim] if isinstance(attention.qkv, Int8Linear) else x)
+            for layer in (attention.o, cross.q, cross.o):
+                layer(taken[cfg.dim] if isinstance(layer, Int8Linear) else x)
+            linear_gelu(up, taken[cfg.dim] if isinstance(up, Int8Linear) else x)
+            down(taken[cfg.ffn_dim] if isinstance(down, Int8Linear) else hidden)
+
+        timing = measure([partial(products, block) for block in model.blocks], self.device, Effort(budget_us=200_000.0))
+        flops = 2 * self.tokens * cfg.dim * (6 * cfg.dim + 2 * cfg.ffn_dim)
+        row = self._row("layer_products", "library" if self.recipe is None else "lingbot_kernels", [], gate=GREEN)
+        self.report(dataclasses.replace(
+            row, p20_us=timing.p20_us, p50_us=timing.p50_us, p80_us=timing.p80_us, samples=timing.samples,
+            calls=timing.calls, method=timing.method, tflops=flops / timing.p50_us / 1e6,
+            note="qkv, o, cross q, cross o, ffn up with GELU, ffn down; biases and scales included",
+        ))  # fmt: skip
 
     def peer(self, session: BenchSession, ceiling: float) -> bool:
         """FlashDreams' denoise step at a full window, gated against ours on a first chunk; False if it disagrees."""
@@ -312,8 +362,8 @@ class ModelBench:
     def _row(self, op: str, backend: str, times_ms: Sequence[float], *, peer: bool = False, **fields: Any) -> Row:
         row = Row(
             bench="model", case=self.case, op=op, backend=backend, peer=peer, shape=(1, self.tokens, self.config.dim),
-            dtype="bfloat16", precision="bfloat16", tokens=self.tokens, dim=self.config.dim, bytes=0, method="events",
-            **fields,
+            dtype="bfloat16", precision=self.plan.precision, tokens=self.tokens, dim=self.config.dim, bytes=0,
+            method="events", **fields,
         )  # fmt: skip
         if not times_ms or fields["gate"] != GREEN:
             return row

@@ -16,7 +16,6 @@ from lingbot_kernels.benchmarks import timeline
 from lingbot_kernels.benchmarks.gate import relative_error
 from lingbot_kernels.benchmarks.model import BenchSession, ModelBench, free, timed
 from lingbot_kernels.benchmarks.rows import GREEN, RED
-from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.ring import RingPosition
 
 
@@ -27,8 +26,7 @@ class ShardedModelBench(ModelBench):
     def run_sharded(self, group: dist.ProcessGroup) -> bool:
         """Measure one GPU, then all; whether the ranks' result agrees with one GPU's."""
         ranks, self.group = dist.get_world_size(group), group
-        torch.manual_seed(0)
-        model = CausalLingBotTransformer(self.config, device=self.device, dtype=torch.bfloat16)
+        model = self.model()
         torch.manual_seed(1)
         alone, first = self._chunks(BenchSession(self, model))
         model.shard_sequence(group)

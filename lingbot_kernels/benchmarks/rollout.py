@@ -4,9 +4,10 @@ The report (`--json`) is one object:
 
 - environment: see `environment.collect`; device: the name of what ran it.
 - model: preset, checkpoint (one of them None), parameters, config (the fields of LingBotConfig).
-- settings: device, ranks, dtype, backend, seed, chunks, height, width (pixels), tokens_per_frame, tokens_per_chunk,
-  schedule (times, sigmas, noise_sigmas), camera ("poses", "actions", "made path" or None), camera_scale (None: running
-  maximum), camera_cache, cuda_graphs (whether they may be used), prompt (file or "seeded noise").
+- settings: device, ranks, dtype, precision, recipe (of int8, else None), backend, seed, chunks, height, width (pixels),
+  tokens_per_frame, tokens_per_chunk, schedule (times, sigmas, noise_sigmas), camera ("poses", "actions", "made path" or
+  None), camera_scale (None: running maximum), camera_cache, cuda_graphs (whether they may be used), prompt (file or
+  "seeded noise").
 - chunks: for each index, start_frame, inputs_ms, denoise_ms (a list, one a step), camera_ms (of the first step, its
   camera modulation; None where nothing of it is kept), context_ms, time_to_chunk_ms (inputs and denoising), total_ms
   (with the context update), visible_tokens, window_full, cache_hits and cache_misses (by store; of the chunk's
@@ -154,9 +155,9 @@ def planned_memory(scene: Scene, plan: RolloutPlan) -> dict[str, int]:
     session = session_memory(
         model.config, scene.grid, model.dtype, ranks=model.shard_group.ranks, camera=scene.camera is not None,
         camera_cache=plan.camera_cache, time_entries=len(scene.schedule.times) + 1,
-        cuda_graphs=plan.cuda_graphs and model.device.type == "cuda",
+        cuda_graphs=plan.cuda_graphs and model.device.type == "cuda", recipe=model.recipe,
     )  # fmt: skip
-    return {**weights_memory(model.config, model.dtype).parts(), **session.parts()}
+    return {**weights_memory(model.config, model.dtype, model.recipe).parts(), **session.parts()}
 
 
 def summary(scene: Scene, plan: RolloutPlan, chunks: list[dict[str, Any]], stats: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def summary(scene: Scene, plan: RolloutPlan, chunks: list[dict[str, Any]], stats
             "first_chunk_bytes": peaks[0],
             "steady_chunk_bytes": None if weights_bytes is None else max(peaks[i] for i in chosen),
         },
-        "backends": backends.serving(model.config, model.device.type, model.dtype, scene.chunk_tokens),
+        "backends": backends.serving(model.config, model.device.type, model.dtype, scene.chunk_tokens, model.recipe),
     }
 
 
@@ -199,6 +200,8 @@ def settings(scene: Scene, plan: RolloutPlan) -> dict[str, Any]:
         "device": str(model.device),
         "ranks": model.shard_group.ranks,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "precision": model.precision,
+        "recipe": None if model.recipe is None else model.recipe.to_dict(),
         "backend": requested_backend(),
         "seed": scene.seed,
         "chunks": plan.chunks,

@@ -114,7 +114,7 @@ def kind(name: str) -> str:
         return PRODUCTS  # cuBLAS clears its counters before some products; nothing else in a step fills memory so
     if any(part in low for part in ("flash", "fmha", "sdpa", "attention")):
         return ATTENTION
-    if any(part in low for part in ("nvjet", "gemm", "gemv", "cutlass", "cublas", "splitk", "xmma")):
+    if any(part in low for part in ("nvjet", "gemm", "gemv", "cutlass", "cublas", "splitk", "xmma", "int8_linear")):
         return PRODUCTS
     own = "lingbot" in low or re.fullmatch(r"[a-z_]+_kernel(_\w+)?", low) is not None
     return PASSES if own else OTHER

@@ -103,8 +103,8 @@ _OPTIONS = (
     _run(
         "--precision",
         type=click.Choice(PRECISIONS),
-        help="Of the blocks' products: bfloat16 (that is, --dtype) or int8. [default: bfloat16; a quantised checkpoint: "
-        "its own]",
+        help="Of the blocks' products: bfloat16 stands for --dtype. [default: a quantised checkpoint's own, else "
+        "bfloat16]",
     ),
     _run(
         "--backend",

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from lingbot_kernels.commands._click import output_path
-from lingbot_kernels.commands._options import Pixels
+from lingbot_kernels.commands._options import PRECISIONS, Pixels
 from lingbot_kernels.config import PRESETS
 
 
@@ -28,6 +28,10 @@ from lingbot_kernels.config import PRESETS
 @click.option("--peer/--no-peer", default=True, show_default=True, help="Run FlashDreams' network as well.")
 @click.option("--compile", "compiled", is_flag=True, help="Also a step with torch.compile'd blocks; one GPU.")
 @click.option("--camera-cache/--no-camera-cache", default=True, show_default=True, help="Keep the camera modulation.")
+@click.option(
+    "--precision", "precisions", type=click.Choice(PRECISIONS), multiple=True, default=("bfloat16",), show_default=True,
+    help="Of the blocks' products; several are measured one after the other, in one process.",
+)  # fmt: skip
 @click.option("--residual-dtype", type=click.Choice(["bfloat16", "float32"]), help="Of the residual stream.")
 @click.option(
     "--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Share the sequence over so many."
@@ -51,6 +55,7 @@ def command(
     peer: bool,
     compiled: bool,
     camera_cache: bool,
+    precisions: tuple[str, ...],
     residual_dtype: str | None,
     gpus: int,
     device: str,
@@ -70,6 +75,7 @@ def command(
       lingbot-kernels bench model --layers 8 --plot step.png --timeline step.json
       lingbot-kernels bench model --layers 8 --compile --no-peer
       lingbot-kernels bench model --preset lingbot-world-1.3b --height 480
+      lingbot-kernels bench model --precision bfloat16 --precision int8
       lingbot-kernels bench model --gpus 4
     """
     import torch
@@ -83,30 +89,39 @@ def command(
         raise click.exceptions.Exit(subprocess.call([*program, "-m", "lingbot_kernels", *sys.argv[1:]]))
 
     from lingbot_kernels.benchmarks.environment import Environment
-    from lingbot_kernels.benchmarks.model import ModelBench, ModelPlan
+    from lingbot_kernels.benchmarks.model import ModelBench, ModelPlan, free
     from lingbot_kernels.benchmarks.model_sharded import ShardedModelBench
     from lingbot_kernels.benchmarks.rows import RowFile, format_forward
 
     if gpus > 1 and compiled:
         raise click.BadParameter(f"is of one GPU, not of {gpus}.", param_hint="--compile")
+    if timeline_path is not None and len(precisions) > 1:
+        raise click.UsageError("--timeline is of one precision.")
     if not torch.cuda.is_available():
         raise click.ClickException("bench model needs a CUDA device, and torch sees none")
     if not launch.launched():
         torch.cuda.set_device(torch.device(device).index or 0)
-    plan = ModelPlan(
-        preset, layers, (height // 8, width // 8), chunks, peer, camera_cache, residual_dtype, timeline_path, compiled
-    )
+    plans = [
+        ModelPlan(
+            preset, layers, (height // 8, width // 8), chunks, peer, camera_cache, residual_dtype, timeline_path,
+            compiled, precision,
+        )
+        for precision in precisions
+    ]  # fmt: skip
     found = Environment.collect(torch.device("cuda"))
     file = RowFile(found, "model", json_path, click.echo, format_forward)
     if launch.is_main():
         click.echo(f"{found.gpu} · torch {found.torch} · commit {found.commit}")
     with launch.process_group("cuda") as group:
         where = torch.device("cuda", torch.cuda.current_device())
-        if group is None:
-            green = ModelBench(plan, where, file.report, click.echo).run()
-        else:
-            report = file.report if launch.is_main() else lambda row: None
-            green = ShardedModelBench(plan, where, report, click.echo).run_sharded(group)
+        report = file.report if launch.is_main() else lambda row: None
+        green = True
+        for plan in plans:
+            if group is None:
+                green &= ModelBench(plan, where, report, click.echo).run()
+            else:
+                green &= ShardedModelBench(plan, where, report, click.echo).run_sharded(group)
+            free()
     if not launch.is_main():
         return
     file.close()

@@ -66,7 +66,7 @@ def chosen_backend(option: str | None, model: CausalLingBotTransformer) -> Itera
         name = requested_backend() if option is None else option
     with use_backend(name):
         with blame(where, BackendUnavailable):
-            backends.serving(model.config, model.device.type, model.dtype, tokens=1)
+            backends.serving(model.config, model.device.type, model.dtype, 1, model.recipe)
         yield
 
 

@@ -346,6 +346,11 @@ class CausalLingBotTransformer(nn.Module):
         return self.head.modulation.device
 
     @property
+    def precision(self) -> str:
+        """What the blocks' products run in: the dtype's name, or "int8" or "int8_qk" where they are quantised."""
+        return str(self.dtype).removeprefix("torch.") if self.recipe is None else self.recipe.precision
+
+    @property
     def residual_dtype(self) -> torch.dtype:
         """Dtype of the residual stream: the configured one, or the model's own where that is wider."""
         return torch.promote_types(self.dtype, getattr(torch, self.config.residual_dtype))

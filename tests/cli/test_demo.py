@@ -32,6 +32,14 @@ def test_demo_leaves_a_report_and_a_plot(small, tmp_path, capsys):
     assert "within 1e-05" in capsys.readouterr().out
 
 
+def test_demo_in_int8_says_what_it_allows(small, tmp_path, capsys):
+    assert demo.main(["--precision", "int8"]) == 0
+    report = json.loads((tmp_path / "rollout.json").read_text())
+    assert report["settings"]["precision"] == "int8" and "int8_linear" in report["summary"]["backends"]
+    assert 1e-4 < max(chunk["relative_error"] for chunk in report["chunks"]) <= 0.02
+    assert "within 2e-02" in capsys.readouterr().out
+
+
 def test_demo_fails_where_the_ring_is_wrong(small, monkeypatch, capsys):
     """A session that never updates its context differs from the plain network by more than rounding."""
     monkeypatch.setattr(CausalDenoisingStage, "update_context", lambda *_, **__: None)
