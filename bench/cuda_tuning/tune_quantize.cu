@@ -2,7 +2,7 @@
 // the element-by-element kernel, which a norm's other order of sums may move by one step in one of a thousand.
 //
 //   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o tune_quantize bench/cuda_tuning/tune_quantize.cu
-//   ./tune_quantize [--op NAME] [--variant NAME] [--dim 5120,13824] [--tokens 4524,1131]
+//   ./tune_quantize [--op NAME] [--variant NAME] [--dim 5120,13824] [--tokens 4524,1131] [--no-time]
 //
 // A row: op, shape, variant (threads x vectors, registers a thread), microseconds a launch in a replayed graph and
 // between two events, and their ratios to cudaMemcpyAsync and (graph only) to a plain copy kernel.
@@ -139,13 +139,13 @@ bool gate_passes(const Problem<Params>& problem, const Run& run, Status* status)
 template <typename Params>
 void time_variants(const char* op, const std::string& shape, const Problem<Params>& problem,
                    const std::vector<Variant>& variants) {
-  const CopyTimes copy = copy_times(*copies, problem.bytes, stream);
+  const CopyTimes copy = options.time ? copy_times(*copies, problem.bytes, stream) : CopyTimes{};
   for (const Variant& v : variants) {
     if (!options.variant.empty() && v.name.find(options.variant) == std::string::npos) continue;
     Status s = nullptr;
     Times t;
     if (!gate_passes(problem, v.run, &s)) ++failures, s = s ? s : "WRONG";
-    else s = time_run(v.run, static_cast<int>(problem.sets.size()), stream, &t);
+    else if (options.time) s = time_run(v.run, static_cast<int>(problem.sets.size()), stream, &t);
     std::printf("%-36s %-16s %-16s %8.2f %8.2f  graph %.3f  single %.3f  kernel %.3f%s%s\n", op, shape.c_str(),
                 v.name.c_str(), t.graph_us, t.single_us, t.graph_us / copy.memcpy.graph_us,
                 t.single_us / copy.memcpy.single_us, t.graph_us / copy.kernel.graph_us, s ? "  " : "", s ? s : "");
@@ -310,6 +310,7 @@ int run(int argc, char** argv) {
     else if (a == "--variant") options.variant = value, ++i;
     else if (a == "--dim") options.dims = numbers(value), ++i;
     else if (a == "--tokens") options.tokens = numbers(value), ++i;
+    else if (a == "--no-time") options.time = false;
     else return std::fprintf(stderr, "unknown argument %s\n", argv[i]), 2;
   }
   cudaDeviceProp properties;
