@@ -89,13 +89,7 @@ class DiffusionTestCaseVisitor(CaseVisitor):
         id_param: str = ID_PARAM,
         source: str = "",
     ) -> None:
-        super().__init__(
-            config_path,
-            list_to_suite=list_to_suite or CASE_LIST_TO_SUITE,
-            case_class=case_class,
-            id_param=id_param,
-            source=source,
-        )
+        super().__init__(config_path, list_to_suite or CASE_LIST_TO_SUITE, case_class, id_param, source)
 
 
 def resolve_case_config_path(repo_root: Path, run_suite_path: Path) -> Path:

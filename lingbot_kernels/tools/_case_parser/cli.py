@@ -12,19 +12,18 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .planning import DEFAULT_EST_TIME_SECONDS, BaselineError, Item, load_baselines, plan
 from .reports import STANDALONE_PREFIX, read_reports
 from .results import (
-    DEFAULT_TIMEOUT_SECONDS,
     Options,
     ParsedCase,
     ParsedConfig,
     SourceError,
     StandaloneData,
-    as_json,
     parse_config,
     parse_standalone,
 )
@@ -121,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="fix an unknown test, such as 'is_hip()=False'",
     )
     common.add_argument("--static", action="store_true", help="read the syntax tree only; run nothing")
-    common.add_argument("--timeout", type=_positive, default=DEFAULT_TIMEOUT_SECONDS, metavar="S")
+    common.add_argument("--timeout", type=_positive, default=Options.timeout, metavar="S")
     common.add_argument("--allow-empty", action="store_true", help="no case at all is no failure")
     parser = _Parser(
         prog="diffusion_case_parser",
@@ -237,11 +236,11 @@ class _Run:
         if self.args.json:
             data: dict[str, Any] = {
                 "suites": {s: [self.case_json(c) for c in cases] for s, cases in parsed.suites.items()},
-                "unresolved": as_json(parsed.unresolved),
-                "duplicates": as_json(parsed.duplicates),
+                "unresolved": [asdict(u) for u in parsed.unresolved],
+                "duplicates": [asdict(u) for u in parsed.duplicates],
             }
             if parsed.stopped:
-                data["stopped"] = as_json(parsed.stopped)
+                data["stopped"] = [asdict(u) for u in parsed.stopped]
             if parsed.other_lists:
                 data["other_lists"] = parsed.other_lists
             if self.args.run_suite is not None:
@@ -344,9 +343,15 @@ class _Run:
         executed = read_reports(args.reports)
         missing = executed.missing(expected)
         skipped = executed.missing(conditional)
-        broken = executed.broken(suites)
-        known = {s: {c.id for c in cases} for s, cases in parsed.suites.items()}
-        unexpected = executed.unexpected(known, self.standalone.files if args.run_suite is not None else None)
+        broken = executed.broken()
+        files = self.standalone.files
+        known = {
+            s: {c.id for c in cases} | {STANDALONE_PREFIX + f for f in files.get(s, [])}
+            for s, cases in parsed.suites.items()
+        }
+        unexpected = executed.unexpected(known)
+        if args.run_suite is None:  # which standalone files there are isn't known then
+            unexpected = [i for i in unexpected if not i.startswith(STANDALONE_PREFIX)]
         if args.json:
             data = {
                 "expected": expected,
@@ -356,7 +361,7 @@ class _Run:
                 "unexpected": unexpected,
                 "reports": executed.files,
                 "problems": executed.problems,
-                "unresolved": as_json(parsed.unresolved),
+                "unresolved": [asdict(u) for u in parsed.unresolved],
             }
             print(json.dumps(data, indent=2))
         else:
@@ -394,7 +399,7 @@ class _Run:
                 ],
             }
         if self.args.json:
-            unresolved = {"old": as_json(old.unresolved), "new": as_json(new.unresolved)}
+            unresolved = {"old": [asdict(u) for u in old.unresolved], "new": [asdict(u) for u in new.unresolved]}
             print(json.dumps({"suites": data, "unresolved": unresolved}, indent=2))
         else:
             for suite, d in data.items():

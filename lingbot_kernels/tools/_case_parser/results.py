@@ -1,19 +1,19 @@
-"""What a config declares, and the command that has it run in a child interpreter."""
+"""What a config declares by both readers, and the child interpreter that runs it."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-DEFAULT_TIMEOUT_SECONDS = 10.0
 MAX_SOURCE_BYTES = 4_000_000
 PYTHON = f"Python {sys.version_info.major}.{sys.version_info.minor}"
 
@@ -87,17 +87,13 @@ class StandaloneData:
 class Options:
     """How a config is read. `scope`: folders that are executed; `root`: where absolute imports start."""
 
-    case_class: str
-    id_param: str
+    case_class: str = "DiffusionTestCase"
+    id_param: str = "id"
     root: Path | None = None
     scope: Sequence[Path] = ()
     assume: Mapping[str, bool] = field(default_factory=dict)
-    timeout: float = DEFAULT_TIMEOUT_SECONDS
+    timeout: float = 10.0
     static: bool = False
-
-
-def as_json(items: list[Any]) -> list[dict[str, Any]]:
-    return [asdict(i) for i in items]
 
 
 def read_tree(path: Path) -> tuple[ast.Module, str]:
@@ -106,106 +102,78 @@ def read_tree(path: Path) -> tuple[ast.Module, str]:
     if len(data) > MAX_SOURCE_BYTES:
         raise SourceError(f"larger than {MAX_SOURCE_BYTES:,} bytes")
     try:
-        tree = ast.parse(data, str(path))
+        return ast.parse(data, str(path)), data.decode("utf-8-sig", "replace")
     except SyntaxError as e:
-        source = (e.text or "").strip()[:200]
-        raise SourceError(f"syntax error: {e.msg} ({PYTHON})", e.lineno or 1, max(1, e.offset or 1), source) from None
+        reason = f"syntax error: {e.msg} ({PYTHON})"
+        raise SourceError(reason, e.lineno or 1, max(1, e.offset or 1), (e.text or "").strip()[:200]) from None
     except (ValueError, RecursionError, MemoryError) as e:
         raise SourceError(f"can't be read: {e or 'nested too deeply'} ({PYTHON})") from None
-    return tree, data.decode("utf-8-sig", "replace")
 
 
-class Lines:
-    """Source lines of files, for reports."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, list[str]] = {}
-
-    def at(self, file: str, line: int, column: int, reason: str) -> Unresolved:
-        if file not in self.known:
-            try:
-                self.known[file] = Path(file).read_text(encoding="utf-8-sig", errors="replace").splitlines()
-            except OSError:
-                self.known[file] = []
-        lines = self.known[file]
-        source = lines[line - 1] if 0 < line <= len(lines) else ""
-        if column < 1:  # not known before Python 3.11: the statement's
-            column = len(source) - len(source.lstrip()) + 1
-        return Unresolved(file, line, column, source.strip()[:200], reason)
-
-
-def roots_of(path: Path, root: Path | None) -> list[Path]:
-    """Folders in which absolute imports start: the config's, those above it up to the root, the root's sources."""
-    folder = path.parent
-    top = root.resolve() if root is not None else None
-    if top is None:
-        top = next((p for p in (folder, *folder.parents) if (p / ".git").exists()), Path(path.anchor))
-    above = [p for p in (folder, *folder.parents) if p == top or top in p.parents]
-    return [*(above or [folder]), *(p for p in (top, top / "src", top / "python") if p.is_dir() and p not in above)]
-
-
-def module_name(path: Path, roots: Sequence[Path]) -> str:
-    """The dotted name by which a config is imported: from the first folder above it that can't be a package."""
-    base = path.parent
-    named = {r for r in roots if r.name in ("python", "src") and not (r / "__init__.py").exists()}
-    source = next((r for r in roots if r in named and r in path.parents), None)
-    while base in roots and base.parent in roots and base != source and base.name.isidentifier():
-        base = base.parent
-    parts = path.relative_to(base).with_suffix("").parts
-    return ".".join(parts)
+def located(path: Path, entries: Sequence[Sequence[Any]]) -> list[Unresolved]:
+    """Reports with their source lines, those of the config under the name `path`."""
+    known: dict[str, list[str]] = {}
+    out: dict[Unresolved, None] = {}
+    for file, line, column, reason in entries:
+        if file not in known:
+            known[file] = []
+            with contextlib.suppress(OSError):
+                known[file] = Path(file).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        source = known[file][line - 1] if 0 < line <= len(known[file]) else ""
+        column = column or len(source) - len(source.lstrip()) + 1  # not known before Python 3.11: the statement's
+        shown = str(path) if file == os.path.realpath(path) else file
+        out[Unresolved(shown, line, column, source.strip()[:200], reason)] = None
+    return sorted(out, key=lambda u: (u.file, u.line, u.column, u.reason))
 
 
 def request_for(path: Path, lists: Mapping[str, str], options: Options, *, standalone: bool = False) -> dict[str, Any]:
-    """What `worlds.answer` is asked about `path`."""
+    """What `worlds.answer` is asked about `path`.
+
+    Absolute imports start in the config's folder, in those above it up to `root` (else the repository's), and in the
+    root's ``python`` and ``src``, from which the config's own name starts too.
+    """
     path = Path(os.path.realpath(path))
-    roots = roots_of(path, options.root)
-    scope = [Path(os.path.realpath(s)) for s in options.scope] or [path.parent]
+    folders = [path.parent, *path.parent.parents]
+    top = Path(os.path.realpath(options.root)) if options.root is not None else None
+    top = top or next((p for p in folders if (p / ".git").exists()), Path(path.anchor))
+    roots = [p for p in folders if p == top or top in p.parents] or folders[:1]
+    sources = [p for p in (top / "src", top / "python") if p.is_dir()]
+    start = next((i for i, p in enumerate(roots) if p in sources or not p.name.isidentifier()), len(roots) - 1)
+    scope = [os.path.realpath(s) for s in options.scope] or [str(path.parent)]
     return {
-        "config": str(path),
-        "name": module_name(path, roots),
-        "case_class": options.case_class,
-        "id_param": options.id_param,
-        "lists": dict(lists),
-        "scope": [str(s) for s in [*scope, *([] if path.parent in scope else [path])]],
-        "roots": [str(r) for r in roots],
-        "assume": dict(options.assume),
-        "seconds": options.timeout,
-        "standalone": standalone,
-    }
+        "config": str(path), "name": ".".join(path.relative_to(roots[start]).with_suffix("").parts),
+        "case_class": options.case_class, "id_param": options.id_param, "lists": dict(lists),
+        "scope": [*scope, str(path)],
+        "roots": list(map(str, dict.fromkeys([*roots, *sources]))), "assume": dict(options.assume),
+        "seconds": options.timeout, "standalone": standalone,
+    }  # fmt: skip
 
 
 def run_child(request: dict[str, Any]) -> dict[str, Any]:
     """The answer of `worlds.answer`, in a child interpreter."""
-    seconds = request["seconds"]
     here = str(Path(__file__).resolve().parents[1])
     code = f"import sys; sys.path.insert(0, {here!r}); from _case_parser.worlds import main; sys.path.pop(0); main()"
     command = [sys.executable, "-I", "-S", "-B", "-c", code]
-    failed = ""
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        cwd="/",
-    ) as child:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, cwd="/") as child:
         try:
-            out, err = child.communicate(json.dumps(request).encode(), timeout=seconds + 5)
+            out, err = child.communicate(json.dumps(request).encode(), timeout=request["seconds"] + 5)
             if child.returncode == 0:
                 return dict(json.loads(out))
             failed = f"the child interpreter failed: {err.decode(errors='replace').strip()[-400:]}"
         except subprocess.TimeoutExpired:
-            failed = f"doesn't end within {seconds:g} s"
+            failed = f"doesn't end within {request['seconds']:g} s"
         finally:
-            try:
+            with contextlib.suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)
-            except OSError:
-                child.kill()
-    return {
-        "suites": {s: [] for s in request["lists"].values()},
-        "lists": {}, "other": {}, "duplicates": [], "unresolved": [],
-        "stopped": [[request["config"], 1, 1, failed]], "made": [], "assumed": [], "tests": 0, "runs": 0,
-    }  # fmt: skip
+    empty = {"suites": {s: [] for s in request["lists"].values()}, "lists": {}, "other": {}, "tests": 0, "runs": 0}
+    return empty | {
+        "duplicates": [],
+        "unresolved": [],
+        "made": [],
+        "assumed": [],
+        "stopped": [[request["config"], 1, 1, failed]],
+    }
 
 
 def parse_config(
@@ -220,98 +188,70 @@ def parse_config(
     try:
         tree, text = read_tree(path)
     except SourceError as e:
-        empty: dict[str, list[ParsedCase]] = {s: [] for s in list_to_suite.values()}
         reason = Unresolved(str(path), e.line, e.column, e.source, e.reason)
-        return ParsedConfig(suites=empty, unresolved=[reason], readable=False)
-    visitor = CaseVisitor(
-        path, list_to_suite=list_to_suite, case_class=options.case_class, id_param=options.id_param, source=text
-    )
+        return ParsedConfig(suites={s: [] for s in list_to_suite.values()}, unresolved=[reason], readable=False)
+    visitor = CaseVisitor(path, list_to_suite, options.case_class, options.id_param, text)
     visitor.visit(tree)
     if options.static:
         return visitor.config()
-    shown, real = str(path), os.path.realpath(path)
     data = run(request_for(path, list_to_suite, options))
-    lines = Lines()
-
-    def at(entry: list[Any]) -> Unresolved:
-        found = lines.at(*entry)
-        return found if found.file != real else Unresolved(shown, found.line, found.column, found.source, found.reason)
-
     known = {c[0] for cases in data["suites"].values() for c in cases}
+    listed = {n: ids for n, ids in data["other"].items() if not known.issuperset(ids)}
     if not data["stopped"]:  # what it made and dropped again it dropped by its own code
         known |= set(data["made"])
     unseen = [
-        at([real, f.line, f.column, f"the second reader sees {f.id!r} in {f.list}, which no world has"])
+        [os.path.realpath(path), f.line, f.column, f"the second reader sees {f.id!r} in {f.list}, which no world has"]
         for f in visitor.found
         if f.id not in known
     ]
-    stopped = [at(e) for e in data["stopped"]]
-    unresolved = dict.fromkeys([*map(at, data["unresolved"]), *stopped, *unseen])
     return ParsedConfig(
-        lists=data["lists"],
+        lists=data["lists"] | data["other"],
         suites={s: [ParsedCase(*c) for c in cases] for s, cases in data["suites"].items()},
-        other_lists=_unlisted(data),
-        unresolved=sorted(unresolved, key=lambda u: (u.file, u.line, u.column, u.reason)),
+        other_lists=listed,
+        unresolved=located(path, [*data["unresolved"], *data["stopped"], *unseen]),
         duplicates=[Duplicate(*d) for d in data["duplicates"]],
-        stopped=stopped,
+        stopped=located(path, data["stopped"]),
         tests=data["tests"],
         worlds=data["runs"],
         assumed=data["assumed"],
     )
 
 
-def _unlisted(data: dict[str, Any]) -> dict[str, list[str]]:
-    taken = {c[0] for cases in data["suites"].values() for c in cases}
-    return {n: ids for n, ids in data["other"].items() if any(i not in taken for i in ids)}
-
-
 def parse_standalone(path: Path, options: Options) -> StandaloneData:
-    """``STANDALONE_FILES`` and ``STANDALONE_FILE_EST_TIMES`` of a run-suite file.
+    """``STANDALONE_FILES`` and ``STANDALONE_FILE_EST_TIMES`` of a run-suite file; only literals where `options.static`.
 
     Raises `OSError` for a missing file, `SourceError` for one that isn't Python.
     """
     tree, _ = read_tree(path)
-    lines = Lines()
-    out = StandaloneData()
+    names = ("STANDALONE_FILES", "STANDALONE_FILE_EST_TIMES")
+    out, entries = StandaloneData(), list[list[Any]]()
     if options.static:
-        entries, unresolved = _static_standalone(tree, path)
-        out.unresolved = [lines.at(str(path), *u) for u in unresolved]
-    else:
-        names = {"STANDALONE_FILES": "files", "STANDALONE_FILE_EST_TIMES": "times"}
-        data = run_child(request_for(path, names, options, standalone=True))
-        entries = [(kind, json.loads(c[0])) for kind, cases in data["suites"].items() for c in cases]
-        out.stopped = [lines.at(*e) for e in data["stopped"]]
-        relevant = [e for e in data["unresolved"] if "STANDALONE" in e[3] or "star import" in e[3] or "needs a" in e[3]]
-        out.unresolved = [*(lines.at(*e) for e in relevant), *out.stopped]
-    for kind, (suite, *rest) in entries:
-        if kind == "files":
-            known = out.files.setdefault(suite, [])
-            known += [f for f in rest if f not in known]
-        else:
-            times = out.est_times.setdefault(suite, {})
-            if rest:
-                times[rest[0]] = rest[1]
-    return out
-
-
-def _static_standalone(tree: ast.Module, path: Path) -> tuple[list[tuple[str, list[Any]]], list[tuple[int, int, str]]]:
-    """The two dicts where they are literals."""
-    entries: list[tuple[str, list[Any]]] = []
-    unresolved: list[tuple[int, int, str]] = []
-    for node in ast.walk(tree):
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        names = [t.id for t in targets if isinstance(t, ast.Name)]
-        for name, kind in (("STANDALONE_FILES", "files"), ("STANDALONE_FILE_EST_TIMES", "times")):
-            if name not in names or node.value is None:  # type: ignore[attr-defined]
-                continue
+        for name, value in (
+            (t.id, n.value)
+            for n in tree.body
+            if isinstance(n, ast.Assign)
+            for t in n.targets
+            if isinstance(t, ast.Name) and t.id in names
+        ):
             try:
-                value = ast.literal_eval(node.value)  # type: ignore[attr-defined]
-                for suite, held in value.items():
-                    entries.append((kind, [suite]))
-                    pairs = [[f] for f in held] if kind == "files" else [[f, float(s)] for f, s in held.items()]
-                    entries += [(kind, [suite, *p]) for p in pairs]
+                for suite, held in ast.literal_eval(value).items():
+                    pairs = held.items() if isinstance(held, dict) else ((f, None) for f in held)
+                    entries += [[suite], *([suite, f, s] for f, s in pairs)]
             except (ValueError, TypeError, AttributeError):
-                unresolved.append((node.lineno, 1, f"{name} isn't a literal"))  # type: ignore[attr-defined]
-    return entries, unresolved
+                out.unresolved += located(path, [[os.path.realpath(path), value.lineno, 0, f"{name} isn't a literal"]])
+    else:
+        data = run_child(request_for(path, {n: n for n in names}, options, standalone=True))
+        entries = [json.loads(c[0]) for cases in data["suites"].values() for c in cases]
+        relevant = [
+            e for e in data["unresolved"] if any(w in e[3] for w in ("STANDALONE", "star import", "needs a value"))
+        ]
+        out.stopped = located(path, data["stopped"])
+        out.unresolved = located(path, [*relevant, *data["stopped"]])
+    for suite, *rest in entries:
+        if rest and rest[1] is not None:
+            out.est_times.setdefault(suite, {})[rest[0]] = float(rest[1])
+        elif rest[:1] and rest[0] not in out.files.setdefault(suite, []):
+            out.files[suite].append(rest[0])
+        elif not rest:
+            out.files.setdefault(suite, [])
+    return out

@@ -8,18 +8,17 @@ from __future__ import annotations
 import dis
 import enum
 import hashlib
-import inspect
 import itertools
+import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
-MAX_REPEATS = 3000
-"""How often one decision is asked for before the loop around it counts as one that waits for the other outcome."""
-_MAX_KEY, _MAX_TEXT = 300, 160
+MAX_REPEATS = 3000  # a decision asked for more often than that has a loop wait for its other outcome
+_MAX_KEY = 400
 _CONSTANTS = (str, bytes, int, float, complex, bool, type(None), type(Ellipsis))
-_MODULE_DUNDERS = ("__version__", "__version_info__", "__file__", "__name__", "__doc__", "__all__")
+Place = tuple["types.CodeType | None", int, int]  # code, instruction, line
 Site = tuple[str, int, int]  # file, line, column
 
 
@@ -28,31 +27,28 @@ class StuckError(BaseException):
 
 
 class Run:
-    """One execution of a config: its decisions, what it left unresolved, and what stopped it."""
+    """One execution of a config: its decisions, what stays unresolved, and what it was refused."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        self.config: str = request["config"]
-        self.name: str = request["name"]
-        self.case_class: str = request["case_class"]
-        self.id_param: str = request["id_param"]
+        self.config, self.name = request["config"], request["name"]
+        self.case_class, self.id_param = request["case_class"], request["id_param"]
         self.forced: dict[str, bool] = request["forced"]
         self.assumed: dict[str, bool] = request["assume"]
-        self.places: dict[str, bool] = request.get("places", {})  # outcomes of what is first met there
-        self.sweep: set[str] = set(request.get("sweep", ()))
-        self.flipped = ""  # in a branch of a sweep: the decision that is the other way
-        self.prefix = 0  # decisions before it
+        self.places: dict[str, bool] = request["places"]  # outcomes of what is first met there
+        self.sweep = set(request["sweep"])
+        self.flipped, self.prefix = "", 0  # in a branch of a sweep: what goes the other way, decisions before it
         self.values: dict[str, bool] = {}
         self.repeats: dict[str, int] = {}
-        self.trace: list[list[Any]] = []  # [key, text, kind, value, default, place, site]
+        self.trace: list[list[Any]] = []  # [key, kind, value, default, place, site]
         self.notes: dict[tuple[Site, str], None] = {}
         self.refused: list[tuple[Site, str]] = []
-        self.escapes: list[tuple[Any, str, list[Any]]] = []
+        self.escapes: list[tuple[Place, str, list[Any]]] = []
         self.made: dict[str, int] = {}  # ids of the cases made, with their lines
-        self.assumed_met: set[str] = set()
-        self.tries: dict[str, list[tuple[int, int, list[types.CodeType | None]]]] = {}  # by file: lines, handlers
         self.lines: dict[int, tuple[Any, int]] = {}
-
-    # -- places ----------------------------------------------------------------------------------------------------
+        self.assumed_met: set[str] = set()
+        self.tries: dict[str, list[tuple[int, int, list[types.CodeType | None]]]] = {}  # by executed file
+        self.recorded = type(self.case_class, (RecordedCase,), {})
+        _run[:] = [self]
 
     def frames(self) -> Iterator[types.FrameType]:
         """Frames of the executed files, innermost first."""
@@ -62,319 +58,241 @@ class Run:
                 yield frame
             frame = frame.f_back
 
-    def place(self) -> tuple[types.CodeType | None, int, int]:
-        """Where the config is now, cheaply: resolve it by `site`."""
-        for frame in self.frames():
-            return frame.f_code, frame.f_lasti, frame.f_lineno
-        return None, 0, 1
+    def place(self) -> Place:
+        """Where the config is now, cheaply; `site` resolves it."""
+        return next(((f.f_code, f.f_lasti, f.f_lineno) for f in self.frames()), (None, 0, 1))
 
-    def site(self, place: tuple[types.CodeType | None, int, int] | None = None) -> Site:
+    def site(self, place: Place | None = None) -> Site:
         code, last, line = place or self.place()
         if code is None:
             return self.config, 1, 1
-        column = 0
-        if hasattr(code, "co_positions"):  # Python 3.11
-            found = next(itertools.islice(code.co_positions(), last // 2, None), None)
-            if found is not None and found[0] is not None and found[2] is not None:
-                line, column = found[0], found[2] + 1
-        return code.co_filename, line, column
+        if hasattr(code, "co_positions"):  # from Python 3.11 on
+            found = next(itertools.islice(code.co_positions(), last // 2, None), (None,) * 4)
+            if found[0] is not None and found[2] is not None:
+                return code.co_filename, found[0], found[2] + 1
+        return code.co_filename, line, 0
 
     def module_line(self) -> int:
         """Line of the config's own module code that is being executed; 0 where none is."""
-        line = 0
-        for frame in self.frames():
-            if frame.f_code.co_name == "<module>" and frame.f_code.co_filename == self.config:
-                line = frame.f_lineno
-        return line
+        lines = (
+            f.f_lineno for f in self.frames() if f.f_code.co_name == "<module>" and f.f_code.co_filename == self.config
+        )
+        return next(lines, 0)
 
-    # -- decisions -------------------------------------------------------------------------------------------------
+    def note(self, reason: str, place: Place | None = None) -> None:
+        """Report something that could hide a case."""
+        self.notes[self.site(place), reason] = None
 
-    def decide(self, key: str, text: str, *, kind: str = "", default: bool = False) -> bool:
+    def decide(self, key: str, *, kind: str = "", default: bool = False) -> bool:
         """The outcome of a test in this run: as assumed, as forced, else `default`."""
         self.repeats[key] = n = self.repeats.get(key, 0) + 1
         if n > MAX_REPEATS:
-            raise StuckError(f"`{text}` is asked for {n} times")
+            raise StuckError(f"`{plain(key)}` is asked for {n} times")
         if key in self.values:
             return self.values[key]
-        for name in (text, key):
-            if name in self.assumed:
-                self.assumed_met.add(name)
-                self.values[key] = self.assumed[name]
-                return self.values[key]
+        name = plain(key)
+        if name in self.assumed:
+            self.assumed_met.add(name)
+            self.values[key] = self.assumed[name]
+            return self.values[key]
         code, last, _ = self.place()
-        where = f"{code.co_filename}:{code.co_firstlineno}:{last}" if code is not None else ""
+        where = "" if code is None else f"{code.co_filename}:{code.co_firstlineno}:{last}"
         default = self.places.get(where, default)
         value = self.forced.get(key, default)
         if key in self.sweep and not self.flipped and self.branch():
             self.flipped, value, self.prefix = key, not value, len(self.trace)
         self.values[key] = value
-        self.trace.append([key, text, kind, value, default, where, self.site() if kind else None])
+        self.trace.append([key, kind, value, default, where, self.site() if kind else None])
         return value
 
     def branch(self) -> bool:
-        """Fork: True in a branch, which is waited for."""
-        raise NotImplementedError
+        """Fork: True in the branch, which is waited for; set by `reading`."""
+        return False
 
-    def note(self, reason: str, site: Site | None = None) -> None:
-        """Report something that could hide a case."""
-        self.notes[(site or self.site(), reason)] = None
-
-    def may_raise(self, key: str, text: str, kinds: tuple[type, ...] | None) -> None:
-        """Raise, as one decision a handler, what an enclosing ``try`` would catch.
-
-        `kinds`: only handlers of one of these; None: any handler but those of failing imports.
-        """
+    def may_raise(self, key: str, kinds: tuple[type, ...]) -> None:
+        """Raise, as one decision a handler, what a ``try`` around this would catch; `kinds`: of which handlers."""
         for frame in self.frames():
             for first, last, handlers in self.tries[frame.f_code.co_filename]:
-                if not first <= frame.f_lineno <= last:
-                    continue
-                for handler in handlers:
-                    self._raise_for(handler, frame, key, text, kinds)
+                for handler in handlers if first <= frame.f_lineno <= last else ():
+                    try:
+                        caught = Exception if handler is None else eval(handler, frame.f_globals, frame.f_locals)
+                    except Exception:
+                        continue
+                    for kind in caught if isinstance(caught, tuple) else (caught,):
+                        if isinstance(kind, type) and (
+                            kind in kinds or (kinds == CALL and issubclass(kind, Exception))
+                        ):
+                            self._fail(key, kind, kinds)
 
-    def _raise_for(
-        self,
-        handler: types.CodeType | None,
-        frame: types.FrameType,
-        key: str,
-        text: str,
-        kinds: tuple[type, ...] | None,
-    ) -> None:
-        try:
-            caught = Exception if handler is None else eval(handler, frame.f_globals, frame.f_locals)
-        except Exception:
-            return
-        for kind in caught if isinstance(caught, tuple) else (caught,):
-            if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-                continue
-            wide = kind in (Exception, BaseException)
-            if kinds is None and (issubclass(kind, ImportError) or not (wide or issubclass(kind, Exception))):
-                continue
-            if kinds is not None and not (kind in kinds or (wide and ImportError in kinds)):
-                continue
-            if kinds is not None and ImportError in kinds:
-                if not self.decide(key, f"`{text}` succeeds", kind="import", default=True):
-                    raise ModuleNotFoundError(f"{text} is taken to fail")
-                continue
-            name = "an exception" if wide else kind.__name__
-            if self.decide(f"{key} raises {kind.__name__}", f"`{text}` raises {name}"):
-                try:
-                    error = kind(f"{text} is taken to raise")
-                except Exception:
-                    error = Exception(f"{text} is taken to raise")
-                raise error
+    def _fail(self, key: str, kind: Any, kinds: tuple[type, ...]) -> None:
+        if kinds == IMPORT:
+            if not self.decide(f"`{key}` succeeds", default=True):
+                raise ModuleNotFoundError(f"{plain(key)} is taken to fail")
+        elif not issubclass(kind, ImportError):
+            name = "an exception" if kind in (Exception, BaseException) else kind.__name__
+            if self.decide(f"`{key}` raises {name}"):
+                raise kind(f"{plain(key)} is taken to raise")
 
 
+CALL, IMPORT = (Exception, BaseException), (ImportError, ModuleNotFoundError, Exception, BaseException)
 _run: list[Run] = []
-
-
-def start(run: Run) -> None:
-    """Make `run` the current one."""
-    _run[:] = [run]
 
 
 def current() -> Run:
     return _run[0]
 
 
-def _cut(text: str, limit: int, *, unique: bool) -> str:
-    if len(text) <= limit:
-        return text
-    tail = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest() if unique else ""
-    return f"{text[:limit]}...{tail}"
+def plain(key: str, *, full: bool = False) -> str:
+    """The text of a key, which marks the modules that its names come from; `full`: with them."""
+    return re.sub("[\ue002\ue003]" if full else "\ue002[^\ue003]*\ue003", "", key)
 
 
-def render(value: Any, key: bool, depth: int = 0) -> str:
-    """Text of an argument: source-like for constants, the expression for unknowns; `key`: the unambiguous form."""
+def render(value: Any, depth: int = 0) -> str:
+    """Text of an operand: source-like for constants, the expression for unknown values."""
     if type(value) is Unknown:
-        return value._u.key if key else value._u.shown()
+        return value._inner()
     if type(value) in _CONSTANTS:
-        return repr(value) if key or not isinstance(value, (str, bytes)) or len(value) < 60 else f"{value[:50]!r}..."
+        return repr(value)
     if isinstance(value, enum.Enum):
         return str(value)
-    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
-        return getattr(value, "__qualname__", "?")
-    if isinstance(value, types.ModuleType):
-        return value.__name__
+    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)):
+        return str(getattr(value, "__qualname__", getattr(value, "__name__", "?")))
     if depth > 3:
         return "..."
-    if isinstance(value, list) and value and not key and is_case(value[0]):
-        named = sys.modules[current().name].__dict__.items()
+    if isinstance(value, list) and value and is_case(value[0]):
+        named = vars(sys.modules[current().name]).items()
         return next((n for n, v in named if v is value), f"{len(value)} cases")
     if isinstance(value, (list, tuple, set, frozenset)):
         left, right = {list: ("[", "]"), tuple: ("(", ")")}.get(type(value), ("{", "}"))
-        shown = [render(v, key, depth + 1) for v in itertools.islice(value, 40 if key else 4)]
-        if isinstance(value, (set, frozenset)):
-            shown.sort()
-        return left + ", ".join(shown + (["..."] if len(value) > len(shown) else [])) + right
-    if isinstance(value, dict):
-        pairs = itertools.islice(list(value.items()), 40 if key else 3)
-        return "{" + ", ".join(f"{render(k, key, depth + 1)}: {render(v, key, depth + 1)}" for k, v in pairs) + "}"
-    held = getattr(value, "__dict__", None)
+        shown = [render(v, depth + 1) for v in itertools.islice(value, 40)]
+        return left + ", ".join(shown if isinstance(value, (list, tuple)) else sorted(shown)) + right
+    held = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    pairs = [f"{render(k, depth + 1)}: {render(v, depth + 1)}" for k, v in itertools.islice(list(held.items()), 20)]
     name = type(value).__name__
-    if is_case(value) and isinstance(held, dict) and not key:
-        return f"{name}({held.get(current().id_param)!r})"
-    if not isinstance(held, dict):
-        return name
-    inner = ", ".join(f"{k}={render(v, key, depth + 1)}" for k, v in list(held.items())[:20] if k[:4] != "_lk_")
-    return f"{name}({inner})" if key else f"{name}(...)"
+    if is_case(value):
+        return f"{name}({render(held.get(current().id_param), depth + 1)})"
+    return ("" if isinstance(value, dict) else name) + "{" + ", ".join(pairs) + "}"
 
 
-class _Info:
-    """What an `Unknown` is: key, text, whether it is negated or needs parentheses, and where it comes from."""
-
-    __slots__ = ("compound", "element", "held", "items", "key", "negated", "origin", "place", "text")
-
-    def __init__(self, key: str, text: str, origin: str, *, compound: bool = False, negated: bool = False) -> None:
-        self.key = _cut(key, _MAX_KEY, unique=True)
-        self.text = _cut(text, _MAX_TEXT, unique=False)
-        self.origin = origin
-        self.compound = compound
-        self.negated = negated
-        self.element = False
-        self.held: list[Any] = []
-        self.items: dict[str, Any] | None = None
-        self.place = current().place()
-
-    def shown(self, *, inner: bool = False) -> str:
-        text = f"not {self.text}" if self.negated else self.text
-        return f"({text})" if inner and (self.compound or self.negated) else text
+def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    return ", ".join([render(v) for v in args] + [f"{k}={render(v)}" for k, v in kwargs.items()])
 
 
 class Unknown:
-    """A value that isn't known; see the module."""
+    """A value that isn't known; see the module. `_key`: its text, with marks; `_origin`: where it comes from."""
 
-    __slots__ = ("_u",)
-    _u: _Info
+    __slots__ = ("_compound", "_element", "_held", "_items", "_key", "_negated", "_origin", "_place")
+    _key: str
+    _origin: str
+    _items: dict[str, Any]
+    _held: list[Any]
 
-    def __init__(self, key: str, text: str, origin: str, *, compound: bool = False, negated: bool = False) -> None:
-        object.__setattr__(self, "_u", _Info(key, text, origin, compound=compound, negated=negated))
+    def __init__(
+        self, key: str, origin: str, *, compound: bool = False, negated: bool = False, place: Any = None
+    ) -> None:
+        if len(key) > _MAX_KEY:
+            key = f"{key[:_MAX_KEY]}...{hashlib.blake2b(key.encode('utf-8', 'replace'), digest_size=6).hexdigest()}"
+        held: list[Any] = []
+        fields = (compound, False, held, dict[str, Any](), key, negated, origin, place or current().place())
+        for name, value in zip(self.__slots__, fields, strict=True):
+            object.__setattr__(self, name, value)
 
-    def _child(self, key: str, text: str, *, compound: bool = False) -> Unknown:
-        return Unknown(key, text, self._u.origin, compound=compound)
+    def _child(self, key: str, *, compound: bool = False) -> Unknown:
+        return Unknown(key, self._origin, compound=compound)
 
-    def _compound(self, form: str, *others: Any) -> Unknown:
-        keys = [f"({render(v, True)})" for v in (self, *others)]
-        texts = [v._u.shown(inner=True) if type(v) is Unknown else render(v, False) for v in (self, *others)]
-        return self._child(form.format(*keys), form.format(*texts), compound=True)
+    def _text(self) -> str:
+        return f"not {self._key}" if self._negated else self._key
+
+    def _inner(self) -> str:
+        return f"({self._text()})" if self._compound or self._negated else self._key
 
     def __getattr__(self, name: str) -> Any:
-        run, u = current(), self._u
-        if name.startswith("__") and name.endswith("__") and name not in _MODULE_DUNDERS:
+        if name[:2] == name[-2:] == "__" and name not in ("__version__", "__file__", "__name__", "__doc__"):
             raise AttributeError(name)
-        if u.items is not None and f".{name}" in u.items:
-            return u.items[f".{name}"]
-        if name == run.case_class:
-            return recorded_class()
-        text = f"{u.shown(inner=True)}.{name}"
-        run.may_raise(f"{u.key}.{name}", text, (AttributeError,))
-        return self._child(f"{u.key}.{name}", text)
+        if name == current().case_class:
+            return current().recorded
+        if name in self._items:
+            return self._items[name]
+        key = f"{self._inner()}.{name}"
+        current().may_raise(key, (AttributeError,))
+        return self._child(key)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._store(f".{name}", value)
-
-    def __delattr__(self, name: str) -> None:
-        self._store(f".{name}", None)
+        self._items[name] = value
+        escape(f"stored in `{plain(self._text())}`", [value])
 
     def __getitem__(self, index: Any) -> Any:
-        u, key = self._u, render(index, True)
-        if u.items is not None and f"[{key}]" in u.items:
-            return u.items[f"[{key}]"]
-        text = f"{u.shown(inner=True)}[{render(index, False)}]"
-        current().may_raise(f"{u.key}[{key}]", text, (KeyError, IndexError, LookupError))
-        return self._child(f"{u.key}[{key}]", text)
+        key = f"{self._inner()}[{render(index)}]"
+        if key in self._items:
+            return self._items[key]
+        current().may_raise(key, (KeyError, IndexError, LookupError))
+        return self._child(key)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self._store(f"[{render(index, True)}]", value)
+        self.__setattr__(f"{self._inner()}[{render(index)}]", value)
 
     def __delitem__(self, index: Any) -> None:
-        self._store(f"[{render(index, True)}]", None)
-
-    def _store(self, where: str, value: Any) -> None:
-        if self._u.items is None:
-            self._u.items = {}
-        self._u.items[where] = value
-        escape(f"stored in `{self._u.shown()}`", [value])
+        self._items.pop(f"{self._inner()}[{render(index)}]", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        u, run = self._u, current()
-        known = KNOWN_CALLS.get(u.key)
-        if known is not None:
-            return known(*args, **kwargs)
-
-        def joined(key: bool) -> str:
-            return ", ".join([render(v, key) for v in args] + [f"{k}={render(v, key)}" for k, v in kwargs.items()])
-
-        key, text = f"{u.key}({joined(True)})", f"{u.shown(inner=True)}({joined(False)})"
+        key = f"{self._inner()}({arguments(args, kwargs)})"
         held = [*args, *kwargs.values()]
-        if not u.key.startswith(("pytest.mark.", "pytest.fixture")):
-            escape(f"passed to `{u.shown()}`", held)
-        run.may_raise(key, text, None)
-        out = self._child(key, text)
-        out._u.held = [v for v in held if isinstance(v, (list, tuple)) or is_case(v)]
+        if not plain(self._key, full=True).startswith(("pytest.mark.", "pytest.fixture")):
+            escape(f"passed to `{plain(self._text())}`", held)
+        current().may_raise(key, CALL)
+        out = self._child(key)
+        out._held.extend(v for v in held if isinstance(v, (list, tuple)) or is_case(v))
         return out
 
     def __bool__(self) -> bool:
-        u = self._u
-        return current().decide(u.key, u.text, default=u.negated) != u.negated
+        return current().decide(self._key, default=self._negated) != self._negated
 
     def __iter__(self) -> Iterator[Any]:
         name, arg = opcode(sys._getframe(1))
         if name.startswith("UNPACK"):
-            return iter([self._element(i) for i in range((arg & 0xFF) + (arg >> 8))])
-        u, run = self._u, current()
-        if run.decide(f"{u.key} has elements", f"`{u.shown()}` has elements", kind="iter", default=True):
-            return iter([self._element(None)])
-        return iter([])
+            return iter([self[i] for i in range((arg & 0xFF) + (arg >> 8))])
+        if not current().decide(f"`{self._text()}` has elements", kind="iter", default=True):
+            return iter(())
+        out = Unknown(f"{self._inner()}[...]", self._origin, place=self._place)
+        object.__setattr__(out, "_element", True)
+        out._held.extend(self._held)
+        return iter([out])
 
     __reversed__ = __iter__
 
-    def _element(self, index: int | None) -> Unknown:
-        shown = "..." if index is None else index
-        out = self._child(f"{self._u.key}[{shown}]", f"{self._u.shown(inner=True)}[{shown}]")
-        out._u.place, out._u.element = self._u.place, index is None
-        out._u.held = self._u.held
-        return out
-
     def __eq__(self, other: Any) -> Any:
-        if type(other) is Unknown and other._u.key == self._u.key and other._u.negated == self._u.negated:
+        if type(other) is Unknown and other._text() == self._text():
             return True
-        return self._compound("{} == {}", other)
+        return operation("{} == {}", self, other)
 
     def __ne__(self, other: Any) -> Any:
         return negate(self == other)
 
     def __hash__(self) -> int:
-        return hash(self._u.key)
+        return hash(self._key)
 
     def __contains__(self, item: Any) -> bool:
         return bool(contains(item, self))
 
     def __radd__(self, other: Any) -> Any:
         if not isinstance(other, (list, tuple)):
-            return reflected("+", self, other)
-        name, arg = opcode(sys._getframe(1))
-        if isinstance(other, list) and (name == "INPLACE_ADD" or (name == "BINARY_OP" and arg == 13)):
+            return operation("{} + {}", other, self)
+        if isinstance(other, list) and opcode(sys._getframe(1)) in (("INPLACE_ADD", 0), ("BINARY_OP", 13)):
             other.extend(list(self))  # keeps the list's identity, as ``+=`` of a list does
             return other
         return [*other, *self] if isinstance(other, list) else (*other, *self)
 
     def __enter__(self) -> Any:
-        return self._child(f"{self._u.key}.__enter__()", f"{self._u.shown(inner=True)}.__enter__()")
+        return self._child(f"{self._inner()}.__enter__()")
 
     def __exit__(self, *_: Any) -> None:
         pass
 
     def __instancecheck__(self, value: Any) -> bool:
-        return bool(self._compound("isinstance({1}, {0})", value))
-
-    def __subclasscheck__(self, value: Any) -> bool:
-        return bool(self._compound("issubclass({1}, {0})", value))
+        return bool(operation("isinstance({}, {})", value, self))
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
-        if next(b for b in bases if type(b) is Unknown) is not self:
-            return ()
-        plain = all(type(b) in (type, Unknown) for b in bases)
-        return (StubBase if plain else PlainStubBase,)
+        return (StubBase,) if next(b for b in bases if type(b) is Unknown) is self else ()
 
     def __copy__(self) -> Unknown:
         return self
@@ -383,106 +301,75 @@ class Unknown:
         return self
 
     def __repr__(self) -> str:
-        return f"\ue000{self._u.shown()}\ue001"  # marks a text that holds it
-
-    __str__ = __repr__
+        return f"\ue000{plain(self._text())}\ue001"  # marks a text that holds it
 
     def __format__(self, spec: str) -> str:
         return repr(self)
 
 
-def reflected(symbol: str, value: Unknown, other: Any) -> Unknown:
-    left = f"({render(other, True)})"
-    key = f"{left} {symbol} ({value._u.key})"
-    return value._child(key, f"{render(other, False)} {symbol} {value._u.shown(inner=True)}", compound=True)
+def operation(form: str, *operands: Any) -> Unknown:
+    """An operation on operands of which one at least isn't known."""
+    origin = next(v._origin for v in operands if type(v) is Unknown)
+    return Unknown(form.format(*map(render, operands)), origin, compound=True)
 
 
-def _define_operators() -> None:
-    def forward(symbol: str) -> Callable[[Any, Any], Any]:
-        return lambda self, other: self._compound(f"{{}} {symbol} {{}}", other)
-
-    def backward(symbol: str) -> Callable[[Any, Any], Any]:
-        return lambda self, other: reflected(symbol, self, other)
-
-    symbols = (
-        ("add", "+"), ("sub", "-"), ("mul", "*"), ("truediv", "/"), ("floordiv", "//"), ("mod", "%"), ("pow", "**"),
-        ("matmul", "@"), ("and", "&"), ("or", "|"), ("xor", "^"), ("lshift", "<<"), ("rshift", ">>"),
-    )  # fmt: skip
-    for name, symbol in symbols:
-        setattr(Unknown, f"__{name}__", forward(symbol))
-        if name != "add":
-            setattr(Unknown, f"__r{name}__", backward(symbol))
-    for name, symbol in (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">=")):
-        setattr(Unknown, f"__{name}__", forward(symbol))
-    for name, symbol in (("neg", "-"), ("pos", "+"), ("invert", "~")):
-        setattr(Unknown, f"__{name}__", lambda self, symbol=symbol: self._compound(symbol + "{}"))
+def _operator(form: str) -> Any:
+    return lambda *operands: operation(form, *operands)
 
 
-_define_operators()
+_BINARY = "add + sub - mul * truediv / floordiv // mod % pow ** matmul @ and & or | xor ^ lshift << rshift >>"
+_ORDERING = "lt < le <= gt > ge >="
+for _name, _symbol in zip(*(f"{_BINARY} {_ORDERING}".split()[i::2] for i in (0, 1)), strict=True):
+    setattr(Unknown, f"__{_name}__", _operator(f"{{}} {_symbol} {{}}"))
+    if _name != "add" and _name not in _ORDERING:
+        setattr(Unknown, f"__r{_name}__", _operator(f"{{1}} {_symbol} {{0}}"))
+for _name, _symbol in (("neg", "-{}"), ("pos", "+{}"), ("invert", "~{}"), ("abs", "abs({})")):
+    setattr(Unknown, f"__{_name}__", _operator(_symbol))
 
 
-class _StubMeta(type):
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(name)
-        return Unknown(f"{cls.__qualname__}.{name}", f"{cls.__name__}.{name}", "a base class outside the scope")
-
-
-class PlainStubBase:
-    """Stands in for a base class that isn't known: keeps what it is given, by name."""
+class StubBase:
+    """Stands in for a base class that isn't known: keeps what it is given, by the names of its annotations."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        names = [n for c in reversed(type(self).__mro__) for n in inspect.get_annotations(c)]
-        self.__dict__.update(zip(names, args))  # noqa: B905 - more arguments than names are dropped
-        self.__dict__.update(kwargs)
+        names = [n for c in reversed(type(self).__mro__) for n in getattr(c, "__annotations__", {})]
+        vars(self).update(zip(names, args, strict=False))
+        vars(self).update(kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         pass
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):
+        if name[:2] == "__":
             raise AttributeError(name)
-        text = f"{type(self).__name__}.{name}"
-        return Unknown(f"{render(self, True)}.{name}", text, "a base class outside the scope")
-
-
-class StubBase(PlainStubBase, metaclass=_StubMeta):
-    """As `PlainStubBase`, with unknown class attributes."""
-
-
-# -- cases ---------------------------------------------------------------------------------------------------------
+        return Unknown(f"{render(self)}.{name}", "a base class is outside the scope")
 
 
 class RecordedCase:
     """Stands in for a case class that isn't in the scope: a record of what it is given."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        run, held = current(), self.__dict__
+        run, held = current(), vars(self)
         if args and run.id_param not in kwargs:
             held[run.id_param], args = args[0], args[1:]
-        held.update(kwargs)
-        held["_lk_args"] = args
+        held.update(kwargs, _lk_args=args)
         remember(self, run.module_line())
 
     def __getattr__(self, name: str) -> Any:
-        if name[:2] == "__" or name[:4] == "_lk_" or name == current().id_param:
+        if name[:2] == "__" or name == current().id_param:
             raise AttributeError(name)
-        return Unknown(f"{render(self, True)}.{name}", f"{render(self, False)}.{name}", "the case class isn't known")
+        return Unknown(f"{render(self)}.{name}", "the case class is outside the scope")
 
     def __eq__(self, other: Any) -> Any:
         if type(other) is not type(self):
             return NotImplemented
-        name, mine, its = current().id_param, self.__dict__, other.__dict__
+        name, mine, its = current().id_param, vars(self), vars(other)
         return bool(mine.get(name) == its.get(name)) and mine == its
 
     def __hash__(self) -> int:
-        return hash(self.__dict__.get(current().id_param))
-
-    def __repr__(self) -> str:
-        return render(self, False)
+        return hash(vars(self).get(current().id_param))
 
     def __replace__(self, **changes: Any) -> Any:
-        return type(self)(*self._lk_args, **{k: v for k, v in self.__dict__.items() if k != "_lk_args"} | changes)
+        return type(self)(*self._lk_args, **{k: v for k, v in vars(self).items() if k != "_lk_args"} | changes)
 
 
 def remember(case: Any, line: int) -> None:
@@ -494,24 +381,10 @@ def remember(case: Any, line: int) -> None:
     run.lines[id(case)] = (case, line)
 
 
-def line_of(case: Any, case_id: str) -> int:
-    """The module-level line that made a case; a copy has the line of its id."""
-    run = current()
-    found = run.lines.get(id(case))
-    return found[1] if found else run.made.get(case_id, 0)
-
-
-def recorded_class() -> type:
-    run = current()
-    if not hasattr(run, "recorded"):
-        run.recorded = type(run.case_class, (RecordedCase,), {})  # type: ignore[attr-defined]
-    return run.recorded  # type: ignore[attr-defined,no-any-return]
-
-
 def case_class(cls: Any) -> Any:
     """Decorates the case class of the scope so that its cases note their lines."""
     if not isinstance(cls, type):
-        return recorded_class()
+        return current().recorded
     original = cls.__init__  # type: ignore[misc]
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -525,8 +398,7 @@ def case_class(cls: Any) -> Any:
 
 
 def is_case(value: Any) -> bool:
-    name = current().case_class
-    return any(c.__name__ == name for c in type(value).__mro__) and not isinstance(value, type)
+    return any(c.__name__ == current().case_class for c in type(value).__mro__)
 
 
 class ParameterSet(tuple):  # type: ignore[type-arg]
@@ -545,29 +417,14 @@ def _outcome(*args: Any, **kwargs: Any) -> NoReturn:
     raise RuntimeError("pytest ends the import here: " + ", ".join(map(str, args)))
 
 
-KNOWN_CALLS: dict[str, Callable[..., Any]] = {
-    "pytest.param": _param,
-    "pytest.skip": _outcome,
-    "pytest.fail": _outcome,
-    "pytest.exit": _outcome,
-    "pytest.xfail": _outcome,
-}
+KNOWN_CALLS = {"pytest.param": _param} | {f"pytest.{n}": _outcome for n in ("skip", "fail", "exit", "xfail")}
 
 
 def escape(how: str, values: list[Any]) -> None:
-    """Something the config doesn't control may change these from now on, or call them."""
-    kept = [v for v in values if type(v) not in _CONSTANTS and type(v) is not Unknown]
+    """What the config doesn't control may change these from now on, or call them."""
+    kept = [v for v in values if type(v) not in _CONSTANTS and not isinstance(v, (Unknown, type, types.ModuleType))]
     if kept:
-        run = current()
-        run.escapes.append((run.place(), how, kept)) if any(map(_could_matter, kept)) else None
-
-
-def _could_matter(value: Any, depth: int = 0) -> bool:
-    if isinstance(value, (list, dict, types.FunctionType, types.MethodType)):
-        return True
-    if isinstance(value, (tuple, set, frozenset)):
-        return depth < 3 and any(_could_matter(v, depth + 1) for v in value)
-    return hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType))
+        current().escapes.append((current().place(), how, kept))
 
 
 # -- operations that Python gives no hook for ----------------------------------------------------------------------
@@ -576,30 +433,21 @@ def _could_matter(value: Any, depth: int = 0) -> bool:
 def negate(value: Any) -> Any:
     if type(value) is not Unknown:
         return not value
-    u = value._u
-    return Unknown(u.key, u.text, u.origin, compound=u.compound, negated=not u.negated)
+    return Unknown(value._key, value._origin, compound=value._compound, negated=not value._negated)
 
 
 def same(left: Any, right: Any) -> Any:
-    if type(left) is Unknown:
-        return True if left is right else left._compound("{} is {}", right)
-    return right._compound("{1} is {0}", left) if type(right) is Unknown else left is right
+    unknown = left is not right and Unknown in (type(left), type(right))
+    return operation("{} is {}", left, right) if unknown else left is right
 
 
 def contains(item: Any, container: Any) -> Any:
-    if type(container) is Unknown:
-        key = f"({render(item, True)}) in ({container._u.key})"
-        shown = item._u.shown(inner=True) if type(item) is Unknown else render(item, False)
-        return container._child(key, f"{shown} in {container._u.shown(inner=True)}", compound=True)
-    if type(item) is Unknown:
-        return item._compound("{} in {}", container)
-    return item in container
+    unknown = Unknown in (type(item), type(container))
+    return operation("{} in {}", item, container) if unknown else item in container
 
 
 def opcode(frame: types.FrameType) -> tuple[str, int]:
     """The instruction that a frame is at, with its argument."""
-    code, at = frame.f_code.co_code, frame.f_lasti
-    if at < 0:
-        return "", 0
+    code, at = frame.f_code.co_code, max(frame.f_lasti, 0)
     wide = code[at - 1] if at >= 2 and dis.opname[code[at - 2]] == "EXTENDED_ARG" else 0
     return dis.opname[code[at]], code[at + 1] + (wide << 8)

@@ -17,38 +17,39 @@ from typing import Any
 from .conditions import Cube, describe
 from .reading import forked, run_config
 from .support import Cache
+from .unknown import plain
 
 MAX_RUNS = 6000
 _EXHAUSTIVE = 6  # that few decisions are tried in all combinations
-_SAMPLES = 48
-_REPAIRS = 12
+_SAMPLES = 48  # random worlds against which the result is checked
+_REPAIRS = 12  # guards of one flip that are decided the other way
 _MANY = 4  # so many decisions of one place are first flipped together
 
 Item = tuple[str, str]  # suite, case id
+Values = dict[str, bool]
 
 
 class ExhaustedError(Exception):
     """Too many runs, or too much time."""
 
 
-@dataclass
 class World:
-    """One run."""
+    """One run: its data, and the decisions that it met, with their values and places."""
 
-    data: dict[str, Any]
-    values: dict[str, bool] = field(default_factory=dict)
-    met: list[str] = field(default_factory=list)
-    places: dict[str, str] = field(default_factory=dict)
-    items: dict[Item, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def status(self) -> str:
-        return str(self.data["status"])
+    def __init__(self, data: dict[str, Any], suites: dict[str, str]) -> None:
+        self.data, self.status, self.lists = data, data["status"], data["lists"]
+        self.values: Values = {}
+        self.places: dict[str, str] = {}
+        items: dict[Item, list[str]] = {}
+        for name, suite in suites.items():
+            for entry in self.lists.get(name, []):
+                items.setdefault((suite, entry[0]), []).append(name)
+        self.items = {k: tuple(v) for k, v in items.items()}
 
 
 @dataclass
 class Group:
-    """Decisions that belong together, by the first of them: what follows from each outcome."""
+    """Decisions that belong together, by the first of them: what follows from each of its outcomes."""
 
     key: str
     sides: dict[bool, Node]
@@ -63,16 +64,11 @@ class Node:
     world: World
     groups: list[Group] = field(default_factory=list)
 
-    def predict(self, values: dict[str, bool]) -> dict[Item, tuple[str, ...]]:
+    def predict(self, values: Values) -> dict[Item, tuple[str, ...]]:
         out = dict(self.world.items)
         for g in self.groups:
-            side = g.sides.get(values.get(g.key, self.world.values[g.key])) or next(iter(g.sides.values()))
-            found = side.predict(values)
-            for item in g.items:
-                if item in found:
-                    out[item] = found[item]
-                else:
-                    out.pop(item, None)
+            found = g.sides[values.get(g.key, self.world.values[g.key])].predict(values)
+            out = {k: v for k, v in out.items() if k not in g.items} | {k: v for k, v in found.items() if k in g.items}
         return out
 
     def cubes(self, item: Item) -> set[Cube]:
@@ -80,267 +76,191 @@ class Node:
         for g in self.groups:
             if item in g.items:
                 parts = {v: side.cubes(item) for v, side in g.sides.items()}
-                if len(parts) == 1 or parts[False] == parts[True]:
-                    return next(iter(parts.values()))
+                if parts[False] == parts[True]:
+                    return parts[True]
                 return {c | {(g.key, v)} for v, cubes in parts.items() for c in cubes}
         return {frozenset()} if item in self.world.items else set()
-
-    def varied(self) -> set[Item]:
-        return {i for g in self.groups for i in g.items}
-
-    def decisions(self) -> set[str]:
-        return {k for g in self.groups for k in g.keys}
 
 
 class Explorer:
     """Finds the worlds of one config."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        self.request = request
-        self.suites: dict[str, str] = request["lists"]
+        self.request, self.suites = request, request["lists"]
         self.deadline = time.monotonic() + request["seconds"]
+        self.slow = request["seconds"]
         self.cache = Cache()
-        self.runs: dict[frozenset[tuple[str, bool]], World] = {}
-        self.defaults: dict[str, bool] = {}
-        self.texts: dict[str, str] = {}
+        self.runs: dict[Cube, World] = {}
+        self.defaults: Values = {}  # also the order in which decisions were met
+        self.places: Values = {}
         self.kinds: dict[str, tuple[str, Any]] = {}
-        self.order: dict[str, int] = {}
-        self.places: dict[str, bool] = {}
         self.merges: list[set[str]] = []
+        self.guards: set[str] = set()  # those of which one outcome only ends in a world
         self.unresolved: dict[tuple[Any, ...], None] = {}
         self.stopped: dict[tuple[Any, ...], None] = {}
         self.deltas: dict[tuple[int, int], set[Item]] = {}
-        self.slow = request["seconds"]
-        self.guards: set[str] = set()  # those of which one outcome only ends in a world
+
+    def report(self, into: dict[tuple[Any, ...], None], site: Any, reason: str) -> None:
+        into[tuple([*(site or (self.request["config"], 1, 1)), reason])] = None
 
     # -- runs ------------------------------------------------------------------------------------------------------
 
-    def run(self, values: dict[str, bool]) -> World:
+    def run(self, values: Values) -> World:
         """The world in which `values` hold and every other decision has its default."""
-        name = self._name(values)
-        if name not in self.runs:
-            self._execute(values, [])
-        return self.runs[name]
+        if self.named(values) not in self.runs:
+            self.execute(values, [])
+        return self.runs[self.named(values)]
 
-    def _name(self, values: dict[str, bool]) -> frozenset[tuple[str, bool]]:
+    def named(self, values: Values) -> Cube:
         return frozenset((k, v) for k, v in values.items() if self.defaults.get(k) != v)
 
-    def sweep(self, context: dict[str, bool], keys: list[str]) -> None:
-        """Flip each of `keys` alone, by a fork at the point where it is decided: nothing before it runs again."""
-        missing = [k for k in keys if self._name({**context, k: not self.defaults[k]}) not in self.runs]
-        if len(missing) > 2:
-            self._execute(context, missing)
-
-    def _execute(self, values: dict[str, bool], sweep: list[str]) -> None:
+    def execute(self, values: Values, sweep: list[str]) -> None:
+        """Run once; each of `sweep` is flipped by a fork where it is decided: nothing before runs again."""
         left = self.deadline - time.monotonic()
         if left <= 0.02 or len(self.runs) >= MAX_RUNS:
             raise ExhaustedError
-        request = {**self.request, "forced": {**self.defaults, **values}, "places": self.places, "sweep": sweep}
-        request["branch_seconds"] = self.slow
-        began = time.monotonic()
-        first = not self.runs
-        limit = left if sweep else min(left, self.slow)
-        for data in forked(lambda: run_config(request, self.cache), limit):
-            world = World(data)
+        forced = {
+            "forced": {**self.defaults, **values},
+            "places": self.places,
+            "sweep": sweep,
+            "branch_seconds": self.slow,
+        }
+        if not self.runs:  # compiled once, here
+            with contextlib.suppress(Exception):
+                self.cache.compiled(self.request["config"], self.request["case_class"])
+        began, first = time.monotonic(), not self.runs
+        for data in forked(
+            lambda: run_config({**self.request, **forced}, self.cache), left if sweep else min(left, self.slow)
+        ):
+            world = World(data, self.suites)
             if first:
-                self._warm(world)
+                self.warm(data)
                 self.slow = max(1.0, 10 * (time.monotonic() - began))
-            before = world.data.pop("prefix", 0)
-            if before:
-                data["trace"] = self.runs[self._name(values)].data["trace"][:before] + data["trace"]
-            for key, text, kind, value, default, where, site in data["trace"]:
+            if data["prefix"]:
+                data["trace"] = self.run(values).data["trace"][: data["prefix"]] + data["trace"]
+            for key, kind, value, default, where, site in data["trace"]:
                 self.defaults.setdefault(key, default)
-                self.texts.setdefault(key, text)
-                self.order.setdefault(key, len(self.order))
-                if kind in ("iter", "order"):
+                if kind:
                     self.kinds.setdefault(key, (kind, site))
-                world.values[key] = value
-                world.places[key] = where
-                world.met.append(key)
-            self._items(world)
+                world.values[key], world.places[key] = value, where
             flipped = data["flipped"]
             context = {**values, flipped: world.values[flipped]} if flipped else values
-            if self.runs.setdefault(self._name(context), world) is world and world.status in ("refused", "limit"):
-                self._stop(world)
+            if self.runs.setdefault(self.named(context), world) is world and world.status in ("refused", "limit"):
+                self.report(self.stopped, *data["error"])
 
-    def _warm(self, world: World) -> None:
-        """Load once what each run would load again: the standard modules and the compiled files."""
-        for name in world.data["modules"]:
+    def warm(self, data: dict[str, Any]) -> None:
+        """Load once what each run would load again."""
+        self.cache.located = data["located"]
+        for name in data["modules"]:
             if name.partition(".")[0] not in ("antigravity", "this", "idlelib", "turtledemo", "lib2to3"):
-                try:
+                with contextlib.suppress(Exception):
                     __import__(name)
-                except Exception:
-                    sys.modules.pop(name, None)
-        self.cache.located = world.data["located"]
-        for path in world.data["files"]:
-            with contextlib.suppress(SyntaxError, ValueError, OSError):
+        for path in data["files"]:
+            with contextlib.suppress(Exception):
                 self.cache.compiled(path, self.request["case_class"])
 
-    def _items(self, world: World) -> None:
-        found: dict[Item, list[str]] = {}
-        for name, suite in self.suites.items():
-            for case_id, _, _ in world.data["lists"].get(name, []):
-                found.setdefault((suite, case_id), []).append(name)
-        world.items = {k: tuple(v) for k, v in found.items()}
-
-    def report(self, site: Any, reason: str) -> None:
-        name = (*(site or (self.request["config"], 1, 1)), reason)
-        self.unresolved[name] = None
-
-    def stop(self, site: Any, reason: str) -> None:
-        name = (*(site or (self.request["config"], 1, 1)), reason)
-        self.stopped[name] = None
-
-    def _stop(self, world: World) -> None:
-        site, reason = world.data["error"]
-        self.stop(site, reason)
-
-    def ordered(self, world: World) -> list[Any]:
-        return [world.data["lists"].get(name) and [e[0] for e in world.data["lists"][name]] for name in self.suites]
-
-    # -- finding a world -------------------------------------------------------------------------------------------
-
-    def complete(self, values: dict[str, bool], after: str, tries: int) -> tuple[World, dict[str, bool]] | None:
+    def complete(self, values: Values, after: str, tries: int) -> tuple[World, Values] | None:
         """A world with `values`, guards that raise decided the other way, the last one first; None: there is none.
 
         Only decisions met later than `after` are guards here.
         """
-        given = dict(values)
-        tried: set[str] = set()
+        given, tried, changed = dict(values), set[str](), ""
         failed: World | None = None
-        changed = ""
         while True:
             world = self.run(given)
             if world.status == "ok":
-                if failed is not None and failed.status == "stuck":
-                    self._lost_in_loop(failed, world)
+                self.loop(failed, world)
                 return world, given
             if world.status in ("refused", "limit") or tries <= 0:
                 return None
-            self._artefact(world)
+            if world.status == "raise" and "Unknown" in world.data["error"][1]:  # no outcome of the config's own
+                site, reason = world.data["error"]
+                self.report(self.unresolved, site, f"needs a value that isn't known: {reason}")
             if failed is not None and failed.data["error"] == world.data["error"]:
                 del given[changed]  # that wasn't it
-            elif failed is not None:
+            else:
                 tried.clear()
-            failed, tries = world, tries - 1
-            later = world.met[world.met.index(after) + 1 :] if after in world.met else [] if after else world.met
-            last = [k for k in reversed(later) if k not in tried and k not in given]
-            if not last:
+            failed, tries, met = world, tries - 1, list(world.values)
+            later = met[met.index(after) + 1 :] if after in met else [] if after else met
+            changed = next((k for k in reversed(later) if k not in tried and k not in given), "")
+            if not changed:
                 return None
-            changed = last[0]
-            given[changed] = not world.values[changed]
-            if world.places[changed]:
-                self.places[world.places[changed]] = given[changed]
             tried.add(changed)
+            given[changed] = self.places[world.places[changed]] = not world.values[changed]
 
-    def _lost_in_loop(self, failed: World, world: World) -> None:
-        if set(failed.items) - set(world.items):
+    def loop(self, failed: World | None, world: World) -> None:
+        if failed is not None and failed.status == "stuck" and failed.items.keys() - world.items.keys():
             site, reason = failed.data["error"]
-            self.report(site, f"a list may hold other cases: a loop whose end isn't known: {reason}")
-
-    def _artefact(self, world: World) -> None:
-        """A value that isn't known, where Python needs one that is: no outcome of the config's own."""
-        site, reason = world.data["error"]
-        if world.status == "raise" and "Unknown" in reason and site is not None:
-            self.report(site, f"needs a value that isn't known: {reason}")
+            self.report(self.unresolved, site, f"a list may hold other cases: a loop whose end isn't known: {reason}")
 
     # -- the tree of decisions -------------------------------------------------------------------------------------
 
     def delta(self, a: World, b: World) -> set[Item]:
-        name = (id(a), id(b))
-        if name not in self.deltas:
-            keys = a.items.keys() | b.items.keys()
-            self.deltas[name] = {k for k in keys if a.items.get(k) != b.items.get(k)}
-        return self.deltas[name]
+        if (id(a), id(b)) not in self.deltas:
+            self.deltas[id(a), id(b)] = {k for k, _ in a.items.items() ^ b.items.items()}
+        return self.deltas[id(a), id(b)]
 
-    def solve(self, context: dict[str, bool], excluded: frozenset[str], world: World) -> Node:
+    def solve(self, context: Values, excluded: frozenset[str], world: World) -> Node:
         """The independent groups of decisions that a context leaves open."""
-        free = [k for k in world.met if k not in excluded]
-        flips: dict[str, tuple[World, dict[str, bool]]] = {}
-        idle = self._idle(context, excluded, world, free)
-        self.sweep(context, [k for k in free if k not in idle])
-        for k in free:
-            if k in idle:
-                continue
+        free = [k for k in world.values if k not in excluded]
+        flips: dict[str, tuple[World, Values]] = {}
+        linked = {k for m in self.merges for k in m}
+        idle = self.idle(context, excluded, world, [k for k in free if k not in linked])
+        active = [k for k in free if k not in idle]
+        sweep = [k for k in active if self.named({**context, k: not world.values[k]}) not in self.runs]
+        if len(sweep) > 2:
+            self.execute(context, sweep)
+        for k in active:
             found = self.complete({**context, k: not world.values[k]}, k, _REPAIRS)
             if found is not None:
                 flips[k] = found
             else:
                 self.guards.add(k)
-                failed = self.run({**context, k: not world.values[k]})
-                if failed.status == "stuck":
-                    self._lost_in_loop(failed, world)
-        linked = {k for m in self.merges for k in m}
-        met = set(world.met)
-        links: list[set[str]] = [m & set(free) for m in self.merges]
-        by_item: dict[Any, str] = {}
-        useful = []
+                self.loop(self.run({**context, k: not world.values[k]}), world)
+        links, first, useful = (
+            [m & set(free) for m in self.merges],
+            dict[Any, str](),
+            [k for k in active if k in linked],
+        )
         for k, (other, _) in flips.items():
             changed = self.delta(world, other)
-            gained = [x for x in other.met if x not in met and x not in excluded]
-            lost = {x for x in met.difference(other.met) if x in flips}
-            if not (changed or gained or lost or k in linked):
-                continue
-            useful.append(k)
-            links.append({k} | lost)
-            for mark in (*changed, *gained):
-                links.append({k, by_item.setdefault(mark, k)})
-        useful += [k for k in free if k in linked and k not in flips]
+            gained = [x for x in other.values if x not in world.values and x not in excluded]
+            lost = {x for x in world.values.keys() - other.values.keys() if x in flips}
+            if changed or gained or lost:
+                useful += [k] if k not in linked else []
+                links += [{k} | lost, *({k, first.setdefault(mark, k)} for mark in (*changed, *gained))]
         while True:
-            groups = [g for g in _components(useful, links) if flips.keys() & set(g)]
-            solved = [self._group(context, excluded, world, free, g, flips) for g in groups]
-            kept = [g for g in solved if g.items]
-            again = False
+            parts = [g for g in _components(useful, links) if flips.keys() & g]
+            groups = [g for g in (self.group(context, excluded, world, free, part, flips) for part in parts) if g.items]
             seen: dict[Any, Group] = {}
-            for g in kept:
-                for mark in (*g.items, *g.keys):
-                    first = seen.setdefault(mark, g)
-                    if first is not g:
-                        links.append({first.key, g.key})
-                        again = True
-            if not again:
-                return Node(world, kept)
+            pairs = [{g.key, seen.setdefault(mark, g).key} for g in groups for mark in (*g.items, *g.keys)]
+            if all(len(p) == 1 for p in pairs):
+                return Node(world, groups)
+            links += pairs
 
-    def _idle(self, context: dict[str, bool], excluded: frozenset[str], world: World, free: list[str]) -> set[str]:
+    def idle(self, context: Values, excluded: frozenset[str], world: World, free: list[str]) -> set[str]:
         """Decisions of one place that change no list when all of them are flipped; the samples check each of them."""
-        linked = {k for m in self.merges for k in m}
         places: dict[str, list[str]] = {}
         for k in free:
-            if world.places[k] and k not in linked:
-                places.setdefault(world.places[k], []).append(k)
+            places.setdefault(world.places[k], []).append(k)
         out: set[str] = set()
-        for keys in places.values():
-            if len(keys) < _MANY:
-                continue
+        for keys in (ks for place, ks in places.items() if place and len(ks) >= _MANY):
             found = self.complete({**context, **{k: not world.values[k] for k in keys}}, keys[0], _REPAIRS)
             if found is None or self.delta(world, found[0]):
                 continue
-            if not self.solve(found[1], excluded | set(free), found[0]).groups:
+            if not self.solve(found[1], excluded | world.values.keys(), found[0]).groups:
                 out |= set(keys)
         return out
 
-    def _group(
-        self,
-        context: dict[str, bool],
-        excluded: frozenset[str],
-        world: World,
-        free: list[str],
-        members: list[str],
-        flips: dict[str, tuple[World, dict[str, bool]]],
-    ) -> Group:
+    def group(self, context: Values, excluded: frozenset[str], world: World, free: list[str], members: set[str],
+              flips: dict[str, tuple[World, Values]]) -> Group:  # fmt: skip
         key = next(k for k in free if k in members and k in flips)
-        inner = excluded | (set(free) - set(members)) | {key}
-        value = world.values[key]
-        other, given = flips[key]
-        sides = {
-            value: self.solve({**context, key: value}, inner, world),
-            (not value): self.solve(given, inner, other),
-        }
-        items = {i for side in sides.values() for i in side.varied()} | self.delta(world, other)
-        keys = {key, *members} | {k for side in sides.values() for k in side.decisions()}
-        return Group(key, sides, items, keys)
-
-    # -- checks ----------------------------------------------------------------------------------------------------
+        inner = excluded | (set(free) - members) | {key}
+        value, (other, given) = world.values[key], flips[key]
+        sides = {value: self.solve({**context, key: value}, inner, world), not value: self.solve(given, inner, other)}
+        below = [g for side in sides.values() for g in side.groups]
+        items = self.delta(world, other).union(*(g.items for g in below))
+        return Group(key, sides, items, {key, *members}.union(*(g.keys for g in below)))
 
     def explore(self) -> Node | None:
         """The tree of decisions, checked on random worlds; None where no world exists."""
@@ -348,55 +268,46 @@ class Explorer:
         if started is None:
             return None
         world, context = started
-        if len(world.met) <= _EXHAUSTIVE:
-            self.merges.append(set(world.met))
+        if len(world.values) <= _EXHAUSTIVE:
+            self.merges.append(set(world.values))
         root = self.solve(context, frozenset(), world)
-        if self._partners(root, context):
-            root = self.solve(context, frozenset(), world)
+        places = {world.places[k]: k for k in world.values if k in self.guards}
+        for guard in list(places.values())[:12]:  # does it only raise beside one outcome of another?
+            for pair in ({guard, g.key} for g in root.groups[:8]):
+                both = {k: not world.values[k] for k in pair}
+                if pair not in self.merges and self.run({**context, **both}).status == "ok":
+                    self.merges.append(pair)
+        root = self.solve(context, frozenset(), world)
         rng = random.Random(0)
-        for attempt in range(_SAMPLES):
-            keys = [k for k in self.order if k not in self.guards]
-            share = (0.5, 0.5, 0.5, 0.85, 0.15)[attempt % 5] if attempt else 1.0
+        late = self.deadline - self.request["seconds"] / 2
+        for i in range(_SAMPLES):
+            share = (1.0, 0.5, 0.5, 0.85, 0.5, 0.15)[i % 6] if i < 6 else rng.random()
+            if i >= _SAMPLES // 6 and time.monotonic() > late:
+                break
+            keys = [k for k in self.defaults if k not in self.guards]
             flips = {k: not context.get(k, self.defaults[k]) for k in keys if rng.random() < share}
-            if len(keys) < 2 or not self._differs(root, context, flips):
-                continue
-            while True:
-                blamed = self._blame(root, context, flips)
+            while len(keys) > 1 and self.differs(root, context, flips):
+                blamed = self.blame(root, context, flips)
                 if blamed in self.merges:
-                    self.unresolved[(self.request["config"], 1, 1, "conditions act together in a way that isn't known: "
-                                     + ", ".join(self.texts[k] for k in sorted(blamed)))] = None  # fmt: skip
+                    names = ", ".join(sorted(map(plain, blamed)))
+                    self.report(self.unresolved, None, f"conditions act together in a way that isn't known: {names}")
                     return root
                 self.merges.append(blamed)
                 root = self.solve(context, frozenset(), world)
-                if not self._differs(root, context, flips):
-                    break
         return root
 
-    def _partners(self, root: Node, context: dict[str, bool]) -> bool:
-        """Link each guard with a deciding test under whose other outcome it doesn't raise."""
-        places = {root.world.places[k]: k for k in root.world.met if k in self.guards}
-        found = False
-        for guard in list(places.values())[:12]:
-            for g in root.groups[:8]:
-                both = {k: not root.world.values[k] for k in (guard, g.key)}
-                if {guard, g.key} not in self.merges and self.run({**context, **both}).status == "ok":
-                    self.merges.append({guard, g.key})
-                    found = True
-        return found
-
-    def _differs(self, root: Node, context: dict[str, bool], flips: dict[str, bool]) -> bool:
+    def differs(self, root: Node, context: Values, flips: Values) -> bool:
         world = self.run({**context, **flips})
         return world.status == "ok" and world.items != root.predict({**context, **flips})
 
-    def _blame(self, root: Node, context: dict[str, bool], flips: dict[str, bool]) -> set[str]:
+    def blame(self, root: Node, context: Values, flips: Values) -> set[str]:
         """A smallest part of `flips` under which the tree is wrong."""
-        left = list(flips)
-        size = max(1, len(left) // 2)
+        left, size = list(flips), max(1, len(flips) // 2)
         while size:
             at = 0
             while at < len(left):
                 fewer = left[:at] + left[at + size :]
-                if fewer and self._differs(root, context, {k: flips[k] for k in fewer}):
+                if fewer and self.differs(root, context, {k: flips[k] for k in fewer}):
                     left = fewer
                 else:
                     at += size
@@ -404,193 +315,135 @@ class Explorer:
         return set(left)
 
 
-def _components(keys: list[str], links: list[set[str]]) -> list[list[str]]:
+def _components(keys: list[str], links: list[set[str]]) -> list[set[str]]:
     parent = {k: k for k in keys}
 
-    def find(k: str) -> str:
+    def top(k: str) -> str:
         while parent[k] != k:
-            parent[k] = parent[parent[k]]
-            k = parent[k]
+            parent[k] = k = parent[parent[k]]
         return k
 
-    for link in links:
-        inside = [k for k in link if k in parent]
-        for k in inside[1:]:
-            parent[find(k)] = find(inside[0])
-    out: dict[str, list[str]] = {}
+    for inside in ([k for k in link if k in parent] for link in links):
+        for k in inside:
+            parent[top(k)] = top(inside[0])
+    out: dict[str, set[str]] = {}
     for k in keys:
-        out.setdefault(find(k), []).append(k)
+        out.setdefault(top(k), set()).add(k)
     return list(out.values())
 
 
 # -- the answer ----------------------------------------------------------------------------------------------------
 
 
-def merged(sequences: list[list[list[Any]]]) -> list[list[Any]]:
-    """One order of all entries that keeps the order of each sequence where there is one; by line where it is free."""
+def merged(sequences: list[list[Any]]) -> list[Any]:
+    """One order of all entries that keeps that of each sequence where there is one; by line where it is free."""
     out = list({e[0]: e for e in sequences[0]}.values())
     base = {e[0] for e in out}
     for sequence in sequences[1:]:
-        place = {e[0]: i for i, e in enumerate(out)}
-        inside = {e[0] for e in sequence}
-        at = 0
+        inside, at = {e[0] for e in sequence}, 0
         for entry in sequence:
-            if entry[0] in place:
-                at = max(at, next(i for i, e in enumerate(out) if e[0] == entry[0]) + 1)
+            place = next((i for i, e in enumerate(out) if e[0] == entry[0]), None)
+            if place is not None:
+                at = max(at, place + 1)
                 continue
-            while (
-                at < len(out)
-                and out[at][0] not in inside
-                and (out[at][1] < entry[1] or (out[at][1] == entry[1] and out[at][0] not in base))
-            ):
+            while at < len(out) and out[at][0] not in inside and (out[at][1], out[at][0] in base) < (entry[1], True):
                 at += 1
             out.insert(at, entry)
-            place[entry[0]] = at
             at += 1
     return out
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Everything about one config: suites, lists, duplicates, what is unresolved, and whether it stopped early."""
-    explorer = Explorer(request)
-    root, exhausted = None, False
+    explorer, root = Explorer(request), None
     try:
         root = explorer.explore()
     except (ExhaustedError, RecursionError):
-        exhausted = True
-    worlds = [w for w in explorer.runs.values() if w.status == "ok"]
+        reason = f"more combinations of conditions than could be tried: stopped after {len(explorer.runs)} worlds"
+        explorer.report(explorer.stopped, None, reason)
     runs = list(explorer.runs.values())
-    if exhausted:
-        if worlds:
-            reason = f"the conditions have more combinations than could be tried: stopped after {len(runs)} worlds"
-        else:
-            reason = f"stopped after {len(runs)} worlds, none of which comes to an end"
-        explorer.stop(None, reason)
+    worlds = [w for w in runs if w.status == "ok"]
     if not worlds and runs:
-        last = max((w for w in runs), key=lambda w: (w.data["error"][0] or [0, 0])[1])
-        if last.status in ("raise", "stuck"):
-            site, reason = last.data["error"]
-            what = f"raises {reason} while it is imported" if last.status == "raise" else reason
-            explorer.stop(site, f"{what}; what follows isn't reached")
-        worlds = [last]
-    return _Answer(explorer, root, worlds).build()
+        worlds = [max(runs, key=lambda w: (w.data["error"][0] or [0, 0])[1])]
+        site, reason = worlds[0].data["error"]
+        raised = f"raises {reason} while it is imported" if worlds[0].status == "raise" else reason
+        if worlds[0].status in ("raise", "stuck"):
+            explorer.report(explorer.stopped, site, f"{raised}; what follows isn't reached")
+    suites, lists = _suites(explorer, root, worlds)
+    _notes(explorer, root, worlds)
+    other: dict[str, dict[str, None]] = {}
+    for name, ids in (pair for w in worlds for pair in w.data["other"].items()):
+        other.setdefault(name, {}).update(dict.fromkeys(ids))
+    return {
+        "suites": suites, "lists": lists, "other": {n: list(ids) for n, ids in other.items()},
+        "duplicates": _duplicates(explorer, suites, worlds),
+        "unresolved": list(explorer.unresolved), "stopped": list(explorer.stopped),
+        "made": sorted({i for w in runs for i in w.data["made"]}), "tests": len(explorer.defaults), "runs": len(runs),
+        "assumed": sorted({i for w in runs for i in w.data["assumed"]}),
+    }  # fmt: skip
 
 
-class _Answer:
-    def __init__(self, explorer: Explorer, root: Node | None, worlds: list[World]) -> None:
-        self.explorer, self.root, self.worlds = explorer, root, worlds
-        shown: dict[str, str] = {}
-        for key, text in explorer.texts.items():
-            if shown.setdefault(text, key) != key:
-                explorer.texts[key] = key
-        self.lost = {tuple(e) for w in worlds for e in w.data["lost"]}
+def _suites(explorer: Explorer, root: Node | None, worlds: list[World]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    order = {k: i for i, k in enumerate(explorer.defaults)}
+    texts = {k: plain(k) for k in order}
+    if len(set(texts.values())) < len(texts):
+        texts = {k: plain(k, full=True) for k in order}
+    lost = {n: how for w in worlds for n, how in w.data["lost"]}
+    everything = f"a combination of {len(order)} conditions, the first: {next(iter(texts.values()), '')}"
+    lists: dict[str, list[str]] = {}
+    suites: dict[str, dict[str, list[Any]]] = {s: {} for s in explorer.suites.values()}
+    for name, suite in explorer.suites.items():
+        found = [w.lists[name] for w in worlds if name in w.lists]
+        distinct = list({json.dumps([e[:2] for e in f]): f for f in found}.values())
+        for case_id, *_ in merged(distinct) if distinct else ():
+            text = describe(root.cubes((suite, case_id)), texts, order) if root is not None else None
+            if root is None and not all((suite, case_id) in w.items for w in worlds):
+                text = everything
+            line = min(e[1] for f in distinct for e in f if e[0] == case_id) if len(distinct) > 1 else _[0]
+            suites[suite].setdefault(case_id, [case_id, name, line, text or lost.get(name)])
+            lists.setdefault(name, []).append(case_id)
+        if found:
+            lists.setdefault(name, [])
+    return {s: list(cases.values()) for s, cases in suites.items()}, lists
 
-    def build(self) -> dict[str, Any]:
-        explorer = self.explorer
-        suites: dict[str, list[Any]] = {s: [] for s in explorer.suites.values()}
-        lists: dict[str, list[str]] = {}
-        for suite in suites:
-            names = [n for n, s in explorer.suites.items() if s == suite]
-            entries: dict[str, list[Any]] = {}
-            for name in names:
-                found = [w.data["lists"][name] for w in self.worlds if name in w.data["lists"]]
-                if found:
-                    distinct = list({json.dumps([e[:2] for e in f]): f for f in found}.values())
-                    both = merged(distinct)
-                    lists[name] = list(dict.fromkeys(e[0] for e in both))
-                    first: dict[str, int] = {}
-                    for e in (e for f in distinct for e in f):
-                        first[e[0]] = min(e[1], first.get(e[0], e[1]))
-                    for e in both:
-                        entries.setdefault(e[0], [e[0], name, first[e[0]]])
-            suites[suite] = [[*e, self.condition(suite, e[0], e[1])] for e in entries.values()]
-        other: dict[str, list[str]] = {}
-        for w in self.worlds:
-            for name, ids in w.data["other"].items():
-                known = other.setdefault(name, [])
-                known += [i for i in dict.fromkeys(ids) if i not in known]
-        self.notes()
-        return {
-            "suites": suites,
-            "lists": lists | other,
-            "other": other,
-            "duplicates": self.duplicates(suites),
-            "unresolved": list(explorer.unresolved),
-            "stopped": list(explorer.stopped),
-            "made": sorted({i for w in explorer.runs.values() for i in w.data["made"]}),
-            "assumed": sorted({i for w in explorer.runs.values() for i in w.data["assumed"]}),
-            "tests": len(explorer.order),
-            "runs": len(explorer.runs),
-        }
 
-    def condition(self, suite: str, case_id: str, name: str) -> str | None:
-        explorer, item = self.explorer, (suite, case_id)
-        kept = next((how for n, how in self.lost if n == name), None)
-        if self.root is not None and item in self.root.varied() | self.root.world.items.keys():
-            text = describe(self.root.cubes(item), explorer.texts, explorer.order)
-            return kept if text is None else text
-        if all(item in w.items for w in self.worlds):
-            return kept
-        keys = [k for k in explorer.order]
-        return f"a combination of {len(keys)} conditions, the first: {explorer.texts[keys[0]]}" if keys else kept
+def _duplicates(explorer: Explorer, suites: dict[str, list[Any]], worlds: list[World]) -> list[Any]:
+    out: dict[Item, list[Any]] = {}
+    for w in worlds:
+        places: dict[Item, list[list[Any]]] = {}
+        for name, suite in explorer.suites.items():
+            for case_id, line, number in w.lists.get(name, []):
+                places.setdefault((suite, case_id), []).append([name, line, number])
+        for item, p in places.items():  # one object in two lists of a suite is no duplicate
+            if len(p) > 1 and any(a[2] != b[2] or a[0] == b[0] for i, a in enumerate(p[:64]) for b in p[i + 1 : 64]):
+                out.setdefault(item, [item[1], [item[0]], list(dict.fromkeys(n for n, _, _ in p)), [x[1] for x in p]])
+    where: dict[str, list[Any]] = {}
+    for suite, cases in suites.items():
+        for c in cases:
+            where.setdefault(c[0], []).append((suite, c[1], c[2]))
+    return [*out.values(), *([i, *map(list, zip(*found, strict=True))] for i, found in where.items() if len(found) > 1)]
 
-    def duplicates(self, suites: dict[str, list[Any]]) -> list[Any]:
-        out: dict[tuple[str, str], list[Any]] = {}
-        for w in self.worlds:
-            for suite in suites:
-                seen: dict[str, list[tuple[str, int, int]]] = {}
-                for name, s in self.explorer.suites.items():
-                    for case_id, line, ref in w.data["lists"].get(name, []) if s == suite else ():
-                        seen.setdefault(case_id, []).append((name, line, ref))
-                for case_id, places in seen.items():
-                    clash = any(
-                        a[2] != b[2] or a[0] == b[0] for i, a in enumerate(places[:64]) for b in places[i + 1 : 64]
-                    )
-                    if clash and (suite, case_id) not in out:
-                        names = list(dict.fromkeys(p[0] for p in places))
-                        out[suite, case_id] = [case_id, [suite], names, [p[1] for p in places]]
-        where: dict[str, list[tuple[str, Any]]] = {}
-        for suite, cases in suites.items():
-            for c in cases:
-                where.setdefault(c[0], []).append((suite, c))
-        across = [
-            [i, [s for s, _ in found], [c[1] for _, c in found], [c[2] for _, c in found]]
-            for i, found in where.items()
-            if len(found) > 1
-        ]
-        return [*out.values(), *across]
 
-    def notes(self) -> None:
-        explorer = self.explorer
-        for w in self.worlds:
-            for note in w.data["notes"]:
-                explorer.report(note[:3], note[3])
-        if self.root is None:
-            return
-        base = self.root.world
-        deciding = self.root.decisions()
-        for key, (kind, site) in explorer.kinds.items():
-            flipped = explorer.runs.get(frozenset({(key, not explorer.defaults[key])}))
-            changed = flipped is not None and explorer.ordered(flipped) != explorer.ordered(base)
-            if kind == "order" and changed:
-                explorer.report(site, "the order of a set, which isn't fixed, is the order of a list")
-            if kind == "iter" and (key in deciding or changed):
-                what = explorer.texts[key].removesuffix(" has elements")
-                names = self.changed(base, flipped) or ["a list"]
-                reason = f"changed in a loop over {what}, which isn't known"
-                explorer.report(site, f"{', '.join(names)} may hold other cases: {reason}")
-
-    def changed(self, base: World, flipped: World | None) -> list[str]:
-        if flipped is None:
-            return []
-        lists, other = base.data["lists"], flipped.data["lists"]
-        return [n for n in self.explorer.suites if lists.get(n, []) != other.get(n, [])]
+def _notes(explorer: Explorer, root: Node | None, worlds: list[World]) -> None:
+    for note in (n for w in worlds for n in w.data["notes"]):
+        explorer.report(explorer.unresolved, note[:3], note[3])
+    if root is None:
+        return
+    base = root.world
+    for key, (kind, site) in explorer.kinds.items():
+        flipped = explorer.runs.get(explorer.named({key: not base.values.get(key, explorer.defaults[key])}))
+        ids = [[(n, [e[0] for e in w.lists.get(n, [])]) for n in explorer.suites] for w in (base, flipped or base)]
+        names = [a for (a, x), (_, y) in zip(*ids, strict=True) if x != y]
+        deciding = any(key in g.keys for g in root.groups)
+        if kind == "order" and names:
+            explorer.report(explorer.unresolved, site, f"the {plain(key)}, which isn't fixed, is the order of a list")
+        if kind == "iter" and (deciding or names):
+            what = f"changed in a loop over {plain(key).removesuffix(' has elements')}, which isn't known"
+            explorer.report(explorer.unresolved, site, f"{', '.join(names) or 'a list'} may hold other cases: {what}")
 
 
 def main() -> None:
     """Read a request as JSON from the standard input; write its answer."""
     sys.setrecursionlimit(20_000)
     gc.disable()  # the process is short, and a collection would copy each page that a fork shares
-    data = answer(json.loads(sys.stdin.buffer.read()))
-    sys.stdout.buffer.write(json.dumps(data).encode())
-    sys.stdout.flush()
+    json.dump(answer(json.load(sys.stdin)), sys.stdout)
