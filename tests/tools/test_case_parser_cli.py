@@ -256,6 +256,99 @@ def test_diff(config: Path, tmp_path: Path) -> None:
     assert run("diff", config, new, "--strict").returncode == 2
 
 
+FAILING = CONFIG + "raise ValueError('no GPU')\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "code"),
+    [
+        (CONFIG, [], 0),
+        (CONFIG, ["--strict"], 0),
+        ("x = 1\n", [], 1),
+        ("x = 1\n", ["--strict"], 1),
+        ("x = 1\n", ["--allow-empty"], 0),
+        ("x = 1\n", ["--allow-empty", "--static"], 0),
+        (UNRESOLVED, [], 0),
+        (UNRESOLVED, ["--strict"], 2),
+        (UNRESOLVED, ["--strict", "--static"], 2),
+        ("ONE_GPU_CASES = [", [], 2),
+        ("ONE_GPU_CASES = [", ["--allow-empty"], 2),
+        (FAILING, [], 3),
+        (FAILING, ["--strict"], 3),
+        (FAILING, ["--allow-empty"], 3),
+        (CONFIG, ["--assume", "is_hip()"], 64),
+        (CONFIG, ["--assume", "is_hip()=maybe"], 64),
+        (CONFIG, ["--timeout", "0"], 64),
+        (CONFIG, ["--scope", "{none}"], 66),
+        (CONFIG, ["--root", "{none}"], 66),
+    ],
+)
+@pytest.mark.parametrize("command", ["list", "plan", "verify", "diff"])
+def test_every_command_has_the_same_exit_codes(
+    tmp_path: Path, command: str, content: str, options: list[str], code: int
+) -> None:
+    config, reports, output = tmp_path / "cases.py", tmp_path / "reports", tmp_path / "out"
+    config.write_text(content)
+    reports.mkdir()
+    (reports / "r.json").write_text('{"suite": "1-gpu", "executed_cases": ["a", "b"]}')
+    more: dict[str, list[object]] = {
+        "list": [],
+        "plan": ["--suite", "1-gpu", "--github-output", output],
+        "verify": ["--reports", reports],
+        "diff": [config],
+    }
+    out = run(command, config, *more[command], *(o.format(none=tmp_path / "none") for o in options))
+    assert out.returncode == code, (out.stdout, out.stderr)
+    assert output.exists() == (command == "plan" and code == 0)
+    assert out.stderr.startswith("error: ") or code in (0, 2)
+    if code == 2 and content.endswith("["):
+        assert f"Python {sys.version_info.major}.{sys.version_info.minor}" in out.stdout + out.stderr
+
+
+def test_assume(config: Path, tmp_path: Path) -> None:
+    cases = data(run("list", config, "--json", "--assume", "is_hip( )=False"))["suites"]["1-gpu"]
+    assert [(c["id"], c["condition"]) for c in cases] == [("a", None), ("b", None), ("c", None)]
+    out = run("list", config, "--json", "--strict", "--assume", "not is_hip()=False", "--assume", "is_npu()=True")
+    assert out.returncode == 0 and [c["id"] for c in data(out)["suites"]["1-gpu"]] == ["a", "b"]
+    assert "--assume is_npu()" in out.stderr
+    reports = tmp_path / "reports"
+    reports.mkdir()
+    (reports / "r.json").write_text('{"suite": "1-gpu", "executed_cases": ["a", "b"]}')
+    assert run("verify", config, "--reports", reports).returncode == 0
+    out = run("verify", config, "--reports", reports, "--assume", "is_hip()=False")
+    assert out.returncode == 1 and "not executed: 1-gpu: c" in out.stderr
+
+
+def test_verify_lists_what_the_config_does_not_have_and_errors(config: Path, tmp_path: Path) -> None:
+    reports = tmp_path / "reports"
+    reports.mkdir()
+    executed = '{"suite": "1-gpu", "executed_cases": ["a", "b", "gone"]}'
+    (reports / "r.json").write_bytes(b"\xef\xbb\xbf" + executed.encode())
+    out = run("verify", config, "--reports", reports, "--json")
+    assert out.returncode == 0 and data(out)["unexpected"] == ["gone"] and data(out)["errors"] == []
+    assert "not in the config: gone" in run("verify", config, "--reports", reports).stdout
+    (reports / "r.json").write_bytes(executed.replace('"b", ', "").encode("utf-16"))
+    junit = '<?xml version="1.0"?><testsuite><testcase name="t[b]"><error/></testcase></testsuite>'
+    (reports / "r.xml").write_bytes(b"\xef\xbb\xbf" + junit.encode())
+    out = run("verify", config, "--reports", reports, "--json")
+    assert out.returncode == 1 and data(out)["errors"] == ["b"] and data(out)["missing"] == {"1-gpu": ["b"]}
+    (reports / "s.xml").write_text(junit.replace("[b]", "[c]").replace("<error/>", "<error/><failure/>"))
+    (reports / "t.json").write_text('{"suite": "1-gpu", "executed_cases": ["b"]}')
+    out = run("verify", config, "--reports", reports)
+    assert out.returncode == 1 and "c ended in an error" in out.stderr and "not executed" not in out.stderr
+
+
+def test_baselines_of_several_platforms(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "baselines"
+    folder.mkdir()
+    for name, seconds in (("a100", 1), ("b200", 2), ("h100", 3)):
+        scenarios = {"a": {"estimated_full_test_time_s": seconds}, name: {"expected_e2e_ms": 1000}}
+        (folder / f"{name}.json").write_text("\ufeff" + json.dumps({"scenarios": scenarios}), encoding="utf-8")
+    cases = data(run("list", config, "--json", "--baselines", folder))["suites"]["1-gpu"]
+    assert [c["est_time"] for c in cases] == [3.0, 300.0, 300.0]
+    assert parser.load_baselines(folder) == {"a": 3.0, "h100": 121.0, "b200": 121.0, "a100": 121.0}
+
+
 def test_help_and_odd_output(config: Path) -> None:
     assert run("--help").returncode == 0
     config.write_text('from x import DiffusionTestCase\nONE_GPU_CASES = [DiffusionTestCase("\\ud800\\u00e9")]\n')

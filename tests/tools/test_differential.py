@@ -18,7 +18,7 @@ import module_generator
 
 @pytest.mark.parametrize("part", range(4))
 def test_generated_modules(part: int) -> None:
-    totals = differential.run(modules=120, seed=1000 + part, unresolved=0.06)
+    totals = differential.run(modules=60, seed=1000 + part, unresolved=0.06)
     assert not totals.differences, "\n".join(f"{d}\n{text}" for _, d, text in totals.differences)
     assert totals.executed > 0.6 * totals.modules
     assert totals.executed - totals.reported > 0.3 * totals.executed, (
@@ -26,7 +26,7 @@ def test_generated_modules(part: int) -> None:
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.randoms(use_true_random=False), st.sampled_from([0.0, 0.1]), st.integers(1, 4))
 def test_small_modules(rng: Random, unresolved: float, statements: int) -> None:
     text = module_generator.generate(rng, unresolved=unresolved, statements=statements)

@@ -202,7 +202,7 @@ def parse_config(
     unseen = [
         [os.path.realpath(path), f.line, f.column, f"the second reader sees {f.id!r} in {f.list}, which no world has"]
         for f in visitor.found
-        if f.id not in known
+        if f.id not in known and not (options.assume and f.condition)
     ]
     return ParsedConfig(
         lists=data["lists"] | data["other"],

@@ -135,7 +135,7 @@ class Explorer:
             world = World(data, self.suites)
             if first:
                 self.warm(data)
-                self.slow = max(1.0, 10 * (time.monotonic() - began))
+                self.slow = max(2.0, 10 * (time.monotonic() - began))
             if data["prefix"]:
                 data["trace"] = self.run(values).data["trace"][: data["prefix"]] + data["trace"]
             for key, kind, value, default, where, site in data["trace"]:
@@ -284,9 +284,11 @@ class Explorer:
             share = (1.0, 0.5, 0.5, 0.85, 0.5, 0.15)[i % 6] if i < 6 else rng.random()
             if i >= _SAMPLES // 6 and time.monotonic() > late:
                 break
-            keys = [k for k in self.defaults if k not in self.guards]
-            flips = {k: not context.get(k, self.defaults[k]) for k in keys if rng.random() < share}
-            while len(keys) > 1 and self.differs(root, context, flips):
+            guards = self.guards if i % 2 else ()  # most of them raise: few at a time
+            shares = {k: min(share, 2 / len(guards)) if k in guards else share for k in self.defaults}
+            flips = {k: not context.get(k, self.defaults[k]) for k, p in shares.items() if rng.random() < p}
+            flips = {k: v for k, v in flips.items() if k in guards or k not in self.guards}
+            while len(shares) > 1 and self.differs(root, context, flips):
                 blamed = self.blame(root, context, flips)
                 if blamed in self.merges:
                     names = ", ".join(sorted(map(plain, blamed)))
