@@ -24,6 +24,7 @@ BENCHES = {
     "kernels": ("lingbot_kernels.commands.bench_kernels", "Every op and backend against a copy of the same bytes."),
     "model": ("lingbot_kernels.commands.bench_model", "A full-window rollout against its bare products and attention."),
     "diffusers": ("lingbot_kernels.commands.bench_diffusers", "diffusers' Wan transformer, plain and accelerated."),
+    "end-to-end": ("lingbot_kernels.commands.bench_end_to_end", "From a key press to a frame; the decoder alone."),
     "caching": ("lingbot_kernels.commands.bench_caching", "What each cache of a session is worth."),
 }
 

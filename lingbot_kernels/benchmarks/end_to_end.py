@@ -1,0 +1,235 @@
+"""From a key press to a frame in host memory: latency, frames a second sustained, and where a chunk's time goes.
+
+Random weights of the real sizes; the session is the pipeline's own. What a prompt costs is no part of it: it is encoded
+once, before the first chunk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lingbot_kernels.benchmarks.decoder import DecoderBench, DecoderPlan, random_vae
+from lingbot_kernels.benchmarks.model import free
+from lingbot_kernels.benchmarks.rows import GREEN, RED, Row
+from lingbot_kernels.benchmarks.timing import percentiles
+from lingbot_kernels.config import LingBotConfig
+from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
+from lingbot_kernels.pipeline import LingBotWorldPipeline, WorldSession
+from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
+
+KEYS = ("w", "w+l", "", "a", "s+j", "d+i")  # held in turns: every chunk has another camera
+IDLE = 10  # key presses that find the session at rest
+
+
+@dataclass(frozen=True)
+class EndToEndPlan:
+    """What to measure.
+
+    Attributes:
+        preset: shape of the transformer.
+        layers: transformer blocks to really run; None for all of the preset's.
+        latent_size: (H, W) of the latents.
+        chunks: steady chunks, one right after the other.
+        orders: where the context update runs, see `LingBotWorldPipeline`.
+        base_dim: of the VAE.
+        decoder: also the decoder alone, beside diffusers'.
+    """
+
+    preset: str = "lingbot-world-14b"
+    layers: int | None = None
+    latent_size: tuple[int, int] = (58, 104)
+    chunks: int = 100
+    orders: tuple[str, ...] = ("after", "beside")
+    base_dim: int = 96
+    decoder: bool = True
+
+    def config(self) -> LingBotConfig:
+        overrides = {} if self.layers is None else {"num_layers": self.layers}
+        return LingBotConfig.preset(self.preset, **overrides)
+
+
+class NoiseText:
+    """Embeddings of noise, as many tokens as a prompt may have: what a text encoder gives the transformer."""
+
+    def __init__(self, config: LingBotConfig) -> None:
+        self.model = SimpleNamespace(config=SimpleNamespace(d_model=config.text_dim))
+
+    def __call__(self, prompt: str, max_tokens: int) -> Tensor:
+        generator = torch.Generator().manual_seed(len(prompt))
+        return torch.randn(1, max_tokens, self.model.config.d_model, generator=generator)
+
+
+class Phases:
+    """GPU milliseconds of the phases of chunks, between events (on a CPU, the clock's), by phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        self._spans: dict[str, list[tuple[Any, Any]]] = {}
+        self.on = False
+
+    @contextlib.contextmanager
+    def span(self, phase: str, index: int = 0) -> Iterator[None]:
+        if not self.on:
+            yield
+            return
+        begin = self._now()
+        yield
+        self._spans.setdefault(phase, []).append((begin, self._now()))
+
+    def _now(self) -> Any:
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self) -> dict[str, float]:
+        """The sum of each phase's spans."""
+        if self._gpu:
+            torch.cuda.synchronize()
+            return {name: sum(a.elapsed_time(b) for a, b in spans) for name, spans in self._spans.items()}
+        return {name: 1e3 * sum(b - a for a, b in spans) for name, spans in self._spans.items()}
+
+
+class EndToEndBench:
+    """One run of a plan on a device, or on a rank of `group`; rank 0's rows are the run's."""
+
+    def __init__(
+        self,
+        plan: EndToEndPlan,
+        device: torch.device,
+        report: Callable[[Row], None],
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.plan, self.device, self.report, self.group = plan, device, report, group
+        self.config = plan.config()
+        self.ranks = 1 if group is None else dist.get_world_size(group)
+        height, width = plan.latent_size
+        _, ph, pw = self.config.patch_size
+        self.tokens = self.config.frames_per_chunk * (height // ph) * (width // pw)
+        self.size = (8 * height, 8 * width)
+        layers = "" if plan.layers is None else f"-{plan.layers}layers"
+        self.case = f"{plan.preset}{layers}-{8 * height}x{8 * width}-{self.ranks}gpu"
+
+    @torch.no_grad()
+    def run(self) -> bool:
+        """Measure; whether every gate was green."""
+        vae = random_vae(self.plan.base_dim, self.device)
+        green = True
+        if self.plan.decoder:
+            decoder = DecoderPlan(self.plan.latent_size, self.plan.base_dim)
+            green = DecoderBench(decoder, self.device, self.report).run(vae)
+            if self.device.type == "cuda":
+                free()
+        torch.manual_seed(0)  # the same weights on every rank
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        model = CausalLingBotTransformer(self.config, device=self.device, dtype=dtype).eval()
+        if self.group is not None:
+            model.shard_sequence(self.group)
+        phases = Phases(self.device)
+        stage = CausalDenoisingStage(model, observe=phases.span)
+        text: Any = NoiseText(self.config)
+        expected = None
+        for order in self.plan.orders:
+            pipeline = LingBotWorldPipeline(model, vae, text, stage=stage, context=order)
+            session = pipeline.session("noise", height=self.size[0], width=self.size[1], seed=1)
+            decode = session._decoder.decode
+
+            def timed_decode(latents: Tensor, decode: Callable[[Tensor], Tensor] = decode) -> Tensor:
+                with phases.span("decode"):
+                    return decode(latents)
+
+            session._decoder.decode = timed_decode  # type: ignore[method-assign]
+            first = self._warm(session)
+            if expected is None:
+                expected = first
+            same = torch.equal(first, expected)
+            green &= same
+            self._measure(session, order, phases, GREEN if same else RED)
+            session.close()
+        return green
+
+    def _warm(self, session: WorldSession) -> Tensor:
+        """Chunks until the window is full and every graph is captured; the last one's frames."""
+        chunks = -(-self.config.window_frames // self.config.frames_per_chunk) + 4
+        for chunk in range(chunks):
+            frames = session.step(KEYS[chunk % len(KEYS)])
+        return frames.cpu()
+
+    def _press(self, session: WorldSession, chunk: int) -> tuple[float, float]:
+        """Milliseconds from a key press to the chunk's first frame, and to its last, in host memory."""
+        begin = time.perf_counter()
+        frames = session.step(KEYS[chunk % len(KEYS)])
+        frames[:1].cpu()
+        first = time.perf_counter()
+        frames.cpu()
+        return 1e3 * (first - begin), 1e3 * (time.perf_counter() - begin)
+
+    def _rest(self, session: WorldSession) -> None:
+        session.settle()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def _measure(self, session: WorldSession, order: str, phases: Phases, gate: str) -> None:
+        self._rest(session)
+        begin = time.perf_counter()
+        pressed = [self._press(session, chunk)[0] for chunk in range(self.plan.chunks)]
+        self._rest(session)
+        period = 1e3 * (time.perf_counter() - begin) / self.plan.chunks
+        idle = []
+        for chunk in range(IDLE):
+            self._rest(session)
+            idle.append(self._press(session, chunk)[0])
+        phases.on = True
+        self._rest(session)
+        begin = time.perf_counter()
+        for chunk in range(IDLE):
+            self._press(session, chunk)
+        self._rest(session)
+        whole = 1e3 * (time.perf_counter() - begin)
+        phases.on = False
+        shares = {name: ms / whole for name, ms in phases.milliseconds().items()}
+        phases._spans.clear()
+        frames = 4 * self.config.frames_per_chunk
+        rate = 1e3 * frames / period
+        busy = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+        memory = "" if self.device.type != "cuda" else f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
+        common: dict[str, Any] = {"gate": gate, "ceiling_ms": 1e3 * frames / 16}
+        self._report("key_to_frame", f"sustained-{order}", pressed, note=self._p95(pressed), **common)
+        self._report("key_to_frame", f"idle-{order}", idle, note=self._p95(idle), **common)
+        note = f"{rate:.2f} frames a second over {self.plan.chunks} chunks; shares of a chunk: {busy}{memory}"
+        self._report("frames_per_second", order, [period], note=note, **common)
+
+    @staticmethod
+    def _p95(milliseconds: list[float]) -> str:
+        last = statistics.quantiles(milliseconds, n=20, method="inclusive")[-1] if len(milliseconds) > 1 else 0.0
+        return f"p50 {statistics.median(milliseconds):.1f} ms, p95 {last:.1f} ms, worst {max(milliseconds):.1f} ms"
+
+    def _report(
+        self, op: str, suffix: str, milliseconds: list[float], *, note: str, gate: str, ceiling_ms: float
+    ) -> None:
+        p = {name: 1e3 * value for name, value in percentiles(milliseconds).items()}
+        frames = 4 * self.config.frames_per_chunk
+        name = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.report(
+            Row(
+                bench="end_to_end", case=f"{self.case}-{suffix}", op=op, backend="lingbot_kernels", peer=False,
+                shape=(frames, *self.size, 3), dtype=name, tokens=self.tokens, dim=self.config.dim, gate=gate,
+                bytes=3 * frames * self.size[0] * self.size[1],
+                p20_us=p["p20"], p50_us=p["p50"], p80_us=p["p80"], ceiling="a chunk at 16 frames a second",
+                ceiling_us=1e3 * ceiling_ms, ratio=p["p50"] / (1e3 * ceiling_ms), method="clock", calls=1,
+                samples=len(milliseconds), note=note, precision=name,
+            )
+        )  # fmt: skip
