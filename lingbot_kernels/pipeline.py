@@ -99,6 +99,7 @@ class LingBotWorldPipeline:
         decoder_dtype: torch.dtype | None = None,
         assets: str | os.PathLike[str] | None = None,
         transformer: str | os.PathLike[str] | None = None,
+        precision: Any = None,
         context: str = "after",
         **config: Any,
     ) -> LingBotWorldPipeline:
@@ -113,6 +114,8 @@ class LingBotWorldPipeline:
             decoder_dtype: see `StreamingDecoder.from_vae`.
             assets: another folder for parts that `folder` lacks.
             transformer: folder of the transformer's shards, relative to `folder`, where it has an unusual name.
+            precision: of the transformer's products, "bfloat16", "int8", "int8_qk" or an `Int8Recipe`; as the folder's
+                weights are stored where None.
             context: see the class.
             config: fields of `LingBotConfig` that differ from the checkpoint's, such as `window_frames`.
 
@@ -131,7 +134,10 @@ class LingBotWorldPipeline:
         where = torch.device(text_device) if text_device is not None else place
         text_encoder = TextEncoder.load(parts.text_encoder, parts.tokenizer, dtype=dtype, device=where)
         decoder = StreamingDecoder.from_vae(vae, dtype=decoder_dtype, device=place)
-        model = CausalLingBotTransformer.from_pretrained(parts.transformer, dtype=dtype, device=place, cfg=cfg).eval()
+        model = CausalLingBotTransformer.from_pretrained(
+            parts.transformer, dtype=dtype, device=place, cfg=cfg, precision=precision
+        )
+        model.eval()
         return cls(model, vae, text_encoder, decoder=decoder, context=context)
 
     @property

@@ -25,6 +25,7 @@ from lingbot_kernels.benchmarks.timing import percentiles
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.pipeline import LingBotWorldPipeline, WorldSession
+from lingbot_kernels.quantization import recipe_of
 from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 
 KEYS = ("w", "w+l", "", "a", "s+j", "d+i")  # held in turns: every chunk has another camera
@@ -43,6 +44,7 @@ class EndToEndPlan:
         orders: where the context update runs, see `LingBotWorldPipeline`.
         base_dim: of the VAE.
         decoder: also the decoder alone, beside diffusers'.
+        precision: "bfloat16", or of `quantization.recipe_of`: the blocks' products in int8.
     """
 
     preset: str = "lingbot-world-14b"
@@ -52,6 +54,7 @@ class EndToEndPlan:
     orders: tuple[str, ...] = ("after", "beside")
     base_dim: int = 96
     decoder: bool = True
+    precision: str = "bfloat16"
 
     def config(self) -> LingBotConfig:
         overrides = {} if self.layers is None else {"num_layers": self.layers}
@@ -118,6 +121,7 @@ class EndToEndBench:
         _, ph, pw = self.config.patch_size
         self.tokens = self.config.frames_per_chunk * (height // ph) * (width // pw)
         self.size = (8 * height, 8 * width)
+        self.precision = plan.precision
         layers = "" if plan.layers is None else f"-{plan.layers}layers"
         self.case = f"{plan.preset}{layers}-{8 * height}x{8 * width}-{self.ranks}gpu"
 
@@ -134,6 +138,12 @@ class EndToEndBench:
         torch.manual_seed(0)  # the same weights on every rank
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         model = CausalLingBotTransformer(self.config, device=self.device, dtype=dtype).eval()
+        recipe = recipe_of(self.plan.precision)
+        if recipe is not None:
+            model.quantize(recipe)
+            if self.device.type == "cuda":
+                free()
+        self.precision = model.precision
         if self.group is not None:
             model.shard_sequence(self.group)
         phases = Phases(self.device)
@@ -230,6 +240,6 @@ class EndToEndBench:
                 bytes=3 * frames * self.size[0] * self.size[1],
                 p20_us=p["p20"], p50_us=p["p50"], p80_us=p["p80"], ceiling="a chunk at 16 frames a second",
                 ceiling_us=1e3 * ceiling_ms, ratio=p["p50"] / (1e3 * ceiling_ms), method="clock", calls=1,
-                samples=len(milliseconds), note=note, precision=name,
+                samples=len(milliseconds), note=note, precision=self.precision,
             )
         )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from lingbot_kernels.commands._options import Pixels
+from lingbot_kernels.commands._options import PRECISIONS, Pixels
 from lingbot_kernels.config import PRESETS
 
 
@@ -31,6 +31,9 @@ from lingbot_kernels.config import PRESETS
     show_default=True,
     help="Whether a chunk's context update runs after its decoder or beside it.",
 )
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), default="bfloat16", show_default=True, help="Of the blocks' products."
+)
 @click.option("--decoder-only", is_flag=True, help="The decoder alone, beside diffusers'.")
 @click.option("--no-decoder", is_flag=True, help="Leave out the decoder alone.")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks that share a session.")
@@ -46,6 +49,7 @@ def command(
     width: int,
     chunks: int,
     context: str,
+    precision: str,
     decoder_only: bool,
     no_decoder: bool,
     gpus: int,
@@ -62,7 +66,7 @@ def command(
     Examples:
       lingbot-kernels bench end-to-end --decoder-only
       lingbot-kernels bench end-to-end --chunks 100
-      lingbot-kernels bench end-to-end --gpus 2 --context beside --no-decoder
+      lingbot-kernels bench end-to-end --gpus 2 --precision int8 --context beside --no-decoder
       lingbot-kernels bench end-to-end --preset tiny --height 64 --width 96 --chunks 4 --device cpu
     """
     if decoder_only and no_decoder:
@@ -101,7 +105,7 @@ def command(
             green = DecoderBench(DecoderPlan(size, base_dim), where, report).run()
         else:
             orders = ("after", "beside") if context == "both" else (context,)
-            plan = EndToEndPlan(preset, layers, size, chunks, orders, base_dim, not no_decoder)
+            plan = EndToEndPlan(preset, layers, size, chunks, orders, base_dim, not no_decoder, precision)
             green = EndToEndBench(plan, where, report, group).run()
     if launch.is_main():
         file.close()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lingbot_kernels.commands._click import GroupedCommand, blame, option_group, output_path
+from lingbot_kernels.commands._options import PRECISIONS
 
 if TYPE_CHECKING:
     from lingbot_kernels.components.video import VideoWriter
@@ -42,6 +43,7 @@ INTERRUPTED = 130  # exit code, as a shell reports Ctrl-C
 @_run("--width", type=click.IntRange(min=1))
 @_run("--device", default=None, help="cuda, cuda:N or cpu. [default: the first GPU, else the CPU]")
 @_run("--dtype", type=click.Choice(("bfloat16", "float16", "float32")), help="Of the transformer.")
+@_run("--precision", type=click.Choice(PRECISIONS), help="Of the transformer's products. [default: the checkpoint's]")
 @_run("--text-device", default=None, help="Of the text encoder. [default: --device]")
 @_output("--out", type=output_path(".mp4"), required=True, help="The video, an .mp4 file.")
 @_output("--fps", type=click.IntRange(min=1), default=16, show_default=True, help="Frames a second.")
@@ -178,6 +180,7 @@ def _pipeline(options: dict[str, Any]) -> LingBotWorldPipeline:
             device=device,
             text_device=text_device,
             dtype=getattr(torch, options["dtype"]) if options["dtype"] else None,
+            precision=options["precision"],
         )
     except (ValueError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error

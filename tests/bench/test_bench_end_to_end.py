@@ -57,6 +57,14 @@ def test_rows_of_every_kind(tmp_path):
     assert all(f"{phase} 0." in rows[-1]["note"] for phase in ("denoise", "decode", "context"))
 
 
+def test_int8_rows_say_so(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    bench("--layers", 1, "--chunks", 1, "--context", "after", "--no-decoder", "--precision", "int8", "--json", path)
+    assert [(row["op"], row["precision"]) for row in read_rows(path)] == [
+        ("key_to_frame", "int8"), ("key_to_frame", "int8"), ("frames_per_second", "int8"),
+    ]  # fmt: skip
+
+
 def test_a_decoder_whose_bits_depend_on_the_cut_has_no_times(tmp_path, monkeypatch):
     decode = DecoderStream.decode
 

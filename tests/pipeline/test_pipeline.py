@@ -266,3 +266,10 @@ def test_the_default_size_follows_the_image(pipeline, picture):
     assert (session.height, session.width) == (480, 800)
     session = pipeline.session(PROMPT, seed=1)
     assert (session.height, session.width) == (480, 832)
+
+
+def test_eight_bits_are_passed_on(diffusers_layout, pipeline):
+    quantised = LingBotWorldPipeline.from_pretrained(diffusers_layout, device="cpu", precision="int8")
+    assert quantised.transformer.precision == "int8"
+    one, two = (each.session(PROMPT, seed=1, **SIZE).step("w").float() for each in (pipeline, quantised))
+    assert 0 < (one - two).abs().mean() < 8
