@@ -450,7 +450,7 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
         plan = state.plan(self.lingbot_owner, layout, start_frame, frames)
         if state.kv_cache is None:
             with torch.inference_mode(False):
-                state.begin(self.lingbot_owner, layout)
+                state.begin(layout, owner=self.lingbot_owner)
         assert state.kv_cache is not None
         state.use_weights(self.lingbot_weights.token(self))
         return state.kv_cache, plan

@@ -239,7 +239,7 @@ class CausalLingBotTransformer(nn.Module):
         self.recipe: Int8Recipe | None = None
         self.cuda_graphs = True
         self.shard_group = ShardGroup()
-        self.weights = WeightsIdentity()
+        self._weights = WeightsIdentity()
         self._disown_sessions()
         d = cfg.dim
         self.patch_embedding = PatchEmbedding(cfg.in_channels, d, cfg.patch_size, **factory)
@@ -331,11 +331,11 @@ class CausalLingBotTransformer(nn.Module):
         Everything else is noticed: parameters or modules replaced, writes in place, adapters merged or switched. After
         `load_state_dict` of the whole model a session that has begun is refused.
         """
-        self.weights.renew()
+        self._weights.renew()
 
     def _disown_sessions(self, _: object = None) -> None:
         """Refuse sessions that have begun: all of the weights, or the ranks, are others."""
-        self.session_owner = object()
+        self._owner = object()
 
     @property
     def dtype(self) -> torch.dtype:

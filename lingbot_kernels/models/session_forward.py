@@ -45,7 +45,7 @@ def forward(
     """`CausalLingBotTransformer.forward`, which documents it. Where it raises, the session is as it was."""
     check_session(state)
     with state.attempt():
-        weights = model.weights.token(model)
+        weights = model._weights.token(model)
         model.shard_group.agree_on_forward(
             model, weights, state, latents=latents, text=text, timestep=timestep, start_frame=start_frame,
             camera=camera, step_index=step_index, update_cache_only=update_cache_only,
@@ -55,10 +55,11 @@ def forward(
         batch, _, frames, height, width = latents.shape
         _, ph, pw = model.config.patch_size
         layout = model.cache_layout(batch, (height // ph, width // pw))
-        plan = state.plan(model.session_owner, layout, start_frame, frames)
+        plan = state.plan(model._owner, layout, start_frame, frames)
         model.shard_group.shard(plan.tokens)  # refuses ranks without a token before the session begins
         if state.kv_cache is None:
-            state.begin(model.session_owner, layout, ring_memory(model, state, layout, frames, camera is not None))
+            rings = ring_memory(model, state, layout, frames, camera is not None)
+            state.begin(layout, rings, owner=model._owner)
         assert state.kv_cache is not None
         state.use_weights(weights)
         state.wait_for_context()

@@ -67,7 +67,7 @@ class ShardGroup:
             "device": model.device.type,
             "backends": sorted(device.type for device in group._device_types),
             "torch": torch.__version__,
-            "weights": joined._weights_digest(model, model.weights.token(model)),
+            "weights": joined._weights_digest(model, model._weights.token(model)),
         }
         joined.agree(facts)
         if layout not in LAYOUTS:

@@ -108,7 +108,7 @@ class RealtimeCausalDiTState:
             )
         return plan
 
-    def begin(self, owner: object, layout: CacheLayout, memory: RingMemory | None = None) -> None:
+    def begin(self, layout: CacheLayout, memory: RingMemory | None = None, *, owner: object) -> None:
         """Allocate the rings of a session that begins, in `memory` where given, and let it belong to `owner`."""
         self.kv_cache = KVCache(layout, memory)
         self._owner = owner
