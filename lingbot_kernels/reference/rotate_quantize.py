@@ -32,7 +32,8 @@ def hadamard_blocks(x: torch.Tensor) -> torch.Tensor:
         a, b = value.unflatten(1, (-1, 2, apart)).unbind(2)
         value = torch.stack([a + b, a - b], dim=2).flatten(1)
         apart *= 2
-    return (value * torch.tensor(1 / math.sqrt(ROTATION_BLOCK), dtype=x.dtype, device=x.device)).reshape(x.shape)
+    # Filled on the device, where a CUDA graph may be capturing: a tensor made of a Python number would be copied there.
+    return (value * value.new_full((), 1 / math.sqrt(ROTATION_BLOCK))).reshape(x.shape)
 
 
 def rotated(x: torch.Tensor, signs: torch.Tensor | None, rotate: bool) -> torch.Tensor:

@@ -162,3 +162,17 @@ def test_a_chunks_rows_and_a_replayed_graph(backend: str, shape: tuple[int, int,
     x.copy_(x.flip(1).clone())
     graph.replay()
     assert_same(captured, tuple(part.flip(1) for part in expected))
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+def test_the_reference_can_be_captured(rotate: bool) -> None:
+    x = torch.randn(1, 5, 200, device="cuda")
+    want = reference.rotate_quantize(x, None, rotate)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = reference.rotate_quantize(x, None, rotate)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
