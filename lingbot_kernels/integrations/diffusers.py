@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lingbot_kernels import ops
+from lingbot_kernels.models.embeddings import linear_gelu
+from lingbot_kernels.quantization import Int8Linear, Int8Recipe, Taken, recipe_of, rows_for
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, KVCache
 from lingbot_kernels.realtime.runtime_cache import Store, TensorIdentity
@@ -28,6 +30,7 @@ except ImportError as error:
         f"diffusers with its Wan transformer is not importable ({error}); install lingbot-kernels[diffusers]"
     ) from error
 
+from lingbot_kernels.integrations._wan_int8 import check_quantizable, quantize_layers, restore_layers
 from lingbot_kernels.integrations._wan_support import THETA, check_supported, register_block
 
 _TEXT_TOKENS = 512  # of image-to-video's joint context, whose image tokens come first
@@ -65,7 +68,9 @@ class _Chunk(NamedTuple):
         return ops.RingPosition(0, self.sink, self.cursor)
 
 
-def accelerate(transformer: nn.Module, kv_cache: KVWindow | None = None) -> None:
+def accelerate(
+    transformer: nn.Module, kv_cache: KVWindow | None = None, precision: str | Int8Recipe = "bfloat16"
+) -> None:
     """Make a `WanTransformer3DModel` run on this library's ops, in place. For inference: the ops have no gradients.
 
     Self-attention: full-width RMSNorm and RoPE of Q and K in one pass, the attention library that
@@ -82,6 +87,8 @@ def accelerate(transformer: nn.Module, kv_cache: KVWindow | None = None) -> None
             n .. n + F - 1 of the video whose keys and values `state`, a `RealtimeCausalDiTState`, holds;
             `update_cache_only=True` writes the chunk's clean K and V and returns None. A call without `state` is an
             ordinary one.
+        precision: "int8", or an Int8Recipe: the blocks' products run on int8 rows and int8 weights; the layers that
+            these replace wait in host memory for `restore`, before which the state dict is not diffusers' own.
 
     Raises:
         TypeError: another model class, or processors that are not diffusers' `WanAttnProcessor`; named.
@@ -91,12 +98,15 @@ def accelerate(transformer: nn.Module, kv_cache: KVWindow | None = None) -> None
     if is_accelerated(transformer):
         raise ValueError("transformer: is accelerated already; restore(transformer) first")
     check_supported(transformer)
+    recipe = recipe_of(precision)
+    layers = {} if recipe is None else check_quantizable(transformer, recipe)
     register_block(AcceleratedWanTransformerBlock)
     transformer.__class__ = AcceleratedWanTransformer3DModel
     accelerated: Any = transformer
     accelerated.lingbot_kv_window = kv_cache
     accelerated.lingbot_owner = object()
     accelerated.lingbot_weights = WeightsIdentity()
+    accelerated.lingbot_layers = {} if recipe is None else quantize_layers(transformer, layers, recipe)
     accelerated.rope.__class__ = AcceleratedWanRotaryPosEmbed
     accelerated.rope.lingbot_tables = Store(4)
     for block in accelerated.blocks:
@@ -117,6 +127,7 @@ def restore(transformer: nn.Module) -> None:
     if not isinstance(transformer, AcceleratedWanTransformer3DModel):
         raise ValueError(f"transformer: got {type(transformer).__name__}, which is not accelerated")
     accelerated: Any = transformer
+    restore_layers(accelerated, accelerated.lingbot_layers)
     for block in accelerated.blocks:
         for attention, processor in zip((block.attn1, block.attn2), block.lingbot_processors, strict=True):
             processor._attention_backend = getattr(attention.processor, "_attention_backend", None)
@@ -124,7 +135,7 @@ def restore(transformer: nn.Module) -> None:
         del block.lingbot_processors
         block.__class__ = wan.WanTransformerBlock
     del accelerated.rope.lingbot_tables, accelerated.lingbot_kv_window
-    del accelerated.lingbot_owner, accelerated.lingbot_weights
+    del accelerated.lingbot_owner, accelerated.lingbot_weights, accelerated.lingbot_layers
     accelerated.rope.__class__ = wan.WanRotaryPosEmbed
     transformer.__class__ = wan.WanTransformer3DModel
 
@@ -143,12 +154,12 @@ class FusedWanAttnProcessor:
     def __call__(
         self,
         attn: wan.WanAttention,
-        hidden_states: Tensor,
+        hidden_states: Taken,
         encoder_hidden_states: Tensor | tuple[Tensor, ...] | None = None,
         attention_mask: Tensor | None = None,
         rotary_emb: Tensor | _Chunk | None = None,
     ) -> Tensor | None:
-        """hidden_states [B, S, D] -> [B, S, D].
+        """hidden_states [B, S, D], or its int8 codes -> [B, S, D].
 
         Args:
             encoder_hidden_states: None for self-attention; context [B, L, D], or K and V made of it by `project`.
@@ -190,7 +201,7 @@ class FusedWanAttnProcessor:
             pairs += [ops.rms_norm(k, attn.norm_added_k.weight, attn.norm_added_k.eps), v]
         return tuple(x.unflatten(-1, (attn.heads, -1)) for x in pairs)
 
-    def _self_attention(self, attn: wan.WanAttention, x: Tensor, place: Tensor | _Chunk | None) -> Tensor | None:
+    def _self_attention(self, attn: wan.WanAttention, x: Taken, place: Tensor | _Chunk | None) -> Tensor | None:
         weights, eps = (attn.norm_q.weight, attn.norm_k.weight), attn.norm_k.eps
         if isinstance(place, _Chunk):
             caches = (place.k_cache, place.v_cache)
@@ -280,7 +291,8 @@ class AcceleratedWanTransformerBlock(wan.WanTransformerBlock):
         modulation = (self.scale_shift_table + temb.float()).to(wide)
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation.unbind(1)
 
-        y = ops.layer_norm_modulate(x, shift_sa, scale_sa, self.norm1.eps)
+        first = self.attn1.to_qkv if self.attn1.fused_projections else self.attn1.to_q
+        y = rows_for(first).layer_norm_modulate(x, shift_sa, scale_sa, self.norm1.eps, x.dtype)
         attended = self.attn1(y, None, None, rotary_emb)
         if attended is None:
             return None
@@ -289,20 +301,22 @@ class AcceleratedWanTransformerBlock(wan.WanTransformerBlock):
         else:
             # The affine norm as a modulated one: its parameters may be float32 where activations are not.
             shift, scale = self.norm2.bias.to(wide), self.norm2.weight.to(wide) - 1
-            x, y = ops.residual_norm_modulate(x, attended, shift, scale, self.norm2.eps, gate_sa)
+            rows = rows_for(self.attn2.to_q)
+            x, y = rows.residual_norm_modulate(x, attended, shift, scale, self.norm2.eps, gate_sa)
         attended = self.attn2(y, encoder_hidden_states, None, None)
-        x, y = ops.residual_norm_modulate(x, attended, shift_ff, scale_ff, self.norm3.eps)
+        rows = rows_for(self.ffn.net[0].proj)
+        x, y = rows.residual_norm_modulate(x, attended, shift_ff, scale_ff, self.norm3.eps)
         return ops.gated_residual(x, self._feed_forward(y), gate_ff)
 
-    def _feed_forward(self, y: Tensor) -> Tensor:
+    def _feed_forward(self, y: Taken) -> Tensor:
         first, *rest = self.ffn.net
         up = first.proj
         # A LoRA layer, a quantised one or one with hooks is called as it is.
         plain = type(up) is nn.Linear and "forward" not in up.__dict__ and "forward" not in first.__dict__
-        y = ops.linear_gelu(y, up.weight, up.bias) if plain else first(y)
+        hidden = linear_gelu(up, y) if plain or isinstance(up, Int8Linear) else first(y)
         for layer in rest:
-            y = layer(y)
-        return y
+            hidden = layer(hidden)
+        return hidden
 
 
 class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
@@ -311,6 +325,7 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
     lingbot_kv_window: KVWindow | None
     lingbot_owner: object
     lingbot_weights: WeightsIdentity
+    lingbot_layers: dict[str, nn.Linear]
 
     def forward(
         self,
@@ -482,7 +497,7 @@ for _accelerated in (AcceleratedWanTransformer3DModel, AcceleratedWanTransformer
     _accelerated.__name__ = _accelerated.__base__.__name__
 
 
-def _project_qkv(attn: wan.WanAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _project_qkv(attn: wan.WanAttention, x: Taken) -> tuple[Tensor, Tensor, Tensor]:
     if attn.fused_projections:
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
         return q, k, v

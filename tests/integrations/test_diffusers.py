@@ -15,7 +15,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs lingbot-kernels[diffu
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock  # noqa: E402
 from wan_models import HEAD_DIM, HEADS, TEXT, error, inputs, make, run, to  # noqa: E402
 
-from lingbot_kernels import RealtimeCausalDiTState, ops  # noqa: E402
+from lingbot_kernels import Int8Recipe, RealtimeCausalDiTState, ops  # noqa: E402
 from lingbot_kernels.integrations.diffusers import (  # noqa: E402
     FusedWanAttnProcessor,
     KVWindow,
@@ -299,3 +299,42 @@ def test_no_warning_is_raised_by_a_forward():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(model, values)
+
+
+@pytest.mark.parametrize("fused_projections", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_stays_near_and_restore_brings_the_bits_back(name, fused_projections, dtype):
+    model, values = make(**VARIANTS[name]).to(dtype), to(variant_inputs(name), dtype)
+    if fused_projections:
+        model.fuse_qkv_projections()
+    plain, own = run(model, values), {key: value.clone() for key, value in model.state_dict().items()}
+    accelerate(model, precision="int8")
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert kinds.count("Int8Linear") == 3 * (6 if fused_projections else 8)
+    got = run(model, values)
+    assert got.dtype == plain.dtype and 1e-5 < error(got, plain) < 0.05
+    assert torch.equal(run(model, values), got)
+    restore(model)
+    assert torch.equal(run(model, values), plain)
+    back = model.state_dict()
+    assert back.keys() == own.keys() and all(torch.equal(back[key], own[key]) for key in own)
+
+
+def test_int8_takes_a_recipe_and_refuses_what_it_can_not_replace():
+    model = make()
+    accelerate(model, precision=Int8Recipe(products=("ffn_up",), leave_out=("blocks.0",)))
+    assert [type(block.ffn.net[0].proj).__name__ for block in model.blocks] == ["Linear", "Int8Linear", "Int8Linear"]
+    restore(model)
+    for recipe, message in (
+        (Int8Recipe(products=("camera",)), "the network has no camera layers"),
+        (Int8Recipe(attention="int8_qk"), "got attention='int8_qk'"),
+        ("int4", "precision: got 'int4'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            accelerate(model, precision=recipe)
+        assert not is_accelerated(model)
+    model.blocks[1].attn1.to_v = torch.nn.Sequential(model.blocks[1].attn1.to_v)
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn1\.to_v: got Sequential, must be a plain linear layer"):
+        accelerate(model, precision="int8")
+    assert not is_accelerated(model)
