@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lingbot_kernels import CausalDenoisingStage, CausalLingBotTransformer, LingBotConfig, RealtimeCausalDiTState
+from lingbot_kernels import (
+    CausalDenoisingStage,
+    CausalLingBotTransformer,
+    Int8Recipe,
+    LingBotConfig,
+    RealtimeCausalDiTState,
+)
 
 SMALL = {
     "dim": 192, "num_heads": 12, "num_layers": 2, "ffn_dim": 256, "text_dim": 32, "text_len": 8, "freq_dim": 32,
@@ -26,6 +32,7 @@ class Case:
     camera: bool = True
     prompts: tuple[int, ...] = (0,)  # seeds; the prompt changes after every second chunk
     overrides: tuple[tuple[str, Any], ...] = ()
+    recipe: Int8Recipe | None = None
 
 
 def small_model(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> CausalLingBotTransformer:
@@ -60,6 +67,8 @@ def rollout(case: Case, dtype: torch.dtype, sharded: bool, seeds: tuple[int, ...
     heads.
     """
     model = small_model(dtype, **dict(case.overrides))
+    if case.recipe is not None:
+        model.quantize(case.recipe)
     if sharded:
         model.shard_sequence()
     states = [RealtimeCausalDiTState() for _ in seeds]

@@ -10,7 +10,9 @@ from ranks import Ranks
 from rollouts import Case, rollout
 from torch import Tensor
 
+from lingbot_kernels import Int8Recipe
 from lingbot_kernels.parallel.sequence_shard import sequence_splits
+from lingbot_kernels.quantization import PRODUCTS
 
 CASES = {
     "uneven": Case(),
@@ -75,6 +77,20 @@ def test_bfloat16_stays_near(ranks: Ranks) -> None:
     one = rollout(case, torch.bfloat16, False)
     for i in range(case.chunks):
         assert relative_error(got[i], truth[i]) <= 1.25 * relative_error(one[i], truth[i])
+
+
+def test_int8_over_ranks(ranks: Ranks) -> None:
+    """Products are exact, so only attention's rounding differs, and the rare code that it moves by a step."""
+    case = Case(chunks=4, recipe=Int8Recipe(products=PRODUCTS))
+    got, one, truth = (
+        ranks.run(rollout, case, torch.float32, True),
+        rollout(case, torch.float32, False),
+        alone(Case(chunks=4), (1,)),
+    )
+    for i in range(case.chunks):
+        assert all(torch.equal(got[0][i], other[i]) for other in got), f"chunk {i}: the ranks differ"
+        cost = relative_error(one[i], truth[i])
+        assert 1e-5 < cost < 0.02 and relative_error(got[0][i], one[i]) <= cost
 
 
 def test_splits() -> None:

@@ -12,11 +12,31 @@ import torch.distributed as dist
 from ranks import PerRank, Ranks
 from rollouts import Case, session, small_model
 
-from lingbot_kernels import CausalDenoisingStage, RealtimeCausalDiTState
+from lingbot_kernels import CausalDenoisingStage, Int8Recipe, RealtimeCausalDiTState
 
 
-def join(overrides: dict[str, Any], seed: int = 0, layout: str = "ulysses", dtype: Any = torch.float32) -> None:
-    small_model(dtype, seed, **overrides).shard_sequence(layout=layout)
+def join(
+    overrides: dict[str, Any],
+    seed: int = 0,
+    layout: str = "ulysses",
+    dtype: Any = torch.float32,
+    recipe: Int8Recipe | None = None,
+) -> None:
+    model = small_model(dtype, seed, **overrides)
+    if recipe is not None:
+        model.quantize(recipe)
+    model.shard_sequence(layout=layout)
+
+
+def quantized_on_one_rank(this_one: bool) -> None:
+    """Ranks that share a model, of which one then quantises it."""
+    model = small_model()
+    model.shard_sequence()
+    if this_one:
+        model.quantize()
+    generator = torch.Generator().manual_seed(3)
+    latents, text = torch.randn(1, 36, 3, 4, 8, generator=generator), torch.randn(1, 5, 32, generator=generator)
+    model(latents, text, 1000.0, state=RealtimeCausalDiTState(), start_frame=0)
 
 
 def forward(difference: dict[str, Any], later: bool) -> int:
@@ -88,6 +108,15 @@ def test_weights_dtypes_and_layouts_that_differ(ranks: Ranks) -> None:
     dtypes = last_differs(ranks, torch.float32, torch.bfloat16)
     all_name(ranks.refusals(join, {}, 0, "ulysses", dtypes), "dtype", "torch.bfloat16")
     all_name(ranks.refusals(join, {}, 0, last_differs(ranks, "ulysses", "ring")), "layout", "ring")
+
+
+def test_precisions_that_differ(ranks: Ranks) -> None:
+    default, other = Int8Recipe(), Int8Recipe(seed=1)
+    refusals = ranks.refusals(join, {}, 0, "ulysses", torch.float32, last_differs(ranks, default, None))
+    all_name(refusals, "differ in precision (rank", "Int8Recipe()", "as the dtype")
+    refusals = ranks.refusals(join, {}, 0, "ulysses", torch.float32, last_differs(ranks, default, other))
+    all_name(refusals, "precision", "Int8Recipe(seed=1)")
+    all_name(ranks.refusals(quantized_on_one_rank, last_differs(ranks, False, True)), "precision", "Int8Recipe()")
 
 
 def test_heads_that_the_ranks_do_not_divide(ranks: Ranks) -> None:
