@@ -36,7 +36,7 @@ def check_quantizable(transformer: Any, recipe: Int8Recipe) -> dict[str, nn.Line
                         "quantised: fuse or unload adapters, and offload afterwards"
                     )
                 if not bool(layer.weight.isfinite().all()):
-                    raise ValueError(f"blocks.{i}.{name}.weight: has a NaN or Inf, must be finite to be quantised")
+                    raise ValueError(f"blocks.{i}.{name}.weight: got a NaN or Inf, must be finite to be quantised")
                 found[f"blocks.{i}.{name}"] = layer
     return found
 
