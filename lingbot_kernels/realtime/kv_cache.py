@@ -108,6 +108,3 @@ class CrossAttentionCache:
 
     def __init__(self, layers: list[KeyValue]) -> None:
         self.layers = layers
-
-    def nbytes(self) -> int:
-        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)

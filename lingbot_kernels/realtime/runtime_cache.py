@@ -43,9 +43,6 @@ class TensorIdentity:
         self._address = tensor.data_ptr()
         self._version = None if tensor.is_inference() else tensor._version
 
-    def __hash__(self) -> int:
-        return id(self._tensor)
-
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, TensorIdentity)
