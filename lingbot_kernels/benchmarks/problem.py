@@ -16,6 +16,7 @@ THETA = 10000.0
 CACHES = ("k_cache", "v_cache")
 _WRITTEN = ("out", "outs", "q_outs", "k_caches", "v_caches")
 RING_OPS = ("qk_norm_rope_kv_write", "k_norm_rope_kv_write", "qkv_unpack_kv_write")
+GATE_QUERIES = 64  # rows of attention and of matrix products that the gate judges: float64 scores of all would be 40 GB
 
 Inputs = dict[str, Any]
 Outputs = tuple[Tensor, ...]
@@ -115,3 +116,15 @@ def residual_inputs(
     if camera:
         inputs |= {key: randn(*shape, device=device, dtype=dtype) for key in ("cam_scale", "cam_shift")}
     return inputs
+
+
+def spread_rows(rows: int) -> torch.Tensor:
+    """Indices of at most GATE_QUERIES rows, from the first to the last."""
+    return torch.linspace(0, rows - 1, min(rows, GATE_QUERIES)).long()
+
+
+def judged_rows(inputs: Inputs, outputs: Outputs) -> Outputs:
+    """The spread rows of an output that has all rows, [1, S, D]."""
+    (out,) = outputs
+    rows = inputs["rows"]
+    return (out if out.shape[1] == len(rows) else out[:, rows.to(out.device)],)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lingbot_kernels import ops, reference
+from lingbot_kernels.benchmarks.int8_problems import norm_problems, product_problems, rotate_problems
 from lingbot_kernels.benchmarks.kernel_cases import SINK_FRAMES, WINDOW_FRAMES, KernelCase
 from lingbot_kernels.benchmarks.problem import (
     CACHES,
@@ -21,15 +22,14 @@ from lingbot_kernels.benchmarks.problem import (
     Outputs,
     Problem,
     as_tuple,
+    judged_rows,
     norm_weight,
     randn,
     residual_inputs,
+    spread_rows,
 )
-from lingbot_kernels.benchmarks.quantizing_problems import norm_problems, rotate_problems
 from lingbot_kernels.ops.windowed_attention import LIBRARIES
 from lingbot_kernels.ring import RingPosition
-
-GATE_QUERIES = 64  # rows of attention and of matrix products that the gate judges: float64 scores of all would be 40 GB
 
 
 def _caches(case: KernelCase, tokens: int, heads: int, device: torch.device, dtype: torch.dtype) -> Inputs:
@@ -223,18 +223,6 @@ def _residual_problems(case: KernelCase, dtype: torch.dtype, residual: torch.dty
     yield problem("gated_residual", ("x", "delta", "gate"), (), 2 * wide + width)
 
 
-def _spread(rows: int) -> torch.Tensor:
-    """Indices of at most GATE_QUERIES rows, from the first to the last."""
-    return torch.linspace(0, rows - 1, min(rows, GATE_QUERIES)).long()
-
-
-def _judged_rows(inputs: Inputs, outputs: Outputs) -> Outputs:
-    """The spread rows of an output that has all rows, [1, S, D]."""
-    (out,) = outputs
-    rows = inputs["rows"]
-    return (out if out.shape[1] == len(rows) else out[:, rows.to(out.device)],)
-
-
 def _plain_attention(inputs: Inputs) -> Outputs:
     """softmax(q k^T / sqrt(head_dim)) v in the inputs' own dtype, for the judged rows alone."""
     k, v = (inputs[name].transpose(1, 2) for name in CACHES)
@@ -251,14 +239,14 @@ def _library_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]
         shape = (1, visible, heads, head_dim)
         caches = {name: randn(*shape, device=device, dtype=dtype) for name in CACHES}
         q = randn(1, tokens, heads * head_dim, device=device, dtype=dtype)
-        return {"q": q, **caches, "rows": _spread(tokens)}
+        return {"q": q, **caches, "rows": spread_rows(tokens)}
 
     yield Problem(
         "windowed_attention", case.name, (1, tokens, visible, heads, head_dim), dtype, tokens, heads * head_dim,
         make_attention, _op(ops.windowed_attention, ("q", *CACHES), visible), _plain_attention,
         bytes=2 * (tokens + visible) * heads * head_dim * dtype.itemsize,
         flops=4 * tokens * visible * heads * head_dim,
-        backends=tuple(name for name in LIBRARIES if name != "reference"), judged=_judged_rows, ceiling="",
+        backends=tuple(name for name in LIBRARIES if name != "reference"), judged=judged_rows, ceiling="",
     )  # fmt: skip
     count = 4
 
@@ -279,7 +267,7 @@ def _library_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]
             "x": randn(1, case.tokens, dim, device=device, dtype=dtype),
             "weight": randn(hidden, dim, device=device, dtype=dtype) * dim**-0.5,
             "bias": randn(hidden, device=device, dtype=dtype),
-            "rows": _spread(case.tokens),
+            "rows": spread_rows(case.tokens),
         }
 
     def plain_linear(inputs: Inputs) -> Outputs:
@@ -290,7 +278,7 @@ def _library_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]
         "linear_gelu", case.name, (1, case.tokens, dim, hidden), dtype, case.tokens, dim,
         make_linear, _op(ops.linear_gelu, ("x", "weight", "bias")), plain_linear,
         bytes=(case.tokens * (dim + hidden) + hidden * dim) * dtype.itemsize,
-        flops=2 * case.tokens * dim * hidden, backends=("auto", "reference"), judged=_judged_rows, ceiling="gemm",
+        flops=2 * case.tokens * dim * hidden, backends=("auto", "reference"), judged=judged_rows, ceiling="gemm",
     )  # fmt: skip
 
 
@@ -307,4 +295,5 @@ def problems(case: KernelCase, dtype: torch.dtype = torch.bfloat16) -> Iterator[
         yield from _residual_problems(case, dtype, residual)
         yield from norm_problems(case, dtype, residual)
     yield from rotate_problems(case, dtype)
+    yield from product_problems(case, dtype)
     yield from _library_problems(case, dtype)

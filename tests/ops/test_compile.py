@@ -95,18 +95,19 @@ def test_a_block_is_one_graph_with_the_same_bits(dynamic: bool | None) -> None:
 
 EIGHT_BIT = {
     "rotate_quantize", "layer_norm_modulate_quantize", "residual_norm_modulate_quantize",
-    "gated_residual_camera_norm_quantize",
+    "gated_residual_camera_norm_quantize", "int8_linear",
 }  # fmt: skip
 
 
 def quantising_passes(x: Tensor, delta: Tensor, w: dict[str, Tensor], signs: Tensor) -> list[Tensor]:
-    """Every pass whose row leaves as codes, each on what the one before left of the stream."""
+    """Every pass whose row leaves as codes, each on what the one before left of the stream, and a product of codes."""
     first = ops.layer_norm_modulate_quantize(x, w["shift"], w["scale"], 1e-6, signs)
     x, *second = ops.gated_residual_camera_norm_quantize(
         x, delta, w["gate"], None, None, w["norm"], w["norm"], 1e-6, signs
     )
     x, *third = ops.residual_norm_modulate_quantize(x, delta, w["shift"], w["scale"], 1e-6, None, signs, False)
-    return [x, *first, *second, *third, *ops.rotate_quantize(delta, signs)]
+    y = ops.int8_linear(*first, signs.view(4, -1).repeat(1, 4), w["gate"][:4].abs(), None, "gelu_tanh")
+    return [x, *first, *second, *third, *ops.rotate_quantize(delta, signs), y]
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -122,7 +123,7 @@ def test_the_quantising_passes_are_one_graph_with_the_same_bits(dynamic: bool | 
     compiled = torch.compile(quantising_passes, fullgraph=True, dynamic=dynamic, backend=aot_autograd(fw_compiler=keep))
     with torch.no_grad():
         want, got = (f(x, x.flip(1), weights, signs) for f in (quantising_passes, compiled))
-    assert len(want) == len(got) == 9
+    assert len(want) == len(got) == 10
     for a, b in zip(want, got, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
     assert len(graphs) == 1

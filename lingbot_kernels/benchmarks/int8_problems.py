@@ -1,7 +1,7 @@
-"""The bench's problems of the passes whose rows leave as int8 codes.
+"""The bench's problems of eight bits: the passes whose rows leave as int8 codes, and the products of such rows.
 
-The gate compares what the codes stand for, codes * row_scale, with the rotated row in float64 before it is quantised: a
-pass may lose 1.25 times what the plain formulation's quantisation loses.
+Of a pass the gate compares what the codes stand for, codes * row_scale, with the rotated row in float64 before it is
+quantised: it may lose 1.25 times what the plain formulation's quantisation loses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from torch import Tensor
 
 from lingbot_kernels import ops, reference
 from lingbot_kernels.benchmarks.kernel_cases import KernelCase
-from lingbot_kernels.benchmarks.problem import EPS, Inputs, Outputs, Problem, residual_inputs
+from lingbot_kernels.benchmarks.problem import (
+    EPS,
+    Inputs,
+    Outputs,
+    Problem,
+    judged_rows,
+    randn,
+    residual_inputs,
+    spread_rows,
+)
 from lingbot_kernels.reference.rotate_quantize import padded_width, rotated
 
 Arguments = Callable[[Inputs], tuple[Any, ...]]
@@ -99,3 +108,47 @@ def norm_problems(case: KernelCase, dtype: torch.dtype, residual: torch.dtype) -
         partial(make, camera=True), camera_norm,
     )  # fmt: skip
     yield _problem("gated_residual_camera_norm_quantize", name, shape, dtype, moved, make, camera_norm)
+
+
+def product_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
+    """A layer's products, beside bare ones of the same shape in `dtype`; "-up" has its GELU."""
+    tokens, dim, hidden = case.tokens, case.dim, case.ffn_dim
+    for name, inner, outer in (("qkv", dim, 3 * dim), ("o", dim, dim), ("up", dim, hidden), ("down", hidden, dim)):
+        yield _product(case, f"-{name}", dtype, (tokens, padded_width(inner), outer), name == "up")
+
+
+def _product(
+    case: KernelCase, suffix: str, dtype: torch.dtype, sizes: tuple[int, int, int], gelu: bool
+) -> Problem:  # fmt: skip
+    tokens, inner, outer = sizes
+    activation = "gelu_tanh" if gelu else None
+
+    def make(device: torch.device) -> Inputs:
+        def codes(*shape: int) -> Tensor:
+            return torch.randint(-127, 128, shape, device=device, dtype=torch.int8)
+
+        def scales(*shape: int) -> Tensor:
+            return (0.5 + torch.rand(*shape, device=device)) / 127
+
+        return {
+            "codes": codes(1, tokens, inner), "x_scale": scales(1, tokens), "w": codes(outer, inner),
+            "w_scale": scales(outer) * inner**-0.5, "bias": randn(outer, device=device, dtype=dtype),
+            "x": randn(1, tokens, inner, device=device, dtype=dtype),  # x and weight: of the bare product
+            "weight": randn(outer, inner, device=device, dtype=dtype), "rows": spread_rows(tokens),
+        }  # fmt: skip
+
+    def bind(inputs: Inputs, backend: str) -> Callable[[], Tensor]:
+        x, x_scale, w, w_scale, bias = (inputs[name] for name in ("codes", "x_scale", "w", "w_scale", "bias"))
+        return partial(ops.int8_linear, x, x_scale, w, w_scale, bias, activation, dtype, backend=backend)
+
+    def plain(inputs: Inputs) -> Outputs:
+        rows = inputs["rows"].to(inputs["codes"].device)
+        x, x_scale = inputs["codes"][:, rows], inputs["x_scale"][:, rows]
+        w, w_scale, bias = inputs["w"], inputs["w_scale"], inputs["bias"]
+        return (reference.int8_linear(x, x_scale, w, w_scale, bias, activation, bias.dtype),)
+
+    return Problem(
+        "int8_linear", case.name + suffix, (1, tokens, inner, outer), dtype, tokens, inner, make, bind, plain,
+        bytes=(tokens + outer) * inner + tokens * outer * dtype.itemsize, flops=2 * tokens * inner * outer,
+        backends=("triton", "cpu", "reference"), judged=judged_rows, ceiling="gemm",
+    )  # fmt: skip
