@@ -1,9 +1,7 @@
 """From a prompt, an image and keys to video frames: the whole world model, a chunk at a time.
 
-pipeline = LingBotWorldPipeline.from_pretrained("LingBot-World")
-with pipeline.session("a harbour at dawn", image="harbour.png") as session:
-    for keys in ("w", "w+l", ""):
-        frames = session.step(keys)  # uint8 [12, H, W, 3] on the device; 9 frames the first time
+`LingBotWorldPipeline.from_pretrained(folder).session(prompt, image)` begins a world; each `session.step(keys)` gives
+the next chunk's frames, uint8 [12, H, W, 3] on the device, 9 the first time.
 """
 
 from __future__ import annotations
@@ -27,8 +25,10 @@ from lingbot_kernels.components.image import (
     image_pixels,
     open_image,
 )
+from lingbot_kernels.components.random_parts import REAL_VAE, TINY_VAE, NoiseText, random_vae
 from lingbot_kernels.components.text import TextEncoder
 from lingbot_kernels.components.vae import load_vae
+from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.decoding import StreamingDecoder, split
 from lingbot_kernels.models.camera import ActionStream, CameraStream, parse_actions
 from lingbot_kernels.models.checkpoint import infer_config
@@ -61,7 +61,7 @@ class LingBotWorldPipeline:
         self,
         transformer: CausalLingBotTransformer,
         vae: Any,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | NoiseText,
         *,
         stage: CausalDenoisingStage | None = None,
         decoder: StreamingDecoder | None = None,
@@ -124,10 +124,7 @@ class LingBotWorldPipeline:
             ImportError: the extra `pipeline` isn't installed.
         """
         parts = find_parts(folder, assets=assets, transformer=transformer)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if place.type == "cuda" and place.index is None:
-            place = torch.device("cuda", torch.cuda.current_device())
-        dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+        place, dtype = _place(device, dtype)
         cfg = dataclasses.replace(infer_config(parts.transformer), **config)
         # The small parts first: what is wrong with them is told before the large one is read.
         vae = load_vae(parts.vae, place)
@@ -139,6 +136,33 @@ class LingBotWorldPipeline:
         )
         model.eval()
         return cls(model, vae, text_encoder, decoder=decoder, context=context)
+
+    @classmethod
+    def random(
+        cls,
+        preset: str = "tiny",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        context: str = "after",
+        **config: Any,
+    ) -> LingBotWorldPipeline:
+        """A world model with random weights, without a checkpoint: it reacts to keys, and its pictures mean nothing.
+
+        Args:
+            preset: of `LingBotConfig`; "tiny" comes with a tiny VAE and runs on a laptop.
+            device, dtype, context, config: as in `from_pretrained`.
+
+        Raises:
+            ImportError: the extra `pipeline` isn't installed.
+        """
+        place, dtype = _place(device, dtype)
+        vae = random_vae(TINY_VAE if preset == "tiny" else REAL_VAE, place)
+        cfg = LingBotConfig.preset(preset, **config)
+        with torch.random.fork_rng([place] if place.type == "cuda" else []):
+            torch.manual_seed(0)
+            model = CausalLingBotTransformer(cfg, device=place, dtype=dtype).eval()
+        return cls(model, vae, NoiseText(cfg.text_dim), context=context)
 
     @property
     def device(self) -> torch.device:
@@ -206,6 +230,14 @@ class LingBotWorldPipeline:
             if encode_ahead:
                 condition.encode_all()
         return WorldSession(self, text, condition, steering, seed)
+
+
+def _place(device: torch.device | str | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """The device with its index, the first GPU where None, and the transformer's dtype on it."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    return place, dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
 
 
 @dataclasses.dataclass

@@ -17,6 +17,7 @@ from torch import Tensor
 from lingbot_kernels.benchmarks.gate import relative_error
 from lingbot_kernels.benchmarks.rows import GREEN, RED, Row
 from lingbot_kernels.benchmarks.timing import percentiles
+from lingbot_kernels.components.random_parts import REAL_VAE, random_vae
 from lingbot_kernels.decoding import StreamingDecoder, split
 
 LEAST_DECIBEL = 60.0  # of the worst frame against float32, for pixels of -1 to 1
@@ -36,22 +37,9 @@ class DecoderPlan:
     """
 
     latent_size: tuple[int, int] = (58, 104)
-    base_dim: int = 96
+    base_dim: int = REAL_VAE
     rounds: int = 9
     ranks: int = 2
-
-
-def random_vae(base_dim: int, device: torch.device) -> AutoencoderKLWan:
-    """A Wan VAE in float32 with random weights, whose pixels have the spread of a picture's."""
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(base_dim=base_dim).eval().requires_grad_(False)
-    for name, parameter in vae.named_parameters():
-        if "gamma" in name:
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    vae.to(device)
-    probe = vae.decode(torch.randn(1, vae.config.z_dim, 2, 8, 8, device=device)).sample
-    vae.decoder.conv_out.weight.mul_(0.45 / probe.std())
-    return vae
 
 
 class EagerStream:

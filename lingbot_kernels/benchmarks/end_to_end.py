@@ -11,17 +11,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lingbot_kernels.benchmarks.decoder import DecoderBench, DecoderPlan, random_vae
+from lingbot_kernels.benchmarks.decoder import DecoderBench, DecoderPlan
 from lingbot_kernels.benchmarks.model import free
 from lingbot_kernels.benchmarks.rows import GREEN, RED, Row
 from lingbot_kernels.benchmarks.timing import percentiles
+from lingbot_kernels.components.random_parts import REAL_VAE, NoiseText, random_vae
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.pipeline import LingBotWorldPipeline, WorldSession
@@ -52,24 +52,13 @@ class EndToEndPlan:
     latent_size: tuple[int, int] = (58, 104)
     chunks: int = 100
     orders: tuple[str, ...] = ("after", "beside")
-    base_dim: int = 96
+    base_dim: int = REAL_VAE
     decoder: bool = True
     precision: str = "bfloat16"
 
     def config(self) -> LingBotConfig:
         overrides = {} if self.layers is None else {"num_layers": self.layers}
         return LingBotConfig.preset(self.preset, **overrides)
-
-
-class NoiseText:
-    """Embeddings of noise, as many tokens as a prompt may have: what a text encoder gives the transformer."""
-
-    def __init__(self, config: LingBotConfig) -> None:
-        self.model = SimpleNamespace(config=SimpleNamespace(d_model=config.text_dim))
-
-    def __call__(self, prompt: str, max_tokens: int) -> Tensor:
-        generator = torch.Generator().manual_seed(len(prompt))
-        return torch.randn(1, max_tokens, self.model.config.d_model, generator=generator)
 
 
 class Phases:
@@ -148,7 +137,7 @@ class EndToEndBench:
             model.shard_sequence(self.group)
         phases = Phases(self.device)
         stage = CausalDenoisingStage(model, observe=phases.span)
-        text: Any = NoiseText(self.config)
+        text = NoiseText(self.config.text_dim)
         expected = None
         for order in self.plan.orders:
             pipeline = LingBotWorldPipeline(model, vae, text, stage=stage, context=order)

@@ -87,9 +87,10 @@ def command(
     try:
         from lingbot_kernels.benchmarks.decoder import DecoderBench, DecoderPlan
         from lingbot_kernels.benchmarks.end_to_end import EndToEndBench, EndToEndPlan
+        from lingbot_kernels.components.random_parts import REAL_VAE, TINY_VAE
     except ImportError as error:
         raise click.ClickException(f"{error}: pip install 'lingbot-kernels[pipeline]'") from error
-    size, base_dim = (height // 8, width // 8), 8 if preset == "tiny" else 96
+    size, base_dim = (height // 8, width // 8), TINY_VAE if preset == "tiny" else REAL_VAE
     with launch.process_group(device if device in ("cpu", "cuda") else "auto") as group:
         if group is None:
             where = bench_device(device)

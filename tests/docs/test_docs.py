@@ -30,14 +30,16 @@ WITH_CODE = [path for path in PAGES if blocks(path, "python")]
 
 
 def test_pages_with_code_are_found():
-    assert {"concepts.md", "numerics.md", "own_dit.md", "diffusers.md", "scaling_out.md"} <= {p.name for p in WITH_CODE}
+    assert {"concepts.md", "numerics.md", "own_dit.md", "diffusers.md", "scaling_out.md", "pipeline.md"} <= {
+        p.name for p in WITH_CODE
+    }
     languages = {name for path in PAGES for name in re.findall(r"^```(\S+)$", path.read_text(), re.MULTILINE)}
     assert languages <= {"python", "bash", "{toctree}", "{eval-rst}"}  # nothing that looks like code goes unrun
 
 
 @pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.name)
 def test_python_blocks_run_one_after_another(path, tmp_path, monkeypatch):
-    if path.name == "diffusers.md":
+    if path.name in ("diffusers.md", "pipeline.md"):
         pytest.importorskip("diffusers", reason="needs lingbot-kernels[diffusers]")
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()

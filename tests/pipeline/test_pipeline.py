@@ -273,3 +273,19 @@ def test_eight_bits_are_passed_on(diffusers_layout, pipeline):
     assert quantised.transformer.precision == "int8"
     one, two = (each.session(PROMPT, seed=1, **SIZE).step("w").float() for each in (pipeline, quantised))
     assert 0 < (one - two).abs().mean() < 8
+
+
+def test_a_random_world_reacts_to_keys_and_prompts():
+    def frames(prompt: str, keys: str) -> torch.Tensor:
+        session = world.session(prompt, height=32, width=48, seed=1)
+        session.step("w")
+        return session.step(keys)
+
+    world = LingBotWorldPipeline.random(device="cpu", num_layers=1)
+    first = frames("a", "w")
+    assert torch.equal(first, frames("a", "w"))
+    assert not torch.equal(first, frames("a", "l")) and not torch.equal(first, frames("b", "w"))
+    again = LingBotWorldPipeline.random(device="cpu", num_layers=1).session("a", height=32, width=48, seed=1)
+    again.step("w")
+    assert torch.equal(first, again.step("w"))
+    assert first.float().std() > 20
