@@ -4,7 +4,7 @@ The report (`--json`) is one object:
 
 - environment, device: as a rollout's. model: preset, checkpoint, parameters, config; weights ("plain", "loud" or
   "checkpoint").
-- settings: dtype (of the model), chunks, tokens_per_chunk, window_frames, recipe, min_psnr.
+- settings: dtype and residual_dtype (of the model), chunks, tokens_per_chunk, window_frames, recipe, min_psnr.
 - teacher_forced: precision ("bfloat16", "int8", "int8_plain": without the rotation, "fp8": e4m3 with a scale a row, on
   the same products) -> psnr_db (one a chunk), error (the worst chunk's relative error). The history is the float32
   rollout's: every chunk is denoised after its clean chunks.
@@ -36,7 +36,15 @@ from torch import Tensor
 
 from lingbot_kernels.benchmarks import environment
 from lingbot_kernels.benchmarks.gate import relative_error
-from lingbot_kernels.benchmarks.replaced_layers import Fp8Linear, WideLinear, int8_stand_in, layer_names, replaced
+from lingbot_kernels.benchmarks.replaced_layers import (
+    Fp8Linear,
+    WideLinear,
+    folded,
+    int8_stand_in,
+    layer_names,
+    replaced,
+    values_without_bias,
+)
 from lingbot_kernels.benchmarks.scene import Scene, StageInputs
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.quantization import Int8Recipe
@@ -126,6 +134,7 @@ class QualityBench:
             "chunks": self.plan.chunks,
             "tokens_per_chunk": self.scene.chunk_tokens,
             "window_frames": self.model.config.window_frames,
+            "residual_dtype": self.model.config.residual_dtype,
             "recipe": self.plan.recipe.to_dict(),
             "min_psnr": self.plan.min_psnr,
         }
@@ -140,10 +149,14 @@ class QualityBench:
             "fp8": lambda: replaced(self.model, layer_names(self.layers, recipe), Fp8Linear),
         }
 
-    def in_int8(self, recipe: Int8Recipe) -> AbstractContextManager[None]:
+    @contextmanager
+    def in_int8(self, recipe: Int8Recipe) -> Iterator[None]:
         dtype = self.model.dtype
         names = layer_names(self.layers, recipe)
-        return replaced(self.model, names, lambda layer: int8_stand_in(layer, recipe, dtype))
+        with folded(self.model, recipe), replaced(
+            self.model, names, lambda layer: int8_stand_in(layer, recipe, dtype)
+        ):  # fmt: skip
+            yield
 
     @contextmanager
     def widened(self) -> Iterator[None]:
@@ -181,11 +194,11 @@ class QualityBench:
     def sensitivity(self) -> tuple[dict[str, float], dict[str, float]]:
         """Relative error of one forward in float32 with one product in int8, in all blocks; and with one block."""
         recipe = self.plan.recipe
-        with self.widened(), one_forward(self.model, self.scene, self.inputs) as forward:
+        with self.widened(), one_forward(self.model, self.scene, self.inputs) as (forward, state):
             exact = forward()
 
             def error(part: Int8Recipe) -> float:
-                with self.in_int8(part):
+                with values_without_bias(self.model, part, state), self.in_int8(part):
                     return relative_error(forward(), exact)
 
             by_product, by_block = {}, {}
@@ -255,8 +268,10 @@ def _forward(
 @contextmanager
 def one_forward(
     model: CausalLingBotTransformer, scene: Scene, inputs: Sequence[StageInputs]
-) -> Iterator[Callable[[], Tensor]]:
-    """A function that runs one step of the last of these chunks, after the others, with the layers of the moment."""
+) -> Iterator[tuple[Callable[[], Tensor], RealtimeCausalDiTState]]:
+    """(a function that runs one step of the last of these chunks, after the others, with the layers of the moment; its
+    session).
+    """
     stage, state, graphs = (
         CausalDenoisingStage(model, schedule=scene.schedule),
         RealtimeCausalDiTState(),
@@ -266,7 +281,7 @@ def one_forward(
     try:
         for given in inputs:
             stage.denoise_chunk(state, given.noise, text=scene.text, camera=given.camera, renoise=given.renoise)
-        yield lambda: _forward(model, scene, inputs[-1], state).double()
+        yield (lambda: _forward(model, scene, inputs[-1], state).double()), state
     finally:
         model.cuda_graphs = graphs
         state.dispose()
@@ -333,6 +348,8 @@ def bench_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     origin = model["preset"] or "checkpoint"
     case = f"{origin}-{model['weights']}-{model['config']['num_layers']}layers-{settings['chunks']}chunks"
     case += f"-s{settings['tokens_per_chunk']}"
+    if settings["residual_dtype"] != "bfloat16":
+        case += f"-{settings['residual_dtype']}-residual"
     blank = dict.fromkeys(("p20_us", "p50_us", "p80_us", "ceiling_us", "ratio"))
     return [
         {

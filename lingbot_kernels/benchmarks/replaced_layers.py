@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lingbot_kernels.models.fused_linear import FusedLinear
-from lingbot_kernels.models.quantize import LAYERS, int8_layer
+from lingbot_kernels.models.quantize import LAYERS, int8_layer, value_folds
 from lingbot_kernels.quantization import PRODUCTS, Int8Recipe
+from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 
 Layer = nn.Linear | FusedLinear
 E4M3, LARGEST_E4M3 = torch.float8_e4m3fn, 448.0
@@ -49,6 +51,59 @@ def replaced(model: nn.Module, names: Iterable[str], make: Callable[[Layer], nn.
     finally:
         for name, layer in own.items():
             put(name, layer)
+
+
+@contextlib.contextmanager
+def folded(model: Any, recipe: Int8Recipe) -> Iterator[None]:
+    """Within the block the values' biases are where `quantize` puts them; afterwards they are back."""
+    with _as_they_were(model):
+        folds = value_folds(model, recipe)
+        weights = [model.get_submodule(fold.key.removesuffix(".weight")).weight for fold in folds]
+    kept = [(bias, bias.clone()) for fold in folds for bias in (fold.value_bias, fold.output_bias)]
+    try:
+        for fold, weight in zip(folds, weights, strict=True):
+            fold.apply(weight)
+        yield
+    finally:
+        for bias, value in kept:
+            bias.copy_(value)
+
+
+@contextlib.contextmanager
+def values_without_bias(model: Any, recipe: Int8Recipe, state: RealtimeCausalDiTState) -> Iterator[None]:
+    """Within the block the values in the session's ring lack the biases that `folded` takes out of them."""
+    assert state.kv_cache is not None
+    with _as_they_were(model):
+        folds = [fold for fold in value_folds(model, recipe) if "self_attn" in fold.key]
+    shifts = []
+    for fold in folds:
+        values = state.kv_cache.layers[int(fold.key.split(".")[1])][1]
+        shifts.append((values, fold.value_bias.to(values.dtype).view(values.shape[2:]).clone()))
+    for values, bias in shifts:
+        values -= bias
+    try:
+        yield
+    finally:
+        for values, bias in shifts:
+            values += bias
+
+
+@contextlib.contextmanager
+def _as_they_were(model: nn.Module) -> Iterator[None]:
+    """Within the block every layer is the one that a stand-in stands in for."""
+    stand_ins = {name: module for name, module in model.named_modules() if isinstance(module, StandIn)}
+
+    def put(name: str, layer: nn.Module) -> None:
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, layer)
+
+    for name, module in stand_ins.items():
+        put(name, module.layer)
+    try:
+        yield
+    finally:
+        for name, module in stand_ins.items():
+            put(name, module)
 
 
 class StandIn(nn.Module):

@@ -32,6 +32,11 @@ _output = option_group("Output")
     help="Of a preset: plain, or loud as trained networks are. [default: loud]",
 )
 @_quality("--layers", type=click.IntRange(min=1), help="Of a preset: blocks to really run. [default: all]")
+@_quality(
+    "--residual-dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    help="Of the residual stream, in every precision. [default: the network's own]",
+)
 @_quality("--no-camera", is_flag=True, help="Run without camera conditioning.")
 @_quality(
     "--prompt-embeds",
@@ -55,6 +60,7 @@ def command(
     camera_products: bool,
     weights: str | None,
     layers: int | None,
+    residual_dtype: str | None,
     no_camera: bool,
     prompt_embeds: Path | None,
     json_path: Path | None,
@@ -100,6 +106,8 @@ def command(
             leave_out=tuple(name.strip() for name in leave_out.split(",") if name.strip()),
         )
         recipe.check(scene.model.config.num_layers, scene.model.config.camera)
+    if residual_dtype is not None:
+        scene.model.config = dataclasses.replace(scene.model.config, residual_dtype=residual_dtype)
     kind = "checkpoint"
     if session.checkpoint is None:
         kind = weights or "loud"

@@ -23,7 +23,7 @@ from torch import nn
 from lingbot_kernels.config import PLUECKER_CHANNELS, LingBotConfig
 from lingbot_kernels.files import read_json
 from lingbot_kernels.models.checkpoint_files import RECIPE, STEMS, CheckpointError, Entry, Headers, read_headers
-from lingbot_kernels.models.quantize import int8_slots, quantize
+from lingbot_kernels.models.quantize import ValueFold, int8_slots, quantize, value_folds
 from lingbot_kernels.quantization import Int8Linear, Int8Recipe
 
 NAMINGS = ("official", "fastvideo", "diffusers")
@@ -208,20 +208,39 @@ def load_checkpoint(
     if recipe is not None and stored is None:
         quantize(model, recipe)
     _place(model, dtype, device)
-    into = model.state_dict()
-    quantized = {} if stored is not None else int8_slots(model)
+    if recipe is None or stored is not None:
+        _copy(matches, model.state_dict(), {}, {})
+    else:
+        _copy(matches, model.state_dict(), int8_slots(model), {x.key: x for x in value_folds(model, recipe)})
+
+
+def _copy(
+    matches: dict[str, Entry],
+    slots: dict[str, torch.Tensor],
+    quantized: dict[str, tuple[Int8Linear, slice]],
+    folds: dict[str, ValueFold],
+) -> None:
+    """Fill the slots from the files, those of `quantized` by their codes, with the biases that `folds` move in place
+    before the weights that they are moved by.
+    """
+    biases = {name: entry for name, entry in matches.items() if folds and name.endswith(".bias")}
+    weights = {name: entry for name, entry in matches.items() if name not in biases}
     with torch.no_grad():
-        for group in _groups(matches):
-            with safe_open(group[0][1].file, framework="pt", device="cpu") as shard:
+        for group in itertools.chain(_groups(biases), _groups(weights)):
+            file = group[0][1].file
+            with safe_open(file, framework="pt", device="cpu") as shard:
                 for name, entry in group:
+                    tensor = shard.get_tensor(entry.key)
                     if name not in quantized:
-                        into[name].copy_(shard.get_tensor(entry.key).view(into[name].shape))
+                        slots[name].copy_(tensor.view(slots[name].shape))
                         continue
                     layer, rows = quantized[name]
                     try:
-                        layer.fill(shard.get_tensor(entry.key), rows)
+                        layer.fill(tensor, rows)
                     except ValueError as error:
-                        raise CheckpointError(path, [f"{entry.key}: in {entry.file.name}: {error}"]) from error
+                        raise CheckpointError(file.parent, [f"{entry.key}: in {file.name}: {error}"]) from error
+                    if name in folds:
+                        folds[name].apply(tensor.to(layer.bias.dtype))
 
 
 def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 2**30) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lingbot_kernels.models.fused_linear import FusedLinear, FusedRows, Int8FusedLinear
 from lingbot_kernels.quantization import Int8Linear, Int8Recipe
@@ -22,8 +23,42 @@ LAYERS: dict[str, tuple[str, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class ValueFold:
+    """An attention whose values' bias can go into the bias of its output projection, `key` being that one's weight.
+
+    Softmax's weights sum to one: a constant that is in every value comes out of attention as it is, so that
+    o(a + b) = o(a) + W b. Without it the rows that the output projection quantises are centred.
+    """
+
+    key: str
+    value_bias: Tensor
+    output_bias: Tensor
+
+    @torch.no_grad()
+    def apply(self, weight: Tensor) -> None:
+        """Take the bias b out of the values and W b into the output's, W being the output projection's weight."""
+        constant = weight.to(self.output_bias.device).float() @ self.value_bias.float()
+        self.output_bias.copy_(self.output_bias.float() + constant)
+        self.value_bias.zero_()
+
+
+def value_folds(model: Any, recipe: Int8Recipe) -> list[ValueFold]:
+    """Those of the attentions whose output projection the recipe has, with their biases as they are in the model."""
+    folds = []
+    for i, block in enumerate(model.blocks):
+        own, cross = block.self_attn, block.cross_attn
+        if recipe.has(i, "self_o"):
+            value = own.qkv.row_views()["v.bias"].detach()
+            folds.append(ValueFold(f"blocks.{i}.self_attn.o.weight", value, own.o.bias.detach()))
+        if recipe.has(i, "cross_o"):
+            folds.append(ValueFold(f"blocks.{i}.cross_attn.o.weight", cross.v.bias.detach(), cross.o.bias.detach()))
+    return folds
+
+
 def quantize(model: Any, recipe: Int8Recipe) -> None:
-    """Replace the recipe's layers of a `CausalLingBotTransformer` by int8 ones, one after the other, in place.
+    """Replace the recipe's layers of a `CausalLingBotTransformer` by int8 ones, one after the other, in place; the bias
+    of the values goes into the output projection where that one is among them.
 
     On the meta device the layers get their shapes alone, for a checkpoint to fill.
 
@@ -51,6 +86,9 @@ def quantize(model: Any, recipe: Int8Recipe) -> None:
             )
         if not layer.weight.is_meta and not bool(layer.weight.isfinite().all()):
             raise ValueError(f"quantize: {name}.weight has a NaN or Inf, must be finite")
+    for fold in value_folds(model, recipe):
+        if not fold.value_bias.is_meta:
+            fold.apply(model.get_submodule(fold.key.removesuffix(".weight")).weight)
     for name in targets:
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, int8_layer(found.pop(name), recipe))

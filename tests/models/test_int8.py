@@ -112,6 +112,23 @@ def test_signs_and_rotation_are_what_they_are_for() -> None:
     assert 1.3 * errors[True] < errors[False]
 
 
+def test_the_bias_of_values_goes_through_attention_as_it_is() -> None:
+    """Values whose bias is far from zero would fill the codes of attention's output: it is added after the product."""
+    cfg = LingBotConfig.preset("tiny", **WINDOW)
+    exact, model, bare = make_model(cfg), make_model(cfg), make_model(cfg)
+    with torch.no_grad():
+        for one in (exact, model):
+            for block in one.blocks:
+                block.self_attn.qkv.row_views()["v.bias"].fill_(20.0)
+                block.cross_attn.v.bias.fill_(-20.0)
+    model.quantize(Int8Recipe(products=("self_o", "cross_o")))
+    bare.quantize(Int8Recipe(products=("self_o", "cross_o")))
+    for block in model.blocks:
+        assert not block.self_attn.qkv.row_views()["v.bias"].any() and not block.cross_attn.v.bias.any()
+    cost = worst(rollout(bare, 3), rollout(make_model(cfg), 3))
+    assert worst(rollout(model, 3), rollout(exact, 3)) <= 1.5 * cost
+
+
 def test_a_prompt_switch_and_a_camera_go_with_it() -> None:
     model = make_model(small_config(**WINDOW), recipe=INT8)
     inputs = make_inputs(model.config, 4)
