@@ -27,6 +27,7 @@ from lingbot_kernels.benchmarks.gate import relative_error, within
 from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row, failure_note
 from lingbot_kernels.benchmarks.timing import Effort, measure, percentiles
 from lingbot_kernels.config import LingBotConfig
+from lingbot_kernels.files import write_text
 from lingbot_kernels.models.embeddings import linear_gelu
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.ops._dispatch import use_backend
@@ -95,6 +96,7 @@ class ModelBench:
         residual = "" if plan.residual_dtype is None else f"-{plan.residual_dtype}-residual"
         self.case = f"{plan.preset}{layers}-s{self.tokens}-kv{self.window}{camera}{residual}-1gpu"
         self.memory: dict[str, int] = {}
+        self.timeline_error: OSError | None = None  # why the timeline's file could not be written
         self.recipe = recipe_of(plan.precision)
 
     def model(self, **overrides: Any) -> CausalLingBotTransformer:
@@ -194,8 +196,15 @@ class ModelBench:
         with_epilogues = self.floor_graph(session, rings, texts, self.tokens, self.config.num_heads, epilogues=True)
         calls = {"floor": replay_floor, "floor, epilogues": with_epilogues, "step": session.repeated_step()}
         report, table = timeline.compare(calls, self.config.num_layers, self.device)
-        path.write_text(json.dumps({"case": self.case, **report}) + "\n", encoding="utf-8")
+        self.write_timeline(path, report)
         self.say(table)
+
+    def write_timeline(self, path: Path, report: dict[str, Any]) -> None:
+        """Write the file; the rest of the run doesn't depend on it."""
+        try:
+            write_text(path, json.dumps({"case": self.case, **report}) + "\n")
+        except OSError as error:
+            self.timeline_error = error
 
     def gate(self) -> tuple[str, float, float, float | None]:
         """Two layers of this width over 7 chunks on a small grid: ours, the plain formulation of the same precision

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +77,7 @@ class ShardedModelBench(ModelBench):
         calls = {"floor": replay_floor, "step": session.repeated_step()}
         report, table = timeline.compare(calls, self.config.num_layers, self.device, groups=5)
         if dist.get_rank(self.group) == 0:
-            path.write_text(json.dumps({"case": self.case, **report}) + "\n", encoding="utf-8")
+            self.write_timeline(path, report)
             self.say(table)
 
     def _shard_floor(self, session: BenchSession) -> Callable[[], None]:

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,17 +59,17 @@ class Subject:
     op_bytes: Callable[[str, str], int]
 
 
-def measure(subject: Subject, trace_path: Path) -> dict[str, Any]:
+def measure(subject: Subject, keep: Callable[[Path], object]) -> dict[str, Any]:
     """Run the subject once under torch.profiler, and once more with CUDA graphs where it has them; the report.
 
     Args:
-        trace_path: gets the Chrome trace of the first run.
+        keep: called with the file of the first run's Chrome trace, which is gone afterwards.
     """
-    trace = _record(subject.run, subject.device, trace_path)
+    trace = _record(subject.run, subject.device, keep)
     idle_replayed = None
     if subject.replay is not None:
         subject.replay()
-        idle_replayed = trace_report.idle_share(_record(subject.replay, subject.device, None))
+        idle_replayed = trace_report.idle_share(_record(subject.replay, subject.device))
     return make_report(subject, trace, idle_replayed)
 
 
@@ -169,20 +170,21 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _record(run: Callable[[], None], device: torch.device, path: Path | None) -> dict[str, Any]:
-    """Run once under torch.profiler, with ranges; the trace, kept in `path` where one is given."""
+def _record(
+    run: Callable[[], None], device: torch.device, keep: Callable[[Path], object] | None = None
+) -> dict[str, Any]:
+    """Run once under torch.profiler, with ranges; the trace, whose file `keep` is shown."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     _synchronize(device)
     with _ranges(), profile(activities=activities) as recorded:
         run()
         _synchronize(device)
-    target = path or Path(f"{Path.cwd()}/.profile-{id(recorded)}.json")
-    try:
-        recorded.export_chrome_trace(str(target))
-        trace: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
-    finally:
-        if path is None:
-            target.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(file))
+        trace: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if keep is not None:
+            keep(file)
     return trace
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lingbot_kernels.benchmarks.environment import ROOT, Environment
+from lingbot_kernels.files import append_text, check_output
 
 GREEN, RED, FAILED, ABSENT = "green", "red", "failed", "not installed"
 REQUIRED = (
@@ -79,11 +80,9 @@ def _rounded(value: Any) -> Any:
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append to a JSON-lines file, which is made where there is none."""
+    """Append to a JSON-lines file, which is made where there is none: all of the rows, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+    append_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -134,11 +133,20 @@ def failure_note(error: BaseException) -> str:
 class RowFile:
     """The rows of one run: each is appended to the file and said in a line as soon as it is there.
 
+    Where the file can't be written any more, the run goes on, and `close` says the rows that are not in it as they
+    would stand there.
+
+    Attributes:
+        error: why rows are missing in the file; None where none is.
+
     Args:
         path: of the file; `default_path` of the bench where None.
         say: gets the lines.
         line: a row as one of them.
         more: fields of every row besides a Row's own.
+
+    Raises:
+        ValueError: the file can't be written.
     """
 
     def __init__(
@@ -152,16 +160,32 @@ class RowFile:
     ) -> None:
         self.path = path or default_path(environment, bench)
         self.rows: list[dict[str, Any]] = []
+        self.error: OSError | None = None
+        self._missing: list[dict[str, Any]] = []
         self._environment, self._say, self._line, self._more = environment, say, line, more
+        if path is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_output(self.path, append=True)
 
     def report(self, row: Row) -> None:
         self.rows.append({**row.to_json(self._environment), **self._more})
-        append_rows(self.path, self.rows[-1:])
+        self._missing.append(self.rows[-1])
+        self._append()
         self._say(self._line(row))
 
     def close(self) -> None:
-        """Say how many rows there are, and where."""
-        self._say(f"{len(self.rows)} rows appended to {self.path}")
+        """Say how many rows there are, and where; and those that could not be written."""
+        self._append()
+        for row in self._missing:
+            self._say(json.dumps(row))
+        self._say(f"{len(self.rows) - len(self._missing)} rows appended to {self.path}")
+
+    def _append(self) -> None:
+        try:
+            append_rows(self.path, self._missing)
+            self._missing, self.error = [], None
+        except OSError as error:
+            self.error = error
 
 
 def format_forward(row: Row) -> str:

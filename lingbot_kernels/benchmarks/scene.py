@@ -93,6 +93,13 @@ class Scene:
             yield StageInputs(noise, renoise, embedding)
             start += cfg.frames_per_chunk
 
+    def latents(self, chunks: int) -> tuple[tuple[int, int, int, int, int], torch.dtype]:
+        """Shape [1, C, frames, H, W] and dtype of the latents of so many chunks together."""
+        cfg = self.model.config
+        size = (self.size[0] // CELL, self.size[1] // CELL)
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        return (1, cfg.out_channels, chunks * cfg.frames_per_chunk, *size), dtype
+
     def describe(self) -> dict[str, Any]:
         """The report's model: preset, checkpoint, parameters, config."""
         return {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lingbot_kernels.benchmarks.rows import GREEN, latest
+from lingbot_kernels.files import write_text
 from lingbot_kernels.ops import _winners
 from lingbot_kernels.ops._winners import Winners
 
@@ -106,5 +107,5 @@ def update(rows: Iterable[dict[str, Any]], path: Path | None = None) -> Winners:
     source = f"{gpus[0]}, torch {newest['torch']}, triton {newest['triton']}, commit {newest['commit']}."
     winners = decide(measured)
     before, rest = text.split(BEGIN)
-    path.write_text(before + render(winners, source) + rest.split(END)[1], encoding="utf-8")
+    write_text(path, before + render(winners, source) + rest.split(END)[1])
     return winners

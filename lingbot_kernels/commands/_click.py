@@ -6,15 +6,38 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 
+from lingbot_kernels.commands._outputs import OutputPath, check_distinct
+
+
+class UsageLine(click.UsageError):
+    """A usage error in one line, which ends with where to look."""
+
+    def __init__(self, error: click.UsageError) -> None:
+        super().__init__(error.format_message(), error.ctx)
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        where = "" if self.ctx is None else f" See {self.ctx.command_path} --help."
+        click.echo(f"Error: {' '.join(self.message.split())}{where}", file=file or sys.stderr)
+
+
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (UsageLine, click.exceptions.NoArgsIsHelpError):
+        raise
+    except click.UsageError as error:
+        raise UsageLine(error) from error
+
 
 class LazyGroup(click.Group):
-    """A group whose subcommands are imported when they are run.
+    """A group whose subcommands are imported when they are run, and whose usage errors, theirs too, are one line.
 
     Args:
         table: name -> (module whose `command` it is, one line for the list in `--help`).
@@ -23,6 +46,14 @@ class LazyGroup(click.Group):
     def __init__(self, *arguments: Any, table: Mapping[str, tuple[str, str]], **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.table = table
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _in_one_line():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _in_one_line():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*self.table, *super().list_commands(ctx)]
@@ -50,10 +81,42 @@ class GroupedOption(click.Option):
         self.group = group
 
 
-class GroupedCommand(click.Command):
-    """A command whose `--help` shows its options by group, in the order they were declared. What can't fit in memory is
-    said in a line, with exit code 1.
+class ListOption(GroupedOption):
+    """An option whose values come separated by commas, by giving it again, or both: `--x a,b --x c`.
+
+    Args:
+        item: type of a value.
+        most: values, at most.
+        default: as a user would write it.
     """
+
+    def __init__(self, *arguments: Any, item: click.ParamType, most: int = 1000, default: str = "", **settings: Any):
+        self.item, self.most = item, most
+        settings["default"] = [default] if default else []
+        super().__init__(*arguments, multiple=True, type=click.STRING, **settings)
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> tuple[Any, ...]:
+        texts = [part.strip() for text in super().type_cast_value(ctx, value) for part in text.split(",")]
+        if len(texts) > self.most:
+            raise click.BadParameter(f"has {len(texts)} values, must have at most {self.most}.", ctx, self)
+        if not all(texts):
+            raise click.BadParameter("must be values separated by commas, none of them empty.", ctx, self)
+        try:
+            return tuple(self.item.convert(text, self, ctx) for text in texts)
+        except click.BadParameter as error:
+            raise click.BadParameter(f"{','.join(texts)}: {error.message}", ctx, self) from error
+
+
+class GroupedCommand(click.Command):
+    """A command whose `--help` shows its options by group, in the order they were declared. Two options that
+    name one file are refused where either is an output. What can't fit in memory is said in a line, with exit code 1.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            check_distinct(ctx)
+        return rest
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -89,19 +152,18 @@ def option_group(title: str) -> Callable[..., Callable[[Any], Any]]:
     return option
 
 
-def output_path(*suffixes: str) -> click.Path:
-    """A file to write, in a folder that exists, with one of `suffixes` where there are any."""
+def list_option(title: str) -> Callable[..., Callable[[Any], Any]]:
+    """The same for a `ListOption`."""
 
-    class OutputPath(click.Path):
-        def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-            path = Path(str(super().convert(value, param, ctx)))
-            if not path.parent.is_dir():
-                self.fail(f"{path}: the folder {path.parent} does not exist.", param, ctx)
-            if suffixes and path.suffix not in suffixes:
-                self.fail(f"{path}: must end in {' or '.join(suffixes)}.", param, ctx)
-            return path
+    def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
+        return click.option(*names, cls=ListOption, group=title, **settings)
 
-    return OutputPath(dir_okay=False, writable=True)
+    return option
+
+
+def output_path(*suffixes: str, append: bool = False) -> OutputPath:
+    """A file to write, with one of `suffixes` where there are any; one that grows with `append`."""
+    return OutputPath(*suffixes, append=append)
 
 
 def require_plots() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import click
 
-from lingbot_kernels.commands._click import option_group
+from lingbot_kernels.commands._click import list_option, option_group
+from lingbot_kernels.commands._types import MAX_PIXELS, Count, Device, Number, Seed
 from lingbot_kernels.config import PRESETS
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 PRECISIONS = ("bfloat16", "int8", "int8_qk")
+MAX_FRAMES = 10_000  # of a window: hours of video
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 
@@ -46,35 +48,6 @@ class SessionOptions:
         return taken
 
 
-class Pixels(click.IntRange):
-    """A height or width of the video that is a whole number of tokens: 16 pixels each."""
-
-    name = "pixels"
-
-    def __init__(self) -> None:
-        super().__init__(min=16)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        pixels = int(super().convert(value, param, ctx))
-        if pixels % 16:
-            self.fail(f"{pixels} must be a multiple of 16.", param, ctx)
-        return pixels
-
-
-class NumberList(click.ParamType):
-    """Numbers separated by commas."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(float(item) for item in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 1000,750,500,250.", param, ctx)
-
-
 _model = option_group("Network")
 _run = option_group("Where and how it runs")
 _window = option_group("Chunk, window and schedule")
@@ -88,14 +61,18 @@ _OPTIONS = (
     ),
     _model(
         "--seed",
-        type=click.IntRange(0, 2**63 - 1),
+        type=Seed(),
         default=0,
         show_default=True,
         metavar="INTEGER",
         help="Of random weights, noise and prompt.",
     ),
     _run(
-        "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto takes a GPU where there is one."
+        "--device",
+        type=Device(),
+        default="auto",
+        show_default=True,
+        help="cpu, cuda or cuda:N; auto takes a GPU where there is one.",
     ),
     _run(
         "--dtype", type=click.Choice(DTYPES), help="Of weights and caches. [default: bfloat16 on a GPU, else float32]"
@@ -112,15 +89,15 @@ _OPTIONS = (
         help="Of every op that has a home there; auto takes the measured winner. "
         "[default: LINGBOT_KERNELS_BACKEND, else auto]",
     ),
-    _window("--height", type=click.IntRange(min=1), help="Pixels of the video. [default: 480; tiny: 128]"),
-    _window("--width", type=click.IntRange(min=1), help="Pixels of the video. [default: 832; tiny: 224]"),
-    _window("--frames-per-chunk", type=click.IntRange(min=1), help="Latent frames denoised together. [default: 3]"),
+    _window("--height", type=Count(most=MAX_PIXELS), help="Pixels of the video. [default: 480; tiny: 128]"),
+    _window("--width", type=Count(most=MAX_PIXELS), help="Pixels of the video. [default: 832; tiny: 224]"),
+    _window("--frames-per-chunk", type=Count(most=MAX_FRAMES), help="Latent frames denoised together. [default: 3]"),
     _window(
         "--window-frames",
-        type=click.IntRange(min=1),
+        type=Count(most=MAX_FRAMES),
         help="Latent frames that attention sees: sink, recent and the chunk. [default: 18]",
     ),
-    _window("--sink-frames", type=click.IntRange(min=0), help="First latent frames, never evicted. [default: 3]"),
+    _window("--sink-frames", type=Count(0, MAX_FRAMES), help="First latent frames, never evicted. [default: 3]"),
     _window(
         "--schedule",
         type=click.Choice(["continuous", "official"]),
@@ -128,14 +105,15 @@ _OPTIONS = (
         show_default=True,
         help="continuous: exact warped times, as serving engines; official: the reference code's truncated ones.",
     ),
-    _window(
+    list_option("Chunk, window and schedule")(
         "--timesteps",
-        type=NumberList(),
+        item=Number(least=0, most=1000),
+        metavar="NUMBERS",
         default="1000,750,500,250",
         show_default=True,
         help="Unwarped times from 1000 to 0, one a denoise step.",
     ),
-    _window("--shift", type=float, default=5.0, show_default=True, help="Time shift of the schedule."),
+    _window("--shift", type=Number(above=0), default=5.0, show_default=True, help="Time shift of the schedule."),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,16 @@ import click
 
 from lingbot_kernels.commands._click import GroupedCommand, option_group, output_path
 from lingbot_kernels.commands._options import SessionOptions, session_options
+from lingbot_kernels.commands._outputs import Outputs
+from lingbot_kernels.commands._types import Count
 
 _bench = option_group("Bench")
 _output = option_group("Output")
 
 
 @click.command("caching", cls=GroupedCommand)
-@_bench("--chunks", type=click.IntRange(min=2), default=12, show_default=True, help="Chunks of each rollout.")
-@_bench("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rollouts of each variant.")
+@_bench("--chunks", type=Count(2), default=12, show_default=True, help="Chunks of each rollout.")
+@_bench("--repeats", type=Count(most=1000), default=3, show_default=True, help="Rollouts of each variant.")
 @_bench(
     "--interleave",
     type=click.Choice(["auto", "chunk", "rollout"]),
@@ -31,13 +32,13 @@ _output = option_group("Output")
     show_default=True,
     help="Replay graphs where a variant can: without some caches none can.",
 )
-@_bench("--layers", type=click.IntRange(min=1), help="Blocks to really run; nothing is extrapolated. [default: all]")
+@_bench("--layers", type=Count(most=1000), help="Blocks to really run; nothing is extrapolated. [default: all]")
 @session_options
 @_output("--json", "json_path", type=output_path(), help="Write the report.")
 @_output(
     "--rows",
     "rows_path",
-    type=output_path(".jsonl"),
+    type=output_path(".jsonl", append=True),
     help="Append a row for each switch. [default: bench/results/caching-<gpu>.jsonl on a GPU, else none]",
 )
 def command(
@@ -52,15 +53,15 @@ def command(
 ) -> None:
     """Measure what each cache of a session is worth.
 
-    The same rollout runs with each of the RoPE, time-embedding, camera and text K/V caches switched off, with a full
-    forward at t = 0 in place of the context update's `update_cache_only`, and with all of it off. The latents must be
-    the same, bit for bit: if not, the exit code is 1. Variants alternate and their order rotates, so that all of them
-    meet the same machine; a saving is the median of the differences within the same chunk.
-
     \b
     Examples:
       lingbot-kernels bench caching
       lingbot-kernels bench caching --preset lingbot-world-14b --layers 8 --height 464 --chunks 16 --repeats 1
+
+    The same rollout runs with each of the RoPE, time-embedding, camera and text K/V caches switched off, with a full
+    forward at t = 0 in place of the context update's `update_cache_only`, and with all of it off. The latents must be
+    the same, bit for bit: if not, the exit code is 1. Variants alternate and their order rotates, so that all of them
+    meet the same machine; a saving is the median of the differences within the same chunk.
     """
     session = SessionOptions.take(options)
     if layers is not None and session.checkpoint is not None:
@@ -68,21 +69,21 @@ def command(
 
     from lingbot_kernels.benchmarks import caching, tables
     from lingbot_kernels.benchmarks.environment import Environment
-    from lingbot_kernels.benchmarks.rows import append_rows, default_path
+    from lingbot_kernels.benchmarks.rows import default_path
     from lingbot_kernels.commands.session import chosen_backend, make_scene
 
     scene = make_scene(session, chunks, num_layers=layers)
     with chosen_backend(session.backend, scene.model):
         report = caching.measure(scene, caching.CachingPlan(chunks, repeats, interleave, cuda_graphs))
     tables.print_caching(tables.console(), report)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    outputs = Outputs()
+    outputs.write_json("--json", json_path, report)
     environment = Environment.collect(scene.model.device)
     path = rows_path or (default_path(environment, "caching") if scene.model.device.type == "cuda" else None)
     if path is not None:
         fresh = [{**row.to_json(environment), **more} for row, more in caching.bench_rows(report)]
-        append_rows(path, fresh)
-        click.echo(f"{len(fresh)} rows appended to {path}")
+        outputs.append_rows("--rows", path, fresh)
     differing = [row["off"] for row in report["rows"] if not row["bit_identical"]]
     if differing:
-        raise click.ClickException(f"the latents differ without: {', '.join(map(str, differing))}")
+        outputs.failures.insert(0, f"the latents differ without: {', '.join(map(str, differing))}")
+    outputs.finish()

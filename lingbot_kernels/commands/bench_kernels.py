@@ -8,20 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lingbot_kernels.commands._click import GroupedCommand, blame, list_option, option_group, output_path, require_plots
+from lingbot_kernels.commands._outputs import Outputs
+from lingbot_kernels.commands._types import Device, Name
+
 if TYPE_CHECKING:
     from lingbot_kernels.benchmarks.kernels import KernelPlan
 
 
-class NameList(click.ParamType):
-    """Names separated by commas."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        names = value if isinstance(value, tuple) else tuple(name.strip() for name in value.split(","))
-        if not all(names):
-            self.fail(f"{value!r} is not a list of names separated by commas.", param, ctx)
-        return names
+_bench = option_group("Bench")
+_names = list_option("Bench")
+_output = option_group("Output")
 
 
 def _known(option: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -31,25 +28,25 @@ def _known(option: str, names: Iterable[str], known: Iterable[str]) -> None:
             raise click.BadParameter(f"no {name!r}; there are {', '.join(known)}.", param_hint=option)
 
 
-@click.command("kernels")
-@click.option("--ops", type=NameList(), default=(), help="Ops to measure, separated by commas.  [default: all]")
-@click.option("--cases", type=NameList(), default=(), help="Shapes, such as s4524-d5120.  [default: the device's]")
-@click.option(
+@click.command("kernels", cls=GroupedCommand)
+@_names("--ops", item=Name(), metavar="NAMES", help="Ops to measure, separated by commas.  [default: all]")
+@_names("--cases", item=Name(), metavar="NAMES", help="Shapes, such as s4524-d5120.  [default: the device's]")
+@_names(
     "--backends",
-    type=NameList(),
-    default=(),
+    item=Name(),
+    metavar="NAMES",
     help="cuda, triton, cpu, reference; fa4, cudnn, sdpa; auto (linear_gelu).",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N or cpu.")
-@click.option("--peers/--no-peers", default=True, show_default=True, help="Measure what people use today as well.")
-@click.option("--quick", is_flag=True, help="Two shapes, short samples, no peer that compiles.")
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
+@_bench("--device", type=Device(), default="auto", show_default=True, help="auto, cuda, cuda:N or cpu.")
+@_bench("--peers/--no-peers", default=True, show_default=True, help="Measure what people use today as well.")
+@_bench("--quick", is_flag=True, help="Two shapes, short samples, no peer that compiles.")
+@_output(
+    "--json", "json_path", type=output_path(append=True),
     help="Append the rows here.  [default: bench/results/kernels-<gpu>.jsonl]",
 )  # fmt: skip
-@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture, a PNG.")
-@click.option("--update-winners", is_flag=True, help="Regenerate the table that `auto` goes by, from the file's rows.")
-@click.option(
+@_output("--plot", "plot_path", type=output_path(".png"), help="Write a picture, a PNG.")
+@_output("--update-winners", is_flag=True, help="Regenerate the table that `auto` goes by, from the file's rows.")
+@_bench(
     "--from", "source", type=click.Path(dir_okay=False, exists=True, path_type=Path),
     help="Measure nothing: plot, or update the winners, from the rows of this file.",
 )  # fmt: skip
@@ -67,16 +64,19 @@ def command(
 ) -> None:
     """Measure every op and backend against a copy of the same bytes.
 
-    The correctness gate comes first: against float64, with outputs and caches full of NaN. A result that fails it has
-    no speed, and the exit code is 1. Times are of CUDA-graph replays over rotated inputs; wall is the host's time of a
-    call from Python.
-
     \b
     Examples:
       lingbot-kernels bench kernels --quick
       lingbot-kernels bench kernels --ops qk_norm_rope_kv_write --json rows.jsonl --plot rows.png
       lingbot-kernels bench kernels --from rows.jsonl --update-winners
+
+    The correctness gate comes first: against float64, with outputs and caches full of NaN. A result that fails it has
+    no speed, and the exit code is 1. Times are of CUDA-graph replays over rotated inputs; wall is the host's time of a
+    call from Python.
     """
+    if plot_path is not None:
+        require_plots()
+
     from lingbot_kernels.benchmarks.rows import read_rows
 
     def read(path: Path, option: str) -> list[dict[str, Any]]:
@@ -87,7 +87,9 @@ def command(
 
     if source is not None:
         rows = read(source, "--from")
-        _conclude(rows, rows, plot_path, update_winners)
+        outputs = Outputs()
+        _conclude(rows, rows, plot_path, update_winners, outputs)
+        outputs.finish()
         return
     plan = _plan(ops, cases, backends, device, peers, quick)
     if json_path:
@@ -98,14 +100,17 @@ def command(
     from lingbot_kernels.benchmarks.rows import RowFile
 
     found = Environment.collect(plan.device)
-    file = RowFile(found, "kernels", json_path, click.echo, format_row)
+    with blame("--json"):
+        file = RowFile(found, "kernels", json_path, click.echo, format_row)
     click.echo(
         f"{found.gpu} · driver {found.driver} · torch {found.torch} · CUDA {found.cuda} · triton {found.triton}"
         f" · commit {found.commit}"
     )
     green = KernelBench(plan, file.report).run()
-    file.close()
-    _conclude(file.rows, read(file.path, "--json"), plot_path, update_winners)
+    outputs = Outputs()
+    outputs.rows(file)
+    _conclude(file.rows, read(file.path, "--json"), plot_path, update_winners, outputs)
+    outputs.finish()
     if not green:
         click.echo("A gate is not green: see the rows above that have no times.", err=True)
         raise click.exceptions.Exit(1)
@@ -128,24 +133,26 @@ def _plan(
 
 
 def _conclude(
-    drawn: list[dict[str, Any]], known: list[dict[str, Any]], plot_path: Path | None, update_winners: bool
+    drawn: list[dict[str, Any]],
+    known: list[dict[str, Any]],
+    plot_path: Path | None,
+    update_winners: bool,
+    outputs: Outputs,
 ) -> None:
-    """Draw the rows of this run and update the winners from all that are known."""
+    """Draw the rows of this run and update the winners from all that are known; what fails, `outputs` says."""
     if plot_path is not None:
         from lingbot_kernels.benchmarks.kernels_plot import plot
 
         try:
-            plot(drawn, plot_path)
-        except ImportError as error:
-            raise click.ClickException(f"--plot needs matplotlib: install lingbot-kernels[plot] ({error})") from error
+            outputs.write("--plot", plot_path, lambda path: plot(drawn, path))
         except ValueError as error:
-            raise click.ClickException(f"--plot: {error}") from error
-        click.echo(f"plot: {plot_path}")
+            outputs.failures.append(f"--plot: {error}")
     if update_winners:
         from lingbot_kernels.benchmarks import winners
 
         try:
             table = winners.update(known)
-        except ValueError as error:
-            raise click.ClickException(f"--update-winners: {error}") from error
-        click.echo(f"winners: default {table.default}, {len(table.rules)} rules")
+        except (ValueError, OSError) as error:
+            outputs.failures.append(f"--update-winners: {error}")
+        else:
+            click.echo(f"winners: default {table.default}, {len(table.rules)} rules")

@@ -8,41 +8,44 @@ from pathlib import Path
 
 import click
 
-from lingbot_kernels.commands._click import output_path
-from lingbot_kernels.commands._options import PRECISIONS, Pixels
+from lingbot_kernels.commands._click import GroupedCommand, blame, list_option, option_group, output_path, require_plots
+from lingbot_kernels.commands._options import PRECISIONS
+from lingbot_kernels.commands._outputs import Outputs
+from lingbot_kernels.commands._types import Count, Device, Pixels
 from lingbot_kernels.config import PRESETS
 
+_bench = option_group("Bench")
+_output = option_group("Output")
 
-@click.command("model")
-@click.option(
+
+@click.command("model", cls=GroupedCommand)
+@_bench(
     "--preset",
     type=click.Choice(list(PRESETS)),
     default="lingbot-world-14b",
     show_default=True,
     help="Shape of the network, random weights.",
 )
-@click.option("--layers", type=click.IntRange(min=1), help="Blocks to really run.  [default: all]")
-@click.option("--height", type=Pixels(), default=464, show_default=True, help="Pixels of the video.")
-@click.option("--width", type=Pixels(), default=832, show_default=True, help="Pixels of the video.")
-@click.option("--chunks", type=click.IntRange(min=1), default=6, show_default=True, help="Steady chunks to time.")
-@click.option("--peer/--no-peer", default=True, show_default=True, help="Run FlashDreams' network as well.")
-@click.option("--compile", "compiled", is_flag=True, help="Also a step with torch.compile'd blocks; one GPU.")
-@click.option("--camera-cache/--no-camera-cache", default=True, show_default=True, help="Keep the camera modulation.")
-@click.option(
-    "--precision", "precisions", type=click.Choice(PRECISIONS), multiple=True, default=("bfloat16",), show_default=True,
-    help="Of the blocks' products; several are measured one after the other, in one process.",
+@_bench("--layers", type=Count(most=1000), help="Blocks to really run.  [default: all]")
+@_bench("--height", type=Pixels(), default=464, show_default=True, help="Pixels of the video.")
+@_bench("--width", type=Pixels(), default=832, show_default=True, help="Pixels of the video.")
+@_bench("--chunks", type=Count(most=10_000), default=6, show_default=True, help="Steady chunks to time.")
+@_bench("--peer/--no-peer", default=True, show_default=True, help="Run FlashDreams' network as well.")
+@_bench("--compile", "compiled", is_flag=True, help="Also a step with torch.compile'd blocks; one GPU.")
+@_bench("--camera-cache/--no-camera-cache", default=True, show_default=True, help="Keep the camera modulation.")
+@list_option("Bench")(
+    "--precision", "precisions", item=click.Choice(PRECISIONS), metavar="NAMES", default="bfloat16", show_default=True,
+    help="Of the blocks' products: bfloat16, int8, int8_qk; several are measured one after the other, in one process.",
 )  # fmt: skip
-@click.option("--residual-dtype", type=click.Choice(["bfloat16", "float32"]), help="Of the residual stream.")
-@click.option(
-    "--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Share the sequence over so many."
-)
-@click.option("--device", default="cuda", show_default=True, help="cuda or cuda:N.")
-@click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
+@_bench("--residual-dtype", type=click.Choice(["bfloat16", "float32"]), help="Of the residual stream.")
+@_bench("--gpus", type=Count(most=1024), default=1, show_default=True, help="Share the sequence over so many.")
+@_bench("--device", type=Device("cuda", "cuda:N"), default="cuda", show_default=True, help="cuda or cuda:N.")
+@_output(
+    "--json", "json_path", type=output_path(append=True),
     help="Append the rows here.  [default: bench/results/model-<gpu>.jsonl]",
 )  # fmt: skip
-@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture, a PNG.")
-@click.option(
+@_output("--plot", "plot_path", type=output_path(".png"), help="Write a picture, a PNG.")
+@_output(
     "--timeline", "timeline_path", type=output_path(".json"),
     help="Write floor and step, kernel by kernel, as JSON, and print a layer of both.",
 )  # fmt: skip
@@ -65,10 +68,6 @@ def command(
 ) -> None:
     """Measure a full-window rollout against the bare floor: the same products and attention, nothing else.
 
-    Denoise step, context update, chunk, first chunk, where a step's time goes, memory and how busy the GPU is; the
-    floor and, where it is installed, FlashDreams' network on the same weights run in the same process. The gate comes
-    first: two layers of this width against float64.
-
     \b
     Examples:
       lingbot-kernels bench model
@@ -77,7 +76,14 @@ def command(
       lingbot-kernels bench model --preset lingbot-world-1.3b --height 480
       lingbot-kernels bench model --precision bfloat16 --precision int8
       lingbot-kernels bench model --gpus 4
+
+    Denoise step, context update, chunk, first chunk, where a step's time goes, memory and how busy the GPU is; the
+    floor and, where it is installed, FlashDreams' network on the same weights run in the same process. The gate comes
+    first: two layers of this width against float64.
     """
+    if plot_path is not None:
+        require_plots()
+
     import torch
 
     from lingbot_kernels.parallel import launch
@@ -109,26 +115,37 @@ def command(
         for precision in precisions
     ]  # fmt: skip
     found = Environment.collect(torch.device("cuda"))
-    file = RowFile(found, "model", json_path, click.echo, format_forward)
+    with blame("--json"):
+        file = RowFile(found, "model", json_path, click.echo, format_forward)
     if launch.is_main():
         click.echo(f"{found.gpu} · torch {found.torch} · commit {found.commit}")
     with launch.process_group("cuda") as group:
         where = torch.device("cuda", torch.cuda.current_device())
         report = file.report if launch.is_main() else lambda row: None
-        green = True
+        green, timeline_error = True, None
         for plan in plans:
             if group is None:
-                green &= ModelBench(plan, where, report, click.echo).run()
+                bench = ModelBench(plan, where, report, click.echo)
+                green &= bench.run()
             else:
-                green &= ShardedModelBench(plan, where, report, click.echo).run_sharded(group)
+                bench = ShardedModelBench(plan, where, report, click.echo)
+                green &= bench.run_sharded(group)
+            timeline_error = bench.timeline_error
+            del bench
             free()
     if not launch.is_main():
         return
-    file.close()
+    outputs = Outputs()
+    outputs.rows(file)
+    if timeline_path is not None and timeline_error is not None:
+        outputs.failed("--timeline", timeline_path, timeline_error)
     if plot_path is not None:
         from lingbot_kernels.benchmarks.model_plot import plot
 
-        plot(file.rows, plot_path)
-        click.echo(f"plot: {plot_path}")
+        try:
+            outputs.write("--plot", plot_path, lambda path: plot(file.rows, path))
+        except ValueError as error:
+            outputs.failures.append(f"--plot: {error}")
+    outputs.finish()
     if not green:
         raise click.exceptions.Exit(1)

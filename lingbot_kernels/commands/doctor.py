@@ -19,14 +19,14 @@ _question = option_group("What to ask about")
 def command(dtype: str, as_json: bool) -> None:
     """Say what this machine has, which backend serves each op, and why the others can't.
 
-    The choice is that of `auto` (or of LINGBOT_KERNELS_BACKEND) at the 14B model's shapes, for CPU tensors, and for
-    CUDA tensors where there is a GPU. The JSON object has environment, dtype, requested (the backend asked for) and
-    ops: device type -> op -> backend, error, others (backend -> the reason why it can't serve, or null).
-
     \b
     Examples:
       lingbot-kernels doctor
       lingbot-kernels doctor --dtype float32 --json
+
+    The choice is that of `auto` (or of LINGBOT_KERNELS_BACKEND) at the 14B model's shapes, for CPU tensors, and for
+    CUDA tensors where there is a GPU. The JSON object has environment, dtype, requested (the backend asked for) and
+    ops: device type -> op -> backend, error, others (backend -> the reason why it can't serve, or null).
     """
     import torch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,8 @@ import click
 
 from lingbot_kernels.commands._click import GroupedCommand, blame, option_group, output_path
 from lingbot_kernels.commands._options import PRECISIONS
+from lingbot_kernels.commands._outputs import Outputs
+from lingbot_kernels.commands._types import MAX_PIXELS, Count, Device, Keys, Seed, Text
 
 if TYPE_CHECKING:
     from lingbot_kernels.components.video import VideoWriter
@@ -32,21 +33,21 @@ INTERRUPTED = 130  # exit code, as a shell reports Ctrl-C
 @click.command("generate", cls=GroupedCommand)
 @_world("--checkpoint", type=_FOLDER, required=True, help="Folder of a world model, official or diffusers layout.")
 @_world("--assets", type=_FOLDER, help="Another folder, for a text encoder, tokenizer or VAE that --checkpoint lacks.")
-@_world("--prompt", required=True, help="What the world is.")
+@_world("--prompt", type=Text(), required=True, help="What the world is.")
 @_world("--image", type=_FILE, help="Its first frame. [default: none]")
-@_world("--seed", type=int, default=0, show_default=True, help="Of the noise.")
-@_camera("--actions", help="Keys held, a latent frame each: 'w*6,w+l*3,.' (w a s d move, j l turn, i k look).")
+@_world("--seed", type=Seed(), default=0, show_default=True, help="Of the noise.")
+@_camera("--actions", type=Keys(), help="Keys held, a latent frame each: 'w*6,w+l*3,.' (wasd move, jl turn, ik look).")
 @_camera("--poses", type=_FILE, help=".npy [N, 4, 4], camera to world, one a pixel frame.")
 @_camera("--intrinsics", type=_FILE, help=".npy [N, 4] or [4]: fx, fy, cx, cy for an 832x480 image.")
-@_run("--chunks", type=click.IntRange(min=1), help="Chunks to make. [default: as long as the camera moves, else 8]")
-@_run("--height", type=click.IntRange(min=1), help="Of the video. [default: about 480x832 in the image's aspect]")
-@_run("--width", type=click.IntRange(min=1))
-@_run("--device", default=None, help="cuda, cuda:N or cpu. [default: the first GPU, else the CPU]")
+@_run("--chunks", type=Count(), help="Chunks to make. [default: as long as the camera moves, else 8]")
+@_run("--height", type=Count(most=MAX_PIXELS), help="Of the video. [default: about 480x832 in the image's aspect]")
+@_run("--width", type=Count(most=MAX_PIXELS))
+@_run("--device", type=Device(), help="cuda, cuda:N or cpu. [default: the first GPU, else the CPU]")
 @_run("--dtype", type=click.Choice(("bfloat16", "float16", "float32")), help="Of the transformer.")
 @_run("--precision", type=click.Choice(PRECISIONS), help="Of the transformer's products. [default: the checkpoint's]")
-@_run("--text-device", default=None, help="Of the text encoder. [default: --device]")
+@_run("--text-device", type=Device(), help="Of the text encoder. [default: --device]")
 @_output("--out", type=output_path(".mp4"), required=True, help="The video, an .mp4 file.")
-@_output("--fps", type=click.IntRange(min=1), default=16, show_default=True, help="Frames a second.")
+@_output("--fps", type=Count(most=1000), default=16, show_default=True, help="Frames a second.")
 @_output("--json", "json_path", type=output_path(), help="Write what was made, and the time each chunk took.")
 @_output("--quiet", is_flag=True, help="No progress bar.")
 def command(
@@ -62,12 +63,12 @@ def command(
 ) -> None:
     """Generate a video and write it while it is made: after each chunk its frames are in the file.
 
-    Ctrl-C ends it with the frames so far, and so does whatever else stops it: the file can be played.
-
     \b
     Examples:
       lingbot-kernels generate --checkpoint LingBot-World --image harbour.png --prompt 'a harbour at dawn' \\
           --actions 'w*9,w+l*6,.*3' --out world.mp4
+
+    Ctrl-C ends it with the frames so far, and so does whatever else stops it: the file can be played.
     """
     from lingbot_kernels.components.video import VideoWriter
 
@@ -87,14 +88,16 @@ def command(
         writer = VideoWriter(out, session.height, session.width, fps=fps, group=4 * frames)
     milliseconds: list[float] = []
     stopped = _write(session, steps, frames, total, writer, milliseconds, quiet)
+    outputs = Outputs()
     if json_path is not None:
         report = {
             "out": str(out), "frames": writer.frames, "width": session.width, "height": session.height, "fps": fps,
             "seed": seed, "device": str(pipeline.device), "stopped": stopped, "chunk_ms": milliseconds,
         }  # fmt: skip
-        json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        outputs.write_json("--json", json_path, report)
     video = f"{writer.frames} frames of {session.width}x{session.height}, {writer.frames / fps:.1f} s"
     click.echo(f"{out}: {video}{', stopped' if stopped else ''}")
+    outputs.finish()
     if stopped:
         raise SystemExit(INTERRUPTED)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import shutil
 import subprocess
 import sys
@@ -13,6 +13,8 @@ import click
 
 from lingbot_kernels.commands._click import GroupedCommand, option_group, output_path, require_plots
 from lingbot_kernels.commands._options import SessionOptions, session_options
+from lingbot_kernels.commands._outputs import Outputs
+from lingbot_kernels.commands._types import Count
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +29,8 @@ _output = option_group("Output")
 @click.argument("what", type=click.Choice(["rollout", "op"]))
 @click.argument("name", required=False)
 @_profile("--case", help="Of an op: a shape of `bench kernels`, such as s4524-d5120.  [default: the device's]")
-@_profile("--calls", type=click.IntRange(min=1), default=20, show_default=True, help="Of an op.")
-@_profile("--chunks", type=click.IntRange(min=1), default=1, show_default=True, help="Steady chunks of a rollout.")
+@_profile("--calls", type=Count(), default=20, show_default=True, help="Of an op.")
+@_profile("--chunks", type=Count(most=1000), default=1, show_default=True, help="Steady chunks of a rollout.")
 @_profile("--no-camera", is_flag=True, help="Of a rollout: without camera conditioning.")
 @_profile("--nsys/--no-nsys", default=None, help="Also run under Nsight Systems.  [default: on CUDA, where nsys is]")
 @_profile("--under-nsys", is_flag=True, hidden=True, help="The run that nsys records.")
@@ -55,16 +57,16 @@ def command(
 ) -> None:
     """Where the time of a steady chunk, or of one op, goes: a trace and a table.
 
-    A rollout first fills its window. Then its ranges (chunk, step, block, phase, op) are recorded by torch.profiler:
-    time of each phase, launches per block, how much of the time the GPU idles, bytes and TB/s of each op. Ranges inside
-    a replayed CUDA graph can't be seen, so the recorded chunks launch every kernel; the share in which the GPU idles is
-    measured with graphs as well.
-
     \b
     Examples:
       lingbot-kernels profile rollout --preset tiny --trace trace.json --plot profile.png
       lingbot-kernels profile rollout --preset lingbot-world-14b --height 464 --json profile.json
       lingbot-kernels profile op qk_norm_rope_kv_write --calls 50
+
+    A rollout first fills its window. Then its ranges (chunk, step, block, phase, op) are recorded by torch.profiler:
+    time of each phase, launches per block, how much of the time the GPU idles, bytes and TB/s of each op. Ranges inside
+    a replayed CUDA graph can't be seen, so the recorded chunks launch every kernel; the share in which the GPU idles is
+    measured with graphs as well.
     """
     session = SessionOptions.take(options)
     if (what == "op") != (name is not None):
@@ -94,20 +96,26 @@ def command(
         if under_nsys:
             profiling.record_for_nsys(subject)
             return
-        report = profiling.measure(subject, trace_path)
+        outputs = Outputs()
+        report = profiling.measure(subject, functools.partial(_keep_trace, outputs, trace_path))
     tables.print_profile(tables.console(), report)
-    click.echo(f"\ntrace: {trace_path} (open it in https://ui.perfetto.dev or chrome://tracing)")
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=2) + "\n")
-    if plot_path is not None:
-        plots.profile(report, plot_path)
+    if not outputs.failures:
+        click.echo("open the trace in https://ui.perfetto.dev or chrome://tracing")
+    outputs.write_json("--json", json_path, report)
+    outputs.write("--plot", plot_path, lambda file: plots.profile(report, file))
     if nsys_program is not None:
         output = trace_path.with_suffix(".nsys-rep")
         again = profiling.nsys_command(nsys_program, output, [*sys.argv[1:], "--under-nsys"])
         done = subprocess.run(again, check=False)
         if done.returncode != 0:
-            raise click.ClickException(f"nsys ended with exit code {done.returncode}")
-        click.echo(f"nsys: {output}")
+            outputs.failures.append(f"nsys ended with exit code {done.returncode}")
+        else:
+            click.echo(f"nsys: {output}")
+    outputs.finish()
+
+
+def _keep_trace(outputs: Outputs, path: Path, trace: Path) -> None:
+    outputs.write("--trace", path, lambda file: shutil.copyfile(trace, file))
 
 
 def _op(session: SessionOptions, name: str, case: str | None, calls: int, device: torch.device) -> Subject:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lingbot_kernels.commands._click import GroupedCommand, option_group, output_path, require_plots
+from lingbot_kernels.commands._click import GroupedCommand, list_option, option_group, output_path, require_plots
 from lingbot_kernels.commands._options import SessionOptions, session_options
+from lingbot_kernels.commands._outputs import Outputs
+from lingbot_kernels.commands._types import Count, Name, Number
 
 _quality = option_group("Quality")
 _output = option_group("Output")
 
 
 @click.command("quality", cls=GroupedCommand)
-@_quality("--chunks", type=click.IntRange(min=1), default=8, show_default=True, help="Chunks of each rollout.")
-@_quality("--min-psnr", type=float, help="dB that the worst chunk must have: says what to leave out for it.")
-@_quality(
+@_quality("--chunks", type=Count(most=10_000), default=8, show_default=True, help="Chunks of each rollout.")
+@_quality("--min-psnr", type=Number(), help="dB that the worst chunk must have: says what to leave out for it.")
+@list_option("Quality")(
     "--leave-out",
+    item=Name(),
     metavar="NAMES",
-    default="",
     help="Blocks or products that stay as they are: blocks.0,blocks.3.ffn_down.",
 )
 @_quality("--camera-products", is_flag=True, help="Judge the recipe that has the camera's four products in int8 too.")
@@ -31,7 +32,7 @@ _output = option_group("Output")
     type=click.Choice(["plain", "loud"]),
     help="Of a preset: plain, or loud as trained networks are. [default: loud]",
 )
-@_quality("--layers", type=click.IntRange(min=1), help="Of a preset: blocks to really run. [default: all]")
+@_quality("--layers", type=Count(most=1000), help="Of a preset: blocks to really run. [default: all]")
 @_quality(
     "--residual-dtype",
     type=click.Choice(["bfloat16", "float32"]),
@@ -49,14 +50,14 @@ _output = option_group("Output")
 @_output(
     "--rows",
     "rows_path",
-    type=output_path(".jsonl"),
+    type=output_path(".jsonl", append=True),
     help="Append a row for each rollout. [default: bench/results/quality-<gpu>.jsonl on a GPU, else none]",
 )
 @_output("--quiet", is_flag=True, help="Do not say what is under way.")
 def command(
     chunks: int,
     min_psnr: float | None,
-    leave_out: str,
+    leave_out: tuple[str, ...],
     camera_products: bool,
     weights: str | None,
     layers: int | None,
@@ -71,16 +72,16 @@ def command(
 ) -> None:
     """Say what int8 costs a network, and whether to use it.
 
-    A float32 rollout comes first. Then every chunk is denoised again after its clean chunks, in the network's own
-    dtype, in int8, in int8 without the rotation and in fp8, and compared with it: PSNR of the latents per chunk. Two
-    rollouts go on from their own chunks, which shows drift. Each product and each block alone in int8 says where the
-    error comes from. The exit code is 1 where int8 is advised against.
-
     \b
     Examples:
       lingbot-kernels quality --preset tiny
       lingbot-kernels quality --checkpoint LingBot-World --min-psnr 45 --json quality.json --plot quality.png
       lingbot-kernels quality --preset lingbot-world-14b --layers 4 --height 464 --weights plain
+
+    A float32 rollout comes first. Then every chunk is denoised again after its clean chunks, in the network's own
+    dtype, in int8, in int8 without the rotation and in fp8, and compared with it: PSNR of the latents per chunk. Two
+    rollouts go on from their own chunks, which shows drift. Each product and each block alone in int8 says where the
+    error comes from. The exit code is 1 where int8 is advised against.
     """
     session = SessionOptions.take(options)
     if session.checkpoint is not None and (weights is not None or layers is not None):
@@ -92,7 +93,7 @@ def command(
     from lingbot_kernels.benchmarks import quality, quality_report, tables
     from lingbot_kernels.benchmarks.environment import Environment
     from lingbot_kernels.benchmarks.random_weights import fill_weights
-    from lingbot_kernels.benchmarks.rows import append_rows, default_path
+    from lingbot_kernels.benchmarks.rows import default_path
     from lingbot_kernels.commands._click import blame
     from lingbot_kernels.commands.session import CameraOptions, chosen_backend, make_scene
     from lingbot_kernels.quantization import PRODUCTS, Int8Recipe
@@ -103,7 +104,7 @@ def command(
     with blame("--leave-out/--camera-products"):
         recipe = Int8Recipe(
             products=PRODUCTS if camera_products else PRODUCTS[:-1],
-            leave_out=tuple(name.strip() for name in leave_out.split(",") if name.strip()),
+            leave_out=leave_out,
         )
         recipe.check(scene.model.config.num_layers, scene.model.config.camera)
     if residual_dtype is not None:
@@ -118,15 +119,14 @@ def command(
         bench = quality.QualityBench(scene, plan, lambda text: notes.print(f"... {text}", highlight=False))
         report = bench.run()
     quality_report.print_quality(tables.console(), report)
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=2) + "\n")
-    if plot_path is not None:
-        quality_report.plot(report, plot_path)
+    outputs = Outputs()
+    outputs.write_json("--json", json_path, report)
+    outputs.write("--plot", plot_path, lambda file: quality_report.plot(report, file))
     environment = Environment.collect(scene.model.device)
     path = rows_path or (default_path(environment, "quality") if scene.model.device.type == "cuda" else None)
     if path is not None:
         fresh = [{**row, **dataclasses.asdict(environment)} for row in quality.bench_rows(report)]
-        append_rows(path, fresh)
-        click.echo(f"{len(fresh)} rows appended to {path}")
+        outputs.append_rows("--rows", path, fresh)
+    outputs.finish()
     if not report["good"]:
         raise click.exceptions.Exit(1)

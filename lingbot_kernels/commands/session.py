@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lingbot_kernels.benchmarks import backends
@@ -31,6 +31,7 @@ from lingbot_kernels.stages.schedule import Schedule
 
 DEFAULT_SIZE = (480, 832)
 TINY_SIZE = (128, 224)
+MAX_PROMPT_ROWS = 100_000  # read before they are refused: more than any text encoder gives
 
 
 def pick_device(name: str) -> torch.device:
@@ -184,10 +185,7 @@ def load_prompt(path: Path | None, model: CausalLingBotTransformer, seed: int) -
         return torch.randn(1, cfg.text_len, cfg.text_dim, generator=generator).to(model.device, model.dtype)
     with blame("--prompt-embeds", SafetensorError):
         if path.suffix == ".safetensors":
-            tensors = load_file(path)
-            if len(tensors) != 1 and "prompt_embeds" not in tensors:
-                raise ValueError(f"{path}: holds {', '.join(tensors) or 'nothing'}; must hold prompt_embeds")
-            embeds = tensors.get("prompt_embeds", next(iter(tensors.values())))
+            embeds = _read_prompt(path, MAX_PROMPT_ROWS * cfg.text_dim)
         elif path.suffix == ".npy":
             embeds = torch.from_numpy(load_array(path))
         else:
@@ -200,6 +198,23 @@ def load_prompt(path: Path | None, model: CausalLingBotTransformer, seed: int) -
                 f"must be floats [1, L, {cfg.text_dim}] with L from 1 to {cfg.text_len}"
             )
     return embeds.to(model.device, model.dtype)
+
+
+def _read_prompt(path: Path, most: int) -> Tensor:
+    """The one tensor of a safetensors file, or the one named prompt_embeds, of at most `most` values: from the header
+    it is known what would be read.
+    """
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        if len(names) != 1 and "prompt_embeds" not in names:
+            shown = ", ".join(names[:9]) + (f" and {len(names) - 9} more" if len(names) > 9 else "")
+            raise ValueError(f"{path}: holds {shown or 'nothing'}; must hold prompt_embeds")
+        name = names[0] if len(names) == 1 else "prompt_embeds"
+        shape = file.get_slice(name).get_shape()
+        if math.prod(shape) > most:
+            raise ValueError(f"{path}: holds {shape}, must hold at most {most} values")
+        found: Tensor = file.get_tensor(name)
+    return found
 
 
 def make_camera(options: CameraOptions, cfg: LingBotConfig, num_frames: int) -> CameraPath | None:
