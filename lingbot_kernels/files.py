@@ -50,7 +50,7 @@ def check_output(path: Path, *, append: bool = False, nbytes: int = 0) -> None:
     """Refuse a file that can't be written, before the work whose result it is to hold; leaves nothing behind.
 
     Args:
-        append: whether the file is to grow, rather than to be replaced.
+        append: whether the file is to grow, rather than to be replaced; folders that it lacks are then made with it.
         nbytes: what will be written, where that is known.
 
     Raises:
@@ -67,9 +67,13 @@ def check_output(path: Path, *, append: bool = False, nbytes: int = 0) -> None:
             target.check_device()
             return
         folder = target.path.parent
+        while append and not folder.exists():
+            folder = folder.parent
         if not folder.is_dir():
             raise ValueError(f"{path}: the folder {folder} {'is none' if folder.exists() else 'does not exist'}")
-        if append or not target.folder_takes_files():
+        if folder != target.path.parent:
+            _Target(folder / target.path.name, None, False).try_to_open()
+        elif append or not target.folder_takes_files():
             target.try_to_open()
         free = shutil.disk_usage(folder).free
     except OSError as error:
@@ -116,7 +120,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append to a file, which is made where there is none: all of the text, or nothing.
+    """Append to a file, which is made with its folders where there is none: all of the text, or nothing.
 
     Raises:
         OSError: it can't be written.
@@ -125,6 +129,7 @@ def append_text(path: Path, text: str) -> None:
         write_text(path, text)
         return
     left = memoryview(text.encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
         before = os.fstat(file.fileno())
         try:

@@ -64,6 +64,7 @@ def plot(rows: Iterable[dict[str, Any]], path: Path) -> None:
         f" · commit {newest['commit']}",
         fontsize=10,
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -81,7 +81,6 @@ def _rounded(value: Any) -> Any:
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append to a JSON-lines file, which is made where there is none: all of the rows, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     append_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
@@ -163,8 +162,6 @@ class RowFile:
         self.error: OSError | None = None
         self._missing: list[dict[str, Any]] = []
         self._environment, self._say, self._line, self._more = environment, say, line, more
-        if path is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
         check_output(self.path, append=True)
 
     def report(self, row: Row) -> None:
