@@ -70,7 +70,8 @@ def check_output(path: Path, *, append: bool = False, nbytes: int = 0) -> None:
         while append and not folder.exists():
             folder = folder.parent
         if not folder.is_dir():
-            raise ValueError(f"{path}: the folder {folder} {'is none' if folder.exists() else 'does not exist'}")
+            missing = folder if path.parent.exists() else path.parent  # as it was given, unless a link leads elsewhere
+            raise ValueError(f"{path}: the folder {missing} {'is none' if folder.exists() else 'does not exist'}")
         if folder != target.path.parent:
             _Target(folder / target.path.name, None, False).try_to_open()
         elif append or not target.folder_takes_files():
@@ -183,7 +184,7 @@ class _Target:
 
     def beside(self) -> Path:
         """A new name in the same folder, of the same suffix and never too long."""
-        return self.path.with_name(f".{self.path.stem[:20]}-{secrets.token_hex(4)}.part{self.path.suffix}")
+        return self.path.with_name(f".part-{secrets.token_hex(4)}-{self.path.stem[:20]}{self.path.suffix}")
 
     def folder_takes_files(self) -> bool:
         """Tried, not asked: an answer about permissions knows neither read-only nor made-up file systems."""

@@ -18,22 +18,28 @@ from lingbot_kernels.commands._outputs import OutputPath, check_distinct
 class UsageLine(click.UsageError):
     """A usage error in one line, which ends with where to look."""
 
-    def __init__(self, error: click.UsageError) -> None:
+    def __init__(self, error: click.UsageError, command: str) -> None:
         super().__init__(error.format_message(), error.ctx)
+        self.command = command
 
     def show(self, file: IO[Any] | None = None) -> None:
-        where = "" if self.ctx is None else f" See {self.ctx.command_path} --help."
-        click.echo(f"Error: {' '.join(self.message.split())}{where}", file=file or sys.stderr)
+        text = f"Error: {' '.join(self.message.split())} See {self.command} --help."
+        click.echo(text, file=file or sys.stderr, err=True)
 
 
 @contextlib.contextmanager
-def _in_one_line() -> Iterator[None]:
+def _in_one_line(command: str) -> Iterator[None]:
+    """Turn usage errors into a `UsageLine`; `command` is the one at fault where the error doesn't say."""
     try:
         yield
     except (UsageLine, click.exceptions.NoArgsIsHelpError):
         raise
     except click.UsageError as error:
-        raise UsageLine(error) from error
+        raise UsageLine(error, command if error.ctx is None else error.ctx.command_path) from error
+
+
+def _path(name: str | None, parent: click.Context | None) -> str:
+    return " ".join(word for word in (parent and parent.command_path, name) if word)
 
 
 class LazyGroup(click.Group):
@@ -47,12 +53,14 @@ class LazyGroup(click.Group):
         super().__init__(*arguments, **options)
         self.table = table
 
-    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
-        with _in_one_line():
-            return super().make_context(*arguments, **options)
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with _in_one_line(_path(info_name, parent)):
+            return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _in_one_line():
+        with _in_one_line(ctx.command_path):
             return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -112,6 +120,12 @@ class GroupedCommand(click.Command):
     name one file are refused where either is an output. What can't fit in memory is said in a line, with exit code 1.
     """
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with _in_one_line(_path(info_name, parent)):
+            return super().make_context(info_name, args, parent, **extra)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
@@ -120,7 +134,8 @@ class GroupedCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _in_one_line(ctx.command_path):
+                return super().invoke(ctx)
         except MemoryError as error:
             raise click.ClickException(str(error) or "out of memory") from error
 

@@ -97,7 +97,7 @@ class Device(click.ParamType):
         self.kinds = kinds or ("auto", "cpu", "cuda", "cuda:N")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value not in self.kinds and not ("cuda:N" in self.kinds and re.fullmatch(r"cuda:\d{1,3}", value)):
+        if value not in self.kinds and not ("cuda:N" in self.kinds and re.fullmatch(r"cuda:(0|[1-9]\d{0,2})", value)):
             self.fail(f"{value!r} must be {', '.join(self.kinds[:-1])} or {self.kinds[-1]}.", param, ctx)
         return str(value)
 

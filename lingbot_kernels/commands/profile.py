@@ -14,7 +14,7 @@ import click
 from lingbot_kernels.commands._click import GroupedCommand, option_group, output_path, require_plots
 from lingbot_kernels.commands._options import SessionOptions, session_options
 from lingbot_kernels.commands._outputs import Outputs
-from lingbot_kernels.commands._types import Count
+from lingbot_kernels.commands._types import Count, Name
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,12 @@ _output = option_group("Output")
 @click.command("profile", cls=GroupedCommand)
 @click.argument("what", type=click.Choice(["rollout", "op"]))
 @click.argument("name", required=False)
-@_profile("--case", help="Of an op: a shape of `bench kernels`, such as s4524-d5120.  [default: the device's]")
+@_profile(
+    "--case",
+    type=Name(),
+    metavar="NAME",
+    help="Of an op: a shape of `bench kernels`, such as s4524-d5120.  [default: the device's]",
+)
 @_profile("--calls", type=Count(), default=20, show_default=True, help="Of an op.")
 @_profile("--chunks", type=Count(most=1000), default=1, show_default=True, help="Steady chunks of a rollout.")
 @_profile("--no-camera", is_flag=True, help="Of a rollout: without camera conditioning.")

@@ -23,7 +23,7 @@ from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.models.camera import CELL, CameraStream, CameraTrajectory, example_trajectory
 from lingbot_kernels.models.checkpoint import infer_config
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
-from lingbot_kernels.models.poses import load_array
+from lingbot_kernels.models.poses import MAX_ARRAY_BYTES, load_array
 from lingbot_kernels.ops import BackendUnavailable, use_backend
 from lingbot_kernels.ops._dispatch import requested_backend
 from lingbot_kernels.quantization import recipe_of
@@ -204,6 +204,8 @@ def _read_prompt(path: Path, most: int) -> Tensor:
     """The one tensor of a safetensors file, or the one named prompt_embeds, of at most `most` values: from the header
     it is known what would be read.
     """
+    if (size := path.stat().st_size) > MAX_ARRAY_BYTES:
+        raise ValueError(f"{path}: has {size} bytes, must have at most {MAX_ARRAY_BYTES}")
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
         if len(names) != 1 and "prompt_embeds" not in names:
