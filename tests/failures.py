@@ -28,14 +28,14 @@ class Interrupt:
 
     HANDING_OUT = ("attempt", "denoise_chunk", "marked", "_causal_forward")
 
-    def __init__(self, at: int, error: type[BaseException]) -> None:
-        self.at, self.error, self.seen = at, error, 0
+    def __init__(self, at: int, error: type[BaseException], tested: Any = None) -> None:
+        self.at, self.error, self.seen, self.tested = at, error, 0, getattr(tested, "__code__", None)
 
     def __call__(self, frame: Any, event: str, _: object) -> None:
         code = frame.f_code
         if not code.co_filename.startswith(_PACKAGE) or event not in ("call", "return"):
             return
-        if event == "return" and code.co_name in self.HANDING_OUT:
+        if event == "return" and (code.co_name in self.HANDING_OUT or code is self.tested):
             return
         self.seen += 1
         if self.seen > self.at:
