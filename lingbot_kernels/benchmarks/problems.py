@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lingbot_kernels import ops, reference
+from lingbot_kernels.benchmarks.frame_problems import frame_problems
 from lingbot_kernels.benchmarks.int8_problems import norm_problems, product_problems, rotate_problems
 from lingbot_kernels.benchmarks.kernel_cases import SINK_FRAMES, WINDOW_FRAMES, KernelCase
 from lingbot_kernels.benchmarks.problem import (
@@ -296,4 +297,5 @@ def problems(case: KernelCase, dtype: torch.dtype = torch.bfloat16) -> Iterator[
         yield from norm_problems(case, dtype, residual)
     yield from rotate_problems(case, dtype)
     yield from product_problems(case, dtype)
+    yield from frame_problems(case, dtype)
     yield from _library_problems(case, dtype)

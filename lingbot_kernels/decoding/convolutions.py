@@ -76,6 +76,7 @@ class CausalConv:
         if self.form == "stacked":
             return conv2d(ring.flatten(2), weight, 1)
         y = F.conv3d(ring.permute(3, 0, 1, 2).unsqueeze(0), weight, padding=(0, 1, 1))
+        y = y.contiguous(memory_format=torch.channels_last_3d)  # it is, but on a CPU
         return y[0, :, 0].permute(1, 2, 0)
 
 
@@ -186,4 +187,5 @@ def vector(parameter: Tensor, dtype: torch.dtype, device: torch.device) -> Tenso
 def conv2d(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     """x [H, W, I], contiguous -> [H', W', O], contiguous: a convolution in channels-last layout."""
     y = F.conv2d(x.permute(2, 0, 1).unsqueeze(0), weight, padding=padding)
+    y = y.contiguous(memory_format=torch.channels_last)  # as all libraries leave it that take the input so
     return y[0].permute(1, 2, 0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lingbot_kernels.decoding.columns import Columns, stage_columns
 from lingbot_kernels.decoding.convolutions import CausalConv, SpatialUpsample, TapsOut, TemporalUpsample, vector
-from lingbot_kernels.decoding.passes import frame_norm_silu
+from lingbot_kernels.ops import frame_norm_silu
 
 
 @dataclass
@@ -60,8 +60,9 @@ class Sum:
         if stream is None and keep is not None:
             stream = self.y.new_empty(*self.size, self.bias.shape[0], dtype=keep)
         frame_norm_silu(
-            self.y, self.bias, self.shortcut, stream, gamma, act, add_stream=add, silu=silu, parities=self.upsampled
-        )
+            self.y, self.bias, act=act, gamma=gamma, residual=self.shortcut, stream=stream, add_stream=add, silu=silu,
+            parities=self.upsampled,
+        )  # fmt: skip
         return stream
 
 

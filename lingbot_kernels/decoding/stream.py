@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels.decoding.columns import Columns
-from lingbot_kernels.decoding.passes import frame_pixels
+from lingbot_kernels.ops import frame_pixels
 
 if TYPE_CHECKING:
     from lingbot_kernels.decoding.decoder import StreamingDecoder

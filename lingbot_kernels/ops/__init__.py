@@ -5,6 +5,8 @@ Tensors are token-major: x [B, S, D] with the heads inside D; K/V caches are [B,
 
 from lingbot_kernels.ops._dispatch import BACKENDS, BackendUnavailable, use_backend
 from lingbot_kernels.ops.attention_output_push import attention_output_push
+from lingbot_kernels.ops.frame_norm_silu import frame_norm_silu
+from lingbot_kernels.ops.frame_pixels import frame_pixels
 from lingbot_kernels.ops.gated_residual import gated_residual
 from lingbot_kernels.ops.gated_residual_camera_norm import gated_residual_camera_norm
 from lingbot_kernels.ops.gated_residual_camera_norm_quantize import gated_residual_camera_norm_quantize
@@ -31,6 +33,8 @@ __all__ = [
     "BackendUnavailable",
     "RingPosition",
     "attention_output_push",
+    "frame_norm_silu",
+    "frame_pixels",
     "gated_residual",
     "gated_residual_camera_norm",
     "gated_residual_camera_norm_quantize",

@@ -37,6 +37,10 @@ class OpHomes:
 
 _PACKED = "one launch writes to a list of tensors, which Triton can't take; its exchange is the packed one"
 _LIBRARY = "left to a library, which is better at it"
+_FRAME = {
+    "cuda": "Triton's pass runs at the bandwidth of memory, between convolutions of cuDNN",
+    "cpu": "on a CPU the convolutions beside it take all the time",
+}
 OPS: dict[str, OpHomes] = {
     op.name: op
     for op in (
@@ -58,6 +62,8 @@ OPS: dict[str, OpHomes] = {
         OpHomes("residual_norm_modulate_quantize"),
         OpHomes("gated_residual_camera_norm_quantize"),
         OpHomes("int8_linear", {"cuda": "Triton's product is served here: 1.0 to 1.3 PFLOP/s on an H100"}),
+        OpHomes("frame_norm_silu", _FRAME),
+        OpHomes("frame_pixels", _FRAME),
         OpHomes("windowed_attention", dict.fromkeys(("cuda", "triton", "cpu"), f"attention is {_LIBRARY}")),
         OpHomes("linear_gelu", dict.fromkeys(("cuda", "triton", "cpu"), f"matrix products are {_LIBRARY}")),
     )
