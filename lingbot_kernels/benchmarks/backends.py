@@ -1,19 +1,24 @@
-"""Which backend serves each op here, and why the others can't: the ops' own dispatch, asked without running them."""
+"""Which backend serves each op here, and why the others can't: the ops' own dispatch, asked without running them; and
+what networks take, told from their shapes."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lingbot_kernels.config import LingBotConfig
+from lingbot_kernels.config import PRESETS, LingBotConfig
+from lingbot_kernels.models.checkpoint import infer_config, stored_recipe
 from lingbot_kernels.ops import BackendUnavailable, _dispatch
 from lingbot_kernels.ops.windowed_attention import LIBRARIES, resolve_library
 from lingbot_kernels.ops.windowed_attention import why_not as attention_why_not
 from lingbot_kernels.quantization import Int8Recipe
+from lingbot_kernels.realtime.memory import session_memory, weights_memory
 
 # Matrix products are torch's own: cuBLAS(Lt) on CUDA, oneDNN or MKL on the CPU.
 _MATRIX_PRODUCTS = "torch"
+GRID_480P = (30, 52)  # rows and columns of tokens of a frame of 480x832 pixels
 
 
 def _chosen(op: str, device_type: str, dtype: torch.dtype, tokens: int, dim: int, head_dim: int) -> str:
@@ -66,4 +71,35 @@ def survey(device_type: str, dtype: torch.dtype, tokens: int = 4680, dim: int = 
             others = {name: _dispatch.why_not(op, name, device_type, dtype) for name in _dispatch.BACKENDS}
         row["others"] = {name: reason for name, reason in others.items() if name != row["backend"]}
         rows[op] = row
+    return rows
+
+
+def needs(cfg: LingBotConfig, dtype: torch.dtype, recipe: Int8Recipe | None) -> dict[str, Any]:
+    """What a network takes: precision, the products that run in int8 and what of it is left out, and bytes of the
+    weights and of a session at 480x832 with a camera.
+    """
+    session = session_memory(cfg, GRID_480P, dtype, camera=cfg.camera, recipe=recipe)
+    return {
+        "precision": str(dtype).removeprefix("torch.") if recipe is None else recipe.precision,
+        "int8_products": [] if recipe is None else list(recipe.products),
+        "left_out": [] if recipe is None else list(recipe.leave_out),
+        "weights": weights_memory(cfg, dtype, recipe).total,
+        "session": session.total,
+    }
+
+
+def networks(dtype: torch.dtype, checkpoint: Path | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Of each large preset what it takes as it is and in int8; of a checkpoint, by its folder's name, what it takes as
+    it is stored.
+
+    Raises:
+        CheckpointError, ValueError: the checkpoint can't be read.
+    """
+    rows = {
+        name: [needs(LingBotConfig.preset(name), dtype, recipe) for recipe in (None, Int8Recipe())]
+        for name in PRESETS
+        if name != "tiny"
+    }
+    if checkpoint is not None:
+        rows[checkpoint.name or str(checkpoint)] = [needs(infer_config(checkpoint), dtype, stored_recipe(checkpoint))]
     return rows

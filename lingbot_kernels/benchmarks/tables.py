@@ -130,6 +130,20 @@ def print_doctor(console: Console, report: dict[str, Any]) -> None:
             where = f"{len(ops)} ops" if len(ops) > 2 else ", ".join(ops)
             console.print(f"  {name} ({where}): {reason}", highlight=False, soft_wrap=True, markup=False)
 
+    console.print()
+    table = _table(
+        "What networks take, GiB; sessions of 480x832", "network", "precision", "weights", "session", "in int8"
+    )
+    table.columns[1].justify = table.columns[4].justify = "left"
+    for name, variants in report["networks"].items():
+        for row in variants:
+            products = ", ".join(row["int8_products"]) + (
+                f" but {', '.join(row['left_out'])}" if row["left_out"] else ""
+            )
+            sizes = (f"{row[part] / 2**30:.1f}" for part in ("weights", "session"))
+            table.add_row(name, row["precision"], *sizes, products)
+    console.print(table, highlight=False)
+
 
 def _environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     core = found["core"]

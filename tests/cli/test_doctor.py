@@ -90,3 +90,22 @@ def test_bytes_text(count, text):
 def test_attention_reasons_come_from_the_attention_op():
     module = sys.modules["lingbot_kernels.ops.windowed_attention"]
     assert callable(windowed_attention) and module.why_not("cudnn", "cpu", torch.bfloat16, 128) is not None
+
+
+def test_it_says_what_networks_take(invoke, tmp_path):
+    from lingbot_kernels import CausalLingBotTransformer, Int8Recipe, LingBotConfig
+
+    model = CausalLingBotTransformer(LingBotConfig.preset("tiny"), dtype=torch.bfloat16)
+    model.quantize(Int8Recipe(products=("qkv", "ffn_up"), leave_out=("blocks.1",)))
+    folder = tmp_path / "world"
+    model.save_pretrained(folder)
+    found = json.loads(invoke("doctor", "--checkpoint", str(folder), "--json").output)["networks"]
+    (row,) = found["world"]
+    assert (row["precision"], row["int8_products"], row["left_out"]) == ("int8", ["qkv", "ffn_up"], ["blocks.1"])
+    assert row["weights"] == sum(x.nbytes for x in model.parameters())
+    plain, int8 = found["lingbot-world-14b"]
+    assert int8["weights"] < 0.7 * plain["weights"] and int8["precision"] == "int8"
+    text = " ".join(invoke("doctor", "--checkpoint", str(folder)).output.split())
+    assert "qkv, ffn_up but blocks.1" in text and "lingbot-world-14b bfloat16 34.5" in text
+    (folder / "config.json").write_text("{")
+    assert "config.json" in invoke("doctor", "--checkpoint", str(folder), code=2).output
