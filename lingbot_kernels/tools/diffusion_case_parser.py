@@ -19,32 +19,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING or __package__:
     from ._case_parser import cli, planning, results
     from ._case_parser.planning import DEFAULT_EST_TIME_SECONDS, STARTUP_OVERHEAD_SECONDS, load_baselines
-    from ._case_parser.visitor import CaseVisitor
+    from ._case_parser.visitor import CASE_LIST_TO_SUITE, DiffusionTestCaseVisitor
 else:  # run or loaded by path: the package of its parts lies beside this file
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     try:
         from _case_parser import cli, planning, results
         from _case_parser.planning import DEFAULT_EST_TIME_SECONDS, STARTUP_OVERHEAD_SECONDS, load_baselines
-        from _case_parser.visitor import CaseVisitor
+        from _case_parser.visitor import CASE_LIST_TO_SUITE, DiffusionTestCaseVisitor
     finally:
         sys.path.pop(0)
     sys.modules.setdefault(__name__, sys.modules["_case_parser"])  # dataclasses look their module up by name
 
-CASE_LIST_TO_SUITE = {
-    "ONE_GPU_CASES": "1-gpu",
-    "ONE_GPU_CASES_A": "1-gpu",
-    "ONE_GPU_CASES_B": "1-gpu",
-    "ONE_GPU_CASES_C": "1-gpu-b200",
-    "ONE_GPU_MODELOPT_CASES": "1-gpu-b200",
-    "ONE_GPU_B200_CASES": "1-gpu-b200",
-    "TWO_GPU_CASES": "2-gpu",
-    "TWO_GPU_CASES_A": "2-gpu",
-    "TWO_GPU_CASES_B": "2-gpu",
-}
-"""List variable -> suite; the order of the lists is the order of a suite's cases."""
-
-CASE_CLASS = "DiffusionTestCase"
-ID_PARAM = "id"
+CASE_CLASS = results.Options.case_class
+ID_PARAM = results.Options.id_param
 BASELINE_REL_PATH = "python/sglang/multimodal_gen/test/server/perf_baselines.json"
 RUN_SUITE_REL_PATH = "python/sglang/multimodal_gen/test/run_suite.py"
 
@@ -73,25 +60,6 @@ class DiffusionSuiteInfo:
     missing_standalone_estimates: list[str]
 
 
-class DiffusionTestCaseVisitor(CaseVisitor):
-    """The second reader: visits the tree of a config and runs nothing; afterwards `cases` has the ids by list.
-
-    It knows literal lists, ``append``, ``extend`` and ``+=`` of a case or of a factory's case with a constant id;
-    `unresolved` has what it can't read.
-    """
-
-    def __init__(
-        self,
-        config_path: Path | None = None,
-        *,
-        list_to_suite: Mapping[str, str] | None = None,
-        case_class: str = CASE_CLASS,
-        id_param: str = ID_PARAM,
-        source: str = "",
-    ) -> None:
-        super().__init__(config_path, list_to_suite or CASE_LIST_TO_SUITE, case_class, id_param, source)
-
-
 def resolve_case_config_path(repo_root: Path, run_suite_path: Path) -> Path:
     """The file from which the run-suite file imports ``ONE_GPU_CASES`` and ``TWO_GPU_CASES``, below `repo_root`.
 
@@ -110,13 +78,13 @@ def resolve_case_config_path(repo_root: Path, run_suite_path: Path) -> Path:
             for alias in node.names:
                 if alias.name in ("ONE_GPU_CASES", "TWO_GPU_CASES"):
                     found[alias.name] = (node.level, node.module or "")
+    names = ", ".join(f"{name} from {'.' * level}{module}" for name, (level, module) in sorted(found.items()))
     if len(found) < 2:
         raise RuntimeError(
-            f"{run_suite_path} must import both ONE_GPU_CASES and TWO_GPU_CASES, imports {sorted(found)}"
+            f"{run_suite_path} must import both ONE_GPU_CASES and TWO_GPU_CASES, imports {names or None}"
         )
     if len(set(found.values())) > 1:
-        shown = ", ".join(f"{name} from {'.' * level}{module}" for name, (level, module) in sorted(found.items()))
-        raise RuntimeError(f"{run_suite_path} must import both lists from one module, imports {shown}")
+        raise RuntimeError(f"{run_suite_path} must import both lists from one module, imports {names}")
     level, module = found["ONE_GPU_CASES"]
     relative = Path(*module.split(".")) if module else Path("__init__")
     if level:
@@ -144,7 +112,7 @@ def parse_testcase_configs(config_path: Path) -> dict[str, list[str]]:
 def parse_run_suite_standalone_data(run_suite_path: Path) -> tuple[dict[str, list[str]], dict[str, dict[str, float]]]:
     """Standalone files of a run-suite file, suite -> files, and their estimates, suite -> file -> seconds."""
     try:
-        data = results.parse_standalone(Path(run_suite_path), _OPTIONS)
+        data = results.parse_standalone(Path(run_suite_path), results.Options())
     except results.SourceError as e:
         raise SyntaxError(e.reason, (str(run_suite_path), e.line, e.column, e.source)) from None
     _warn(data.unresolved)
@@ -176,11 +144,8 @@ def collect_diffusion_suites(
     return suites
 
 
-_OPTIONS = results.Options(case_class=CASE_CLASS, id_param=ID_PARAM)
-
-
 def _parse(path: Path) -> results.ParsedConfig:
-    parsed = results.parse_config(path, CASE_LIST_TO_SUITE, _OPTIONS)
+    parsed = results.parse_config(path, CASE_LIST_TO_SUITE, results.Options())
     if not parsed.readable:
         u = parsed.unresolved[0]
         raise SyntaxError(u.reason, (u.file, u.line, u.column, u.source))
@@ -200,23 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 __all__ = [
-    "BASELINE_REL_PATH",
-    "CASE_LIST_TO_SUITE",
     "DEFAULT_EST_TIME_SECONDS",
-    "RUN_SUITE_REL_PATH",
     "STARTUP_OVERHEAD_SECONDS",
-    "DiffusionCaseInfo",
-    "DiffusionSuiteInfo",
     "DiffusionTestCaseVisitor",
-    "UnresolvedCaseWarning",
-    "collect_diffusion_suites",
-    "get_case_est_time",
     "load_baselines",
-    "main",
-    "parse_run_suite_standalone_data",
-    "parse_testcase_configs",
     "planning",
-    "resolve_case_config_path",
 ]
 
 if __name__ == "__main__":

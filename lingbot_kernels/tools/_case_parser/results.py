@@ -183,14 +183,15 @@ def parse_config(
     run: Callable[[dict[str, Any]], dict[str, Any]] = run_child,
 ) -> ParsedConfig:
     """Read a config by both readers. An unreadable one gives no cases and says why; a missing one raises `OSError`."""
-    from .visitor import CaseVisitor
+    from .visitor import DiffusionTestCaseVisitor
 
     try:
         tree, text = read_tree(path)
     except SourceError as e:
         reason = Unresolved(str(path), e.line, e.column, e.source, e.reason)
         return ParsedConfig(suites={s: [] for s in list_to_suite.values()}, unresolved=[reason], readable=False)
-    visitor = CaseVisitor(path, list_to_suite, options.case_class, options.id_param, text)
+    names: Any = {"case_class": options.case_class, "id_param": options.id_param}
+    visitor = DiffusionTestCaseVisitor(path, list_to_suite=list_to_suite, source=text, **names)
     visitor.visit(tree)
     if options.static:
         return visitor.config()

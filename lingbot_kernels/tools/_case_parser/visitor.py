@@ -11,8 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .results import Duplicate, ParsedCase, ParsedConfig, Unresolved
+from .results import Duplicate, Options, ParsedCase, ParsedConfig, Unresolved
 
+CASE_LIST_TO_SUITE = {
+    "ONE_GPU_CASES": "1-gpu",
+    "ONE_GPU_CASES_A": "1-gpu",
+    "ONE_GPU_CASES_B": "1-gpu",
+    "ONE_GPU_CASES_C": "1-gpu-b200",
+    "ONE_GPU_MODELOPT_CASES": "1-gpu-b200",
+    "ONE_GPU_B200_CASES": "1-gpu-b200",
+    "TWO_GPU_CASES": "2-gpu",
+    "TWO_GPU_CASES_A": "2-gpu",
+    "TWO_GPU_CASES_B": "2-gpu",
+}
+"""List variable -> suite; the order of the lists is the order of a suite's cases."""
 _REFLECTION = {"exec", "eval", "globals", "setattr", "vars", "modules", "__import__", "import_module"}
 
 
@@ -31,13 +43,23 @@ class _NotConstant(Exception):
     """An expression that this reader doesn't work out."""
 
 
-class CaseVisitor(ast.NodeVisitor):
-    """Visits a config's tree; afterwards `cases` has the ids by list, `unresolved` what it can't read."""
+class DiffusionTestCaseVisitor(ast.NodeVisitor):
+    """Visits a config's tree; afterwards `cases` has the ids by list, `unresolved` what it can't read.
+
+    It knows literal lists, ``append``, ``extend`` and ``+=`` of a case or of a factory's case with a constant id.
+    """
 
     def __init__(
-        self, config_path: Path | None, list_to_suite: Mapping[str, str], case_class: str, id_param: str, source: str
+        self,
+        config_path: Path | None = None,
+        *,
+        list_to_suite: Mapping[str, str] | None = None,
+        case_class: str = Options.case_class,
+        id_param: str = Options.id_param,
+        source: str = "",
     ) -> None:
-        self.config_path, self.list_to_suite, self.id_param = config_path, dict(list_to_suite), id_param
+        self.config_path, self.id_param = config_path, id_param
+        self.list_to_suite = dict(list_to_suite or CASE_LIST_TO_SUITE)
         self.lines = source.splitlines()
         self.found: list[Found] = []
         self._entries: dict[str, list[Found]] = {}
