@@ -112,13 +112,14 @@ def test_reading_inside_the_scope_is_real_and_elsewhere_unknown(tmp_path: Path) 
         HEAD + "import json, pathlib\nhere = pathlib.Path(__file__).parent\n"
         "ONE_GPU_CASES += [C(i) for i in json.loads((here / 'ids.json').read_text())]\n"
         "with open(here / 'ids.json') as f:\n    ONE_GPU_CASES += [C(i + '2') for i in json.load(f)]\n"
+        "if not (here.is_dir() and here.exists() and (here / 'ids.json').is_file()): ONE_GPU_CASES.clear()\n"
         "if pathlib.Path('/etc/passwd').exists():\n    ONE_GPU_CASES.append(C('machine'))\n"
     )
     out = run(config)
     assert out.returncode == 0
     for case_id in ("x", "y", "x2", "y2"):
         assert f"  {case_id}  [ONE_GPU_CASES" in out.stdout
-    assert "machine  [ONE_GPU_CASES, line 9, 300 s]  if Path.exists('/etc/passwd')" in out.stdout
+    assert "machine  [ONE_GPU_CASES, line 10, 300 s]  if Path.exists('/etc/passwd')" in out.stdout
 
 
 def test_static_runs_nothing(tmp_path: Path) -> None:

@@ -315,9 +315,9 @@ def in_scope(real: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def patch_paths() -> None:
-    for name in ("exists", "is_file", "is_dir", "read_text", "read_bytes", "open"):
+    for name in ("exists", "is_file", "is_dir", "read_text", "read_bytes", "open", "stat", "lstat"):
         setattr(Path, name, in_scope(getattr(Path, name), f"Path.{name}"))
-    for name in ("iterdir", "glob", "rglob", "walk", "stat", "lstat", "expanduser"):
+    for name in ("iterdir", "glob", "rglob", "walk", "expanduser"):
         setattr(
             Path, name, lambda self, *a, _n=name: Unknown(f"Path({str(self)!r}).{_n}({arguments(a, {})})", _MACHINE)
         )

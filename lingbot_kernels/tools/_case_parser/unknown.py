@@ -60,7 +60,10 @@ class Run:
 
     def place(self) -> Place:
         """Where the config is now, cheaply; `site` resolves it."""
-        return next(((f.f_code, f.f_lasti, f.f_lineno) for f in self.frames()), (None, 0, 1))
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename not in self.tries:
+            frame = frame.f_back
+        return (None, 0, 1) if frame is None else (frame.f_code, frame.f_lasti, frame.f_lineno)
 
     def site(self, place: Place | None = None) -> Site:
         code, last, line = place or self.place()
@@ -111,7 +114,7 @@ class Run:
 
     def may_raise(self, key: str, kinds: tuple[type, ...]) -> None:
         """Raise, as one decision a handler, what a ``try`` around this would catch; `kinds`: of which handlers."""
-        for frame in self.frames():
+        for frame in self.frames() if any(self.tries.values()) else ():
             for first, last, handlers in self.tries[frame.f_code.co_filename]:
                 for handler in handlers if first <= frame.f_lineno <= last else ():
                     try:
@@ -423,6 +426,7 @@ KNOWN_CALLS = {"pytest.param": _param} | {f"pytest.{n}": _outcome for n in ("ski
 def escape(how: str, values: list[Any]) -> None:
     """What the config doesn't control may change these from now on, or call them."""
     kept = [v for v in values if type(v) not in _CONSTANTS and not isinstance(v, (Unknown, type, types.ModuleType))]
+    kept = [v for v in kept if not (isinstance(v, list) and v and all(type(x) in _CONSTANTS for x in v))]
     if kept:
         current().escapes.append((current().place(), how, kept))
 
