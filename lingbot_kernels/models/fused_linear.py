@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lingbot_kernels.quantization import Int8Linear, Taken
+from lingbot_kernels.quantization.linear import not_codes
 
 
 class FusedRows(nn.Module):
@@ -124,7 +125,9 @@ class FusedLinearOwner(nn.Module):
             error_msgs += [
                 f"{prefix + key}: got shape {list(given[key].shape)}, must be {list(views[key].shape)}" for key in wrong
             ]
-            if wrong:
+            cut = [key for key, value in given.items() if views[key].dtype == torch.int8 != value.dtype]
+            error_msgs += [not_codes(prefix + key, given[key]) for key in cut]
+            if wrong or cut:
                 continue
             if local_metadata.get("assign_to_params_buffers", False) and len(given) == len(views):
                 for part in fused.parts:

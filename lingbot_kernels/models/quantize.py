@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lingbot_kernels.models.fused_linear import FusedLinear, FusedRows, Int8FusedLinear
 from lingbot_kernels.quantization import Int8Linear, Int8Recipe
+from lingbot_kernels.quantization.linear import LARGEST_K
 
 # Product -> its layers within a block.
 LAYERS: dict[str, tuple[str, ...]] = {
@@ -83,6 +84,11 @@ def quantize(model: Any, recipe: Int8Recipe) -> None:
         if not isinstance(layer, nn.Linear | FusedLinear):
             raise ValueError(
                 f"quantize: {name} is {type(layer).__name__}, must be a linear layer: merge adapters first"
+            )
+        if layer.in_features > LARGEST_K:
+            raise ValueError(
+                f"quantize: {name} has {layer.in_features} input channels, must have at most {LARGEST_K} for sums to "
+                "fit int32"
             )
         if not layer.weight.is_meta and not bool(layer.weight.isfinite().all()):
             raise ValueError(f"quantize: {name}.weight has a NaN or Inf, must be finite")

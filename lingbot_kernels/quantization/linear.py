@@ -107,6 +107,25 @@ class Int8Linear(nn.Module):
         how = f"rotated (seed {self.seed})" if self.rotate else "not rotated"
         return f"in_features={self.in_features}, out_features={self.out_features}, int8, {how}"
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Weights that are no codes are refused, in place of being cut to integers."""
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.dtype != torch.int8:
+            error_msgs.append(not_codes(prefix + "weight", weight))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Scales stay float32 when the model is cast; memory given to a layer on the meta device gets its signs."""
         scale, was_meta = self.weight_scale.detach(), self.weight.is_meta
@@ -116,6 +135,14 @@ class Int8Linear(nn.Module):
         if self.rotate and was_meta and not self.weight.is_meta:
             self.signs = random_signs(self.in_features, self.seed, self.weight.device)
         return self
+
+
+def not_codes(key: str, weight: Tensor) -> str:
+    """What is wrong with a weight that a quantised layer is to load."""
+    return (
+        f"{key}: got {weight.dtype}, must be int8 codes: the layer is quantised; load the weights before quantize, or a "
+        "checkpoint by from_pretrained"
+    )
 
 
 def rows_for(layer: nn.Module) -> Rows:

@@ -193,3 +193,29 @@ def test_refusals_leave_the_model_as_it_was() -> None:
     model.quantize()
     with pytest.raises(ValueError, match="the weights are quantised already, by Int8Recipe"):
         model.quantize()
+
+
+def test_state_dicts_of_codes_are_loaded_and_others_refused() -> None:
+    cfg = small_config(**WINDOW)
+    model, other = make_model(cfg, seed=1, recipe=INT8), make_model(cfg, recipe=INT8)
+    plain = make_model(cfg).state_dict()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(
+        RuntimeError, match=r"blocks.0.self_attn.q.weight: got torch.float32, must be int8 codes"
+    ) as error:
+        model.load_state_dict(plain)
+    assert "blocks.1.ffn.2.weight: got torch.float32" in str(error.value)
+    quantized = [name for name, x in before.items() if x.dtype == torch.int8 or name.endswith("scale")]
+    assert len(quantized) == 2 * 2 * (3 + 1 + 2 + 2 + 4)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in quantized)
+    model.load_state_dict(other.state_dict())
+    assert all(same_bits(a, b) for a, b in zip(rollout(model, 2), rollout(other, 2), strict=True))
+
+
+def test_more_channels_than_a_sum_can_hold_are_refused() -> None:
+    with torch.device("meta"):
+        cfg = LingBotConfig(dim=48, num_heads=2, num_layers=1, ffn_dim=131072)
+        model = CausalLingBotTransformer(cfg)
+        with pytest.raises(ValueError, match=r"blocks.0.ffn.2 has 131072 input channels, must have at most 131071"):
+            model.quantize()
+    assert model.recipe is None and type(model.blocks[0].self_attn.o) is nn.Linear
