@@ -140,8 +140,8 @@ class Int8Linear(nn.Module):
 def not_codes(key: str, weight: Tensor) -> str:
     """What is wrong with a weight that a quantised layer is to load."""
     return (
-        f"{key}: got {weight.dtype}, must be int8 codes: the layer is quantised; load the weights before quantize, or a "
-        "checkpoint by from_pretrained"
+        f"{key}: got {weight.dtype}, must be int8 codes: the layer is quantised; load the weights before quantize, or "
+        "a checkpoint by from_pretrained"
     )
 
 
