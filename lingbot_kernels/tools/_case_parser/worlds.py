@@ -11,6 +11,7 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,23 +174,35 @@ class Explorer:
                 return world, given
             if world.status in ("refused", "limit") or tries <= 0:
                 return None
-            if world.status == "raise" and "Unknown" in world.data["error"][1]:  # no outcome of the config's own
-                site, reason = world.data["error"]
-                self.report(self.unresolved, site, f"needs a value that isn't known: {reason}")
-            if failed is not None and failed.data["error"] == world.data["error"]:
+            site, reason = world.data["error"]
+            needs = "Unknown" in reason and reason.startswith(("TypeError", "AttributeError"))
+            counts = reason.startswith(("IndexError", "KeyError", "StopIteration"))
+            if needs or (counts and any(self.kinds.get(k, ("",))[0] == "iter" for k in world.values)):
+                self.report(
+                    self.unresolved, site, f"needs a value that isn't known: {reason}"
+                )  # not the config's fault
+            same = failed is not None and failed.data["error"] == world.data["error"]
+            if failed is not None and (same or len(world.values) <= len(failed.values)):
                 del given[changed]  # that wasn't it
+                world = failed
             else:
                 tried.clear()
+                if failed is not None and failed.places[changed]:  # what is first met there goes the same way
+                    self.places[failed.places[changed]] = given[changed]
             failed, tries, met = world, tries - 1, list(world.values)
             later = met[met.index(after) + 1 :] if after in met else [] if after else met
+            often = Counter(world.places.values())  # the last one first, then those of places that are met seldom
+            later = [*sorted(later[:-1], key=lambda k: -often[world.places[k]]), *later[-1:]]
             changed = next((k for k in reversed(later) if k not in tried and k not in given), "")
             if not changed:
                 return None
             tried.add(changed)
-            given[changed] = self.places[world.places[changed]] = not world.values[changed]
+            given[changed] = not world.values[changed]
 
     def loop(self, failed: World | None, world: World) -> None:
-        if failed is not None and failed.status == "stuck" and failed.items.keys() - world.items.keys():
+        if failed is None or failed.status != "stuck":
+            return
+        if any(len(found) > len(world.lists.get(name, [])) for name, found in failed.lists.items()):
             site, reason = failed.data["error"]
             self.report(self.unresolved, site, f"a list may hold other cases: a loop whose end isn't known: {reason}")
 
