@@ -290,7 +290,7 @@ class Explorer:
                 both = {k: not world.values[k] for k in pair}
                 if pair not in self.merges and self.run({**context, **both}).status == "ok":
                     self.merges.append(pair)
-        root = self.solve(context, frozenset(), world)
+        root = self.solve(context, frozenset(), world) if places else root
         rng = random.Random(0)
         late = self.deadline - self.request["seconds"] / 2
         for i in range(_SAMPLES):
