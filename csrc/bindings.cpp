@@ -35,6 +35,11 @@ template <class V> void fields(V& visit, QkNormRopeKvWriteParams& p) {
   FIELDS(p.q, p.k, p.v, p.q_weight, p.k_weight, p.cos_sin, p.q_out, p.k_cache, p.v_cache, p.ring, p.batch, p.tokens,
          p.heads, p.head_dim, p.dtype, p.eps);
 }
+template <class V> void fields(V& visit, QkNormRopeQuantizeKvWriteParams& p) {
+  FIELDS(p.q, p.k, p.v, p.q_weight, p.k_weight, p.cos_sin, p.q_codes, p.q_scale, p.k_cache, p.k_scale,
+         p.k_scale_batch_stride, p.k_scale_token_stride, p.k_scale_head_stride, p.v_cache, p.ring, p.batch, p.tokens,
+         p.heads, p.head_dim, p.dtype, p.eps);
+}
 template <class V> void fields(V& visit, QkNormRopePackParams& p) {
   FIELDS(p.q, p.k, p.v, p.q_weight, p.k_weight, p.cos_sin, p.out, p.batch, p.tokens, p.heads, p.head_dim, p.ranks,
          p.dtype, p.eps);
@@ -94,6 +99,7 @@ template <class V> void fields(V& visit, Int8LinearParams& p) {
 #define LINGBOT_OPS(X, backend)               \
   X(backend, rope_cos_sin)                    \
   X(backend, qk_norm_rope_kv_write)           \
+  X(backend, qk_norm_rope_quantize_kv_write)  \
   X(backend, qk_norm_rope_pack)               \
   X(backend, qkv_unpack_kv_write)             \
   X(backend, qk_norm_rope_push)               \

@@ -74,8 +74,28 @@ struct QkNormRopeKvWriteParams {
   float eps;
 };
 
-// The same norm and rotation, written into one all-to-all buffer: out is [ranks, tokens, batch, parts, heads / ranks,
-// head_dim] with parts = (q, k, v), or (k, v) when q.ptr is null.
+// The same norm and rotation; q and k are then not rounded to T but quantised, a token's head for itself (QuantizedRows
+// has the formula; no signs, no Hadamard product). q.ptr null: write-only. v.ptr null: V is already in its slot.
+struct QkNormRopeQuantizeKvWriteParams {
+  Rows q, k, v;
+  const void* q_weight;  // [D], T
+  const void* k_weight;
+  const float* cos_sin;  // [tokens, head_dim], shared by the batch
+  int8_t* q_codes;       // [batch, tokens, heads, head_dim], contiguous
+  float* q_scale;        // [batch, tokens, heads], contiguous
+  Cache k_cache;         // int8
+  float* k_scale;        // [batch, capacity, heads]
+  int64_t k_scale_batch_stride, k_scale_token_stride, k_scale_head_stride;
+  Cache v_cache;
+  Ring ring;
+  int64_t batch, tokens;
+  int32_t heads, head_dim;
+  Dtype dtype;
+  float eps;
+};
+
+// The norm and rotation of qk_norm_rope_kv_write, written into one all-to-all buffer: out is [ranks, tokens, batch,
+// parts, heads / ranks, head_dim] with parts = (q, k, v), or (k, v) when q.ptr is null.
 struct QkNormRopePackParams {
   Rows q, k, v;
   const void* q_weight;
@@ -297,6 +317,7 @@ using Status = const char*;
 namespace cpu {
 Status rope_cos_sin(const RopeCosSinParams&, int threads);
 Status qk_norm_rope_kv_write(const QkNormRopeKvWriteParams&, int threads);
+Status qk_norm_rope_quantize_kv_write(const QkNormRopeQuantizeKvWriteParams&, int threads);
 Status qk_norm_rope_pack(const QkNormRopePackParams&, int threads);
 Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams&, int threads);
 Status qk_norm_rope_push(const QkNormRopePushParams&, int threads);
@@ -317,6 +338,7 @@ Status int8_linear(const Int8LinearParams&, int threads);
 namespace cuda {  // stream is a cudaStream_t
 Status rope_cos_sin(const RopeCosSinParams&, void* stream);
 Status qk_norm_rope_kv_write(const QkNormRopeKvWriteParams&, void* stream);
+Status qk_norm_rope_quantize_kv_write(const QkNormRopeQuantizeKvWriteParams&, void* stream);
 Status qk_norm_rope_pack(const QkNormRopePackParams&, void* stream);
 Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams&, void* stream);
 Status qk_norm_rope_push(const QkNormRopePushParams&, void* stream);

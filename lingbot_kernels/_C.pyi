@@ -58,6 +58,15 @@ class _Ops:  # written by csrc/make_stub.py, from here on
         ring_capacity: int, batch: int, tokens: int, heads: int, head_dim: int, dtype: int, eps: float,
         threads_or_stream: int, /
     ) -> None: ...
+    def qk_norm_rope_quantize_kv_write(
+        self, q_ptr: int, q_batch_stride: int, q_token_stride: int, k_ptr: int, k_batch_stride: int,
+        k_token_stride: int, v_ptr: int, v_batch_stride: int, v_token_stride: int, q_weight: int, k_weight: int,
+        cos_sin: int, q_codes: int, q_scale: int, k_cache_ptr: int, k_cache_batch_stride: int,
+        k_cache_token_stride: int, k_scale: int, k_scale_batch_stride: int, k_scale_token_stride: int,
+        k_scale_head_stride: int, v_cache_ptr: int, v_cache_batch_stride: int, v_cache_token_stride: int,
+        ring_chunk_start: int, ring_cursor: int, ring_sink: int, ring_capacity: int, batch: int, tokens: int,
+        heads: int, head_dim: int, dtype: int, eps: float, threads_or_stream: int, /
+    ) -> None: ...
     def qk_norm_rope_pack(
         self, q_ptr: int, q_batch_stride: int, q_token_stride: int, k_ptr: int, k_batch_stride: int,
         k_token_stride: int, v_ptr: int, v_batch_stride: int, v_token_stride: int, q_weight: int, k_weight: int,

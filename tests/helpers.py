@@ -101,7 +101,7 @@ def make_inputs(
 
 def bits(x: Tensor) -> Tensor:
     """The tensor's bits as integers, so that NaN equals itself."""
-    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    return x.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

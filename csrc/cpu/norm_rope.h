@@ -13,19 +13,19 @@ struct Rope {
   int heads, head_dim;
 };
 
-template <class T>
+template <class T, class Out = T>
 struct NormRopeRow {
   const T* x;
   const T* weight;
-  T* out;  // head h at out + h / heads_per_group * group_stride + h % heads_per_group * head_dim
+  Out* out;  // head h at out + h / heads_per_group * group_stride + h % heads_per_group * head_dim
   int64_t group_stride;
   int heads_per_group;
   const int64_t* groups = nullptr;  // where given, the groups' addresses; out is then an offset from each
   int64_t offset = 0;
 
-  LINGBOT_INLINE T* head(int h, int head_dim) const {
-    T* group =
-        groups ? reinterpret_cast<T*>(groups[h / heads_per_group]) + offset : out + h / heads_per_group * group_stride;
+  LINGBOT_INLINE Out* head(int h, int head_dim) const {
+    Out* group = groups ? reinterpret_cast<Out*>(groups[h / heads_per_group]) + offset
+                        : out + h / heads_per_group * group_stride;
     return group + int64_t{h % heads_per_group} * head_dim;
   }
 };
@@ -67,8 +67,8 @@ LINGBOT_INLINE Split split(float x) {
 
 // Rotates `rows` (1 or 2 of them) of one token. With the table split in two a float32 rotation of half-precision values
 // is as exact as one in float64 but for a millionth of its roundings; with three plain roundings it is ten times that.
-template <class T>
-LINGBOT_INLINE void norm_rope(const NormRopeRow<T>* rows, int num_rows, const Rope& rope, float eps) {
+template <class T, class Out>
+LINGBOT_INLINE void norm_rope(const NormRopeRow<T, Out>* rows, int num_rows, const Rope& rope, float eps) {
   float inverse[2];
   for (int r = 0; r < num_rows; ++r) inverse[r] = inverse_rms(rows[r].x, rope.heads * rope.head_dim, eps);
   float cosine[2][kRopeSegment], sine[2][kRopeSegment];  // cos_i twice; -sin_i, sin_i; high parts, then low ones
@@ -85,12 +85,12 @@ LINGBOT_INLINE void norm_rope(const NormRopeRow<T>* rows, int num_rows, const Ro
       sine[1][2 * i] = -(sine[1][2 * i + 1] = sin.low);
     }
     for (int r = 0; r < num_rows; ++r) {
-      const NormRopeRow<T>& row = rows[r];
+      const NormRopeRow<T, Out>& row = rows[r];
       for (int head = 0; head < rope.heads; ++head) {
         const int64_t channel = int64_t{head} * rope.head_dim + first;
         const T* x = row.x + channel;
         const T* weight = row.weight + channel;
-        T* out = row.head(head, rope.head_dim) + first;
+        Out* out = row.head(head, rope.head_dim) + first;
         each_block(width, [&](int i, int count) LINGBOT_LAMBDA {
           const Lanes v = normalise(x + i, weight + i, inverse[r], count);
           const Lanes w = swap_pairs(v);

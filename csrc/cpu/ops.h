@@ -5,6 +5,7 @@
 
 #define LINGBOT_CPU_ROW_OPS(X)                                           \
   X(qk_norm_rope_kv_write, QkNormRopeKvWriteParams)                      \
+  X(qk_norm_rope_quantize_kv_write, QkNormRopeQuantizeKvWriteParams)     \
   X(qk_norm_rope_pack, QkNormRopePackParams)                             \
   X(qkv_unpack_kv_write, QkvUnpackKvWriteParams)                         \
   X(qk_norm_rope_push, QkNormRopePushParams)                             \

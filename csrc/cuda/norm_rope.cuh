@@ -1,8 +1,10 @@
 // Full-width RMSNorm, rotary embedding and the write to where attention reads: ring slots, q, an all-to-all buffer, or
-// other ranks' memory. Device code of qk_norm_rope_kv_write, qk_norm_rope_pack and qk_norm_rope_push.
+// other ranks' memory. Device code of qk_norm_rope_kv_write, qk_norm_rope_quantize_kv_write, qk_norm_rope_pack and
+// qk_norm_rope_push.
 #pragma once
 
 #include "block.cuh"
+#include "codes.cuh"
 #include "launch.cuh"
 #include "launch_config.h"
 #include "ring.h"
@@ -35,8 +37,19 @@ struct GroupedNormRopeParams : NormRopeParams {
   int64_t jump[3][kMaxRanks];
 };
 
-template <bool kGroups>
-using NormRopeParamsOf = std::conditional_t<kGroups, GroupedNormRopeParams, NormRopeParams>;
+// Normalised parts leave as int8 codes, with a scale for each head.
+struct QuantizedNormRopeParams : NormRopeParams {
+  float* scale[2];  // of the parts with a weight, which come first
+  int64_t scale_batch[2], scale_row[2], scale_head[2];
+  uint32_t head_shift;  // log2(head_dim), where vectors are used
+};
+
+enum class NormRopeTo { kRows, kGroups, kCodes };
+
+template <NormRopeTo kTo>
+using NormRopeParamsOf =
+    std::conditional_t<kTo == NormRopeTo::kGroups, GroupedNormRopeParams,
+                       std::conditional_t<kTo == NormRopeTo::kCodes, QuantizedNormRopeParams, NormRopeParams>>;
 
 __device__ __forceinline__ int64_t out_offset(const NormRopeParams& p, const NormRopePart& part, uint32_t batch,
                                               uint32_t token) {
@@ -45,9 +58,9 @@ __device__ __forceinline__ int64_t out_offset(const NormRopeParams& p, const Nor
 }
 
 // Element e of a row of a part, counted from the row's start in the output.
-template <bool kGroups>
-__device__ __forceinline__ int64_t group_offset(const NormRopeParamsOf<kGroups>& p, uint32_t part, int e) {
-  if constexpr (kGroups) return e + p.jump[part][static_cast<uint32_t>(e) / p.group_width];
+template <NormRopeTo kTo>
+__device__ __forceinline__ int64_t group_offset(const NormRopeParamsOf<kTo>& p, uint32_t part, int e) {
+  if constexpr (kTo == NormRopeTo::kGroups) return e + p.jump[part][static_cast<uint32_t>(e) / p.group_width];
   return e;
 }
 
@@ -75,11 +88,11 @@ __device__ __forceinline__ float sum_of_squares(const Vec<T, V>& x) {
   return even + odd;
 }
 
-// rope(T(T(x * inv_rms) * weight)); cos and sin of the vector's V / 2 pairs.
+// f = rope(T(T(x * inv_rms) * weight)); cos and sin of the vector's V / 2 pairs.
 template <typename T, int V>
-__device__ __forceinline__ Vec<T, V> norm_rotate(const Vec<T, V>& x, const Vec<T, V>& weight, float inv_rms,
-                                                 const float (&cos)[V / 2], const float (&sin)[V / 2]) {
-  float f[V], w[V];
+__device__ __forceinline__ void norm_rotate(const Vec<T, V>& x, const Vec<T, V>& weight, float inv_rms,
+                                            const float (&cos)[V / 2], const float (&sin)[V / 2], float (&f)[V]) {
+  float w[V];
   unpack(x, f);
   unpack(weight, w);
 #pragma unroll
@@ -90,7 +103,31 @@ __device__ __forceinline__ Vec<T, V> norm_rotate(const Vec<T, V>& x, const Vec<T
   round_all<T>(f);
 #pragma unroll
   for (int i = 0; i < V / 2; ++i) rotate(f[2 * i], f[2 * i + 1], cos[i], sin[i]);
-  return pack<T, V>(f);
+}
+
+// Where the scales of a token's heads lie.
+__device__ __forceinline__ float* head_scales(const QuantizedNormRopeParams& p, uint32_t which, uint32_t batch,
+                                              uint32_t token) {
+  const uint32_t row = p.part[which].to_ring ? ring_slot(p.ring, token) : token;
+  return p.scale[which] + batch * p.scale_batch[which] + row * p.scale_row[which];
+}
+
+// Codes and scale of a head of which neighbouring threads hold V values each; all threads of a warp take part.
+template <int V>
+__device__ __forceinline__ void store_head(const QuantizedNormRopeParams& p, const float (&f)[V], int e, bool stored,
+                                           int8_t* codes, float* scale, int64_t scale_head) {
+  float most = 0.f;
+#pragma unroll
+  for (int j = 0; j < V; ++j) most = larger_magnitude(most, f[j]);
+  uint32_t largest = __float_as_uint(most);  // as integers magnitudes keep their order, and a NaN is larger than Inf
+  for (uint32_t apart = p.head_dim / (2 * V); apart > 0; apart /= 2)
+    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, apart));
+  const float amax = __uint_as_float(largest);
+  const Quantizer q = quantizer(amax);
+  if (!stored) return;
+  if ((e & (p.head_dim - 1)) == 0) scale[(e >> p.head_shift) * scale_head] = scale_of(amax);
+  if constexpr (V == 8) __stcs(reinterpret_cast<uint2*>(codes + e), make_uint2(q.four(f), q.four(f + 4)));
+  else __stcs(reinterpret_cast<uint32_t*>(codes + e), q.four(f));
 }
 
 // cos and sin of the pairs that element e of a row starts.
@@ -105,9 +142,9 @@ __device__ __forceinline__ void load_cos_sin(const NormRopeParams& p, uint32_t t
 
 // A block is one row of one part, in registers, kVecs vectors a thread. threads * V must be a multiple of head_dim
 // where kVecs > 1: a thread then meets one set of angles.
-template <typename T, int V, int kVecs, int kThreads, int kMinBlocks, bool kGroups, LoadHint kLoad, StoreHint kStore>
+template <typename T, int V, int kVecs, int kThreads, int kMinBlocks, NormRopeTo kTo, LoadHint kLoad, StoreHint kStore>
 __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThreads, kMinBlocks)
-    norm_rope_rows(const __grid_constant__ NormRopeParamsOf<kGroups> p) {
+    norm_rope_rows(const __grid_constant__ NormRopeParamsOf<kTo> p) {
   __shared__ float shared[1][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
@@ -128,7 +165,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int e = row_element<V, kThreads>(i);
-      if (in_row<kThreads>(e, p.dim)) store_vec<kStore>(out + group_offset<kGroups>(p, which, e), x[i]);
+      if (in_row<kThreads>(e, p.dim)) store_vec<kStore>(out + group_offset<kTo>(p, which, e), x[i]);
     }
     return;
   }
@@ -151,19 +188,38 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   for (int i = 1; i < kVecs; ++i) sum[0] += sum_of_squares(x[i]);
   row_sum(sum, shared);
   const float inv_rms = rsqrtf(sum[0] * p.inv_dim + p.eps);
+  if constexpr (kTo == NormRopeTo::kCodes) {
+    int8_t* codes = static_cast<int8_t*>(part.out) + out_offset(p, part, batch, token);
+    float* scale = head_scales(p, which, batch, token);
 #pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    const int e = row_element<V, kThreads>(i);
-    if (!in_row<kThreads>(e, p.dim)) continue;
-    keep_packed(x[i]);
-    const Vec<T, V> scale = kHoldWeights ? w[kHoldWeights ? i : 0] : load_cached<V>(weight + e);
-    store_vec<kStore>(out + group_offset<kGroups>(p, which, e), norm_rotate(x[i], scale, inv_rms, cos, sin));
+    for (int i = 0; i < kVecs; ++i) {
+      const int e = row_element<V, kThreads>(i);
+      const bool inside = in_row<kThreads>(e, p.dim);  // heads are: their threads' answers are one
+      keep_packed(x[i]);
+      Vec<T, V> factor = zero_vec<T, V>();
+      if constexpr (kHoldWeights) factor = w[i];
+      else if (inside) factor = load_cached<V>(weight + e);
+      float f[V];
+      norm_rotate(x[i], factor, inv_rms, cos, sin, f);
+      store_head(p, f, e, inside, codes, scale, p.scale_head[which]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const int e = row_element<V, kThreads>(i);
+      if (!in_row<kThreads>(e, p.dim)) continue;
+      keep_packed(x[i]);
+      const Vec<T, V> scale = kHoldWeights ? w[kHoldWeights ? i : 0] : load_cached<V>(weight + e);
+      float f[V];
+      norm_rotate(x[i], scale, inv_rms, cos, sin, f);
+      store_vec<kStore>(out + group_offset<kTo>(p, which, e), pack<T, V>(f));
+    }
   }
 }
 
 // The same for any even head_dim, any width, any alignment: a row is read twice, element by element.
-template <typename T, bool kGroups>
-__global__ void __launch_bounds__(256) norm_rope_any(const __grid_constant__ NormRopeParamsOf<kGroups> p) {
+template <typename T, NormRopeTo kTo>
+__global__ void __launch_bounds__(256) norm_rope_any(const __grid_constant__ NormRopeParamsOf<kTo> p) {
   __shared__ float shared[1][kMaxWarps];
   wait_for_previous_grid();
   allow_next_grid();
@@ -172,7 +228,7 @@ __global__ void __launch_bounds__(256) norm_rope_any(const __grid_constant__ Nor
   const T* in = static_cast<const T*>(part.in) + batch * part.in_batch + token * part.in_token;
   T* out = static_cast<T*>(part.out) + out_offset(p, part, batch, token);
   if (!part.weight) {
-    for (uint32_t e = threadIdx.x; e < p.dim; e += blockDim.x) out[group_offset<kGroups>(p, which, e)] = in[e];
+    for (uint32_t e = threadIdx.x; e < p.dim; e += blockDim.x) out[group_offset<kTo>(p, which, e)] = in[e];
     return;
   }
   const T* weight = static_cast<const T*>(part.weight);
@@ -181,13 +237,39 @@ __global__ void __launch_bounds__(256) norm_rope_any(const __grid_constant__ Nor
   for (uint32_t e = threadIdx.x; e < p.dim; e += blockDim.x) sum[0] = fmaf(to_float(in[e]), to_float(in[e]), sum[0]);
   row_sum(sum, shared);
   const float inv_rms = rsqrtf(sum[0] * p.inv_dim + p.eps);
-  for (uint32_t e = 2 * threadIdx.x; e < p.dim; e += 2 * blockDim.x) {
+  const auto rotated_pair = [&](uint32_t e) {
     float a = round_to<T>(round_to<T>(to_float(in[e]) * inv_rms) * to_float(weight[e]));
     float b = round_to<T>(round_to<T>(to_float(in[e + 1]) * inv_rms) * to_float(weight[e + 1]));
     const uint32_t pair = e % p.head_dim / 2;
     rotate(a, b, cos_sin[pair], cos_sin[p.head_dim / 2 + pair]);
-    T* at = out + group_offset<kGroups>(p, which, e);
-    at[0] = from_float<T>(a), at[1] = from_float<T>(b);
+    return make_float2(a, b);
+  };
+  if constexpr (kTo == NormRopeTo::kCodes) {  // warps take the heads in turn
+    int8_t* codes = static_cast<int8_t*>(part.out) + out_offset(p, part, batch, token);
+    float* scale = head_scales(p, which, batch, token);
+    const uint32_t lane = threadIdx.x & 31, heads = p.dim / p.head_dim;
+    for (uint32_t head = threadIdx.x >> 5; head < heads; head += blockDim.x >> 5) {
+      const uint32_t first = head * p.head_dim, end = first + p.head_dim;
+      float most = 0.f;
+      for (uint32_t e = first + 2 * lane; e < end; e += 64) {
+        const float2 u = rotated_pair(e);
+        most = larger_magnitude(larger_magnitude(most, u.x), u.y);
+      }
+      const float amax = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
+      const Quantizer q = quantizer(amax);
+      if (lane == 0) scale[head * p.scale_head[which]] = scale_of(amax);
+      for (uint32_t e = first + 2 * lane; e < end; e += 64) {
+        const float2 u = rotated_pair(e);
+        codes[e] = q.usable ? static_cast<int8_t>(q.code(u.x)) : 0;
+        codes[e + 1] = q.usable ? static_cast<int8_t>(q.code(u.y)) : 0;
+      }
+    }
+  } else {
+    for (uint32_t e = 2 * threadIdx.x; e < p.dim; e += 2 * blockDim.x) {
+      const float2 u = rotated_pair(e);
+      T* at = out + group_offset<kTo>(p, which, e);
+      at[0] = from_float<T>(u.x), at[1] = from_float<T>(u.y);
+    }
   }
 }
 
@@ -198,16 +280,20 @@ inline NormRopePart norm_rope_part(const Rows& in, void* out, int64_t out_batch,
 }
 
 // Elements of a vector that every operand allows: 16 bytes, or 1.
-template <bool kGroups>
-int norm_rope_width(const NormRopeParamsOf<kGroups>& p, int size) {
+template <NormRopeTo kTo>
+int norm_rope_width(const NormRopeParamsOf<kTo>& p, int size) {
   const int width = 16 / size;
   bool ok = p.dim % width == 0 && p.head_dim % width == 0 && aligned(p.cos_sin, 16);
   for (uint32_t n = 0; n < p.parts; ++n) {
+    const bool codes = kTo == NormRopeTo::kCodes && p.part[n].weight;
     ok = ok && rows_aligned(p.part[n].in, p.part[n].in_batch, p.part[n].in_token, size, 16) &&
-         rows_aligned(p.part[n].out, p.part[n].out_batch, p.part[n].out_token, size, 16) &&
+         rows_aligned(p.part[n].out, p.part[n].out_batch, p.part[n].out_token, codes ? 1 : size, codes ? width : 16) &&
          aligned(p.part[n].weight, 16);
   }
-  if constexpr (kGroups) {
+  if constexpr (kTo == NormRopeTo::kCodes) {  // a head lies in neighbouring threads of one warp
+    ok = ok && (p.head_dim & (p.head_dim - 1)) == 0 && p.head_dim / width <= 32;
+  }
+  if constexpr (kTo == NormRopeTo::kGroups) {
     ok = ok && p.group_width % width == 0;
     for (uint32_t n = 0; n < p.parts; ++n) {
       for (uint32_t g = 0; g < p.groups; ++g) ok = ok && p.jump[n][g] % width == 0;
@@ -226,23 +312,23 @@ inline Status norm_rope_shape(int64_t batch, int64_t tokens, int32_t heads, int3
   return nullptr;
 }
 
-template <bool kGroups>
-Status launch_norm_rope(const NormRopeParamsOf<kGroups>& p, int64_t batch, Dtype dtype, void* stream) {
+template <NormRopeTo kTo>
+Status launch_norm_rope(const NormRopeParamsOf<kTo>& p, int64_t batch, Dtype dtype, void* stream) {
   DeviceInfo device = {};
   if (Status s = device_info(&device)) return s;
   const bool overlap = device.capability >= 90;
-  const RowConfig config = norm_rope_config(p.dim, p.head_dim, norm_rope_width<kGroups>(p, element_size(dtype)));
+  const RowConfig config = norm_rope_config(p.dim, p.head_dim, norm_rope_width<kTo>(p, element_size(dtype)));
   const dim3 grid(p.tokens * p.parts, static_cast<uint32_t>(batch)), block(config.threads);
   return with_type(dtype, [&](auto tag) -> Status {
     using T = typename decltype(tag)::type;
     return with_row_shape<T, T>(config, [&](auto shape) -> Status {
       using Shape = decltype(shape);
       if constexpr (Shape::V == 1) {
-        return launch(norm_rope_any<T, kGroups>, grid, block, 0, stream, overlap, p);
+        return launch(norm_rope_any<T, kTo>, grid, block, 0, stream, overlap, p);
       } else {
-        constexpr int kMinBlocks = Shape::kThreads == 160 ? 8 : 1;
+        constexpr int kMinBlocks = Shape::kThreads == 160 ? (kTo == NormRopeTo::kCodes ? 6 : 8) : 1;
         // Streamed: attention reads the outputs once, together with far more than the L2 holds.
-        return launch(norm_rope_rows<T, Shape::V, Shape::kVecs, Shape::kThreads, kMinBlocks, kGroups,
+        return launch(norm_rope_rows<T, Shape::V, Shape::kVecs, Shape::kThreads, kMinBlocks, kTo,
                                      LoadHint::kNoAllocate, StoreHint::kStream>,
                       grid, block, 0, stream, overlap, p);
       }

@@ -29,7 +29,7 @@ Status qk_norm_rope_kv_write(const QkNormRopeKvWriteParams& a, void* stream) {
   if (Status s = norm_rope_shape(a.batch, a.tokens, a.heads, a.head_dim)) return s;
   if (a.batch == 0 || a.tokens == 0) return nullptr;
   if (Status s = ring_problem(a.ring, a.tokens)) return s;
-  return launch_norm_rope<false>(kernel_params(a), a.batch, a.dtype, stream);
+  return launch_norm_rope<NormRopeTo::kRows>(kernel_params(a), a.batch, a.dtype, stream);
 }
 
 }  // namespace lingbot::cuda

@@ -29,7 +29,7 @@ inline GroupedNormRopeParams kernel_params(const QkNormRopePackParams& a) {
 }
 
 Status launch_grouped_norm_rope(const GroupedNormRopeParams& p, int64_t batch, Dtype dtype, void* stream) {
-  return launch_norm_rope<true>(p, batch, dtype, stream);
+  return launch_norm_rope<NormRopeTo::kGroups>(p, batch, dtype, stream);
 }
 
 Status qk_norm_rope_pack(const QkNormRopePackParams& a, void* stream) {

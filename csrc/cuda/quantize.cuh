@@ -8,14 +8,12 @@
 // A row with amax < 2^-119 has scale 0, one with a NaN or Inf has scale NaN; the codes of both are 0.
 #pragma once
 
+#include "codes.cuh"
 #include "row_norm.cuh"
 
 namespace lingbot::cuda {
 
-constexpr int kLargestCode = 127;
-constexpr float kSmallestAmax = 0x1p-119f;               // above, 127 / amax and amax / 127 are normal numbers
 constexpr float kRotationScale = 0.088388347648318447f;  // 1 / sqrt(128)
-constexpr float kRoundToInteger = 12582912.f;            // 1.5 * 2^23: a sum with it has the integer in its low bits
 
 // Where the rows of a launch go. kRotate: the Hadamard rotation comes before the quantisation.
 template <bool kRotate>
@@ -191,13 +189,6 @@ __device__ __forceinline__ int rotated_channel(int i, int half) {
   return Shape::block_start() + i * Shape::kApart + half * (Shape::kApart / 2) + Shape::lane() * 4;
 }
 
-// The larger magnitude; NaN where one is.
-__device__ __forceinline__ float larger_magnitude(float most, float x) {
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(most), "f"(fabsf(x)));
-  return larger;
-}
-
 // The largest of all threads' magnitudes, in each of them; one barrier. As integers they keep their order, and a NaN is
 // larger than Inf. To be called once a kernel.
 __device__ __forceinline__ float row_amax(float magnitude) {
@@ -212,32 +203,10 @@ __device__ __forceinline__ float row_amax(float magnitude) {
   return __uint_as_float(largest);
 }
 
-// What turns the values of a row into codes: 127 / amax, and whether the row has codes other than 0.
-struct Quantizer {
-  float inverse;
-  bool usable;
-
-  // The code of u, in the low byte.
-  __device__ __forceinline__ uint32_t code(float u) const {
-    return __float_as_uint(__fadd_rn(__fmul_rn(u, inverse), kRoundToInteger));
-  }
-
-  __device__ __forceinline__ uint32_t four(const float* u) const {
-    const uint32_t low = __byte_perm(code(u[0]), code(u[1]), 0x0040),
-                   high = __byte_perm(code(u[2]), code(u[3]), 0x0040);
-    return usable ? __byte_perm(low, high, 0x5410) : 0u;
-  }
-};
-
 // Of a row with this largest magnitude; one thread stores its scale.
 __device__ __forceinline__ Quantizer quantizer(float amax, float* scale) {
-  const bool usable = amax >= kSmallestAmax && amax <= 3.402823466e+38f;
-  if (threadIdx.x == 0) {
-    *scale = usable                 ? __fdiv_rn(amax, static_cast<float>(kLargestCode))
-             : amax < kSmallestAmax ? 0.f
-                                    : __int_as_float(0x7fffffff);
-  }
-  return {__fdiv_rn(static_cast<float>(kLargestCode), amax), usable};
+  if (threadIdx.x == 0) *scale = scale_of(amax);
+  return quantizer(amax);
 }
 
 // Codes and scale of a row whose values times signs lie in a block's registers, zeros from channel dim on.

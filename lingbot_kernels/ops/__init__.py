@@ -12,6 +12,7 @@ from lingbot_kernels.ops.gated_residual_camera_norm import gated_residual_camera
 from lingbot_kernels.ops.gated_residual_camera_norm_quantize import gated_residual_camera_norm_quantize
 from lingbot_kernels.ops.int8_linear import int8_linear
 from lingbot_kernels.ops.k_norm_rope_kv_write import k_norm_rope_kv_write
+from lingbot_kernels.ops.k_norm_rope_quantize_kv_write import k_norm_rope_quantize_kv_write
 from lingbot_kernels.ops.layer_norm_modulate import layer_norm_modulate
 from lingbot_kernels.ops.layer_norm_modulate_quantize import layer_norm_modulate_quantize
 from lingbot_kernels.ops.linear_gelu import linear_gelu
@@ -19,6 +20,7 @@ from lingbot_kernels.ops.merge_segments import merge_segments
 from lingbot_kernels.ops.qk_norm_rope_kv_write import qk_norm_rope_kv_write
 from lingbot_kernels.ops.qk_norm_rope_pack import qk_norm_rope_pack
 from lingbot_kernels.ops.qk_norm_rope_push import qk_norm_rope_push
+from lingbot_kernels.ops.qk_norm_rope_quantize_kv_write import qk_norm_rope_quantize_kv_write
 from lingbot_kernels.ops.qkv_unpack_kv_write import qkv_unpack_kv_write
 from lingbot_kernels.ops.residual_norm_modulate import residual_norm_modulate
 from lingbot_kernels.ops.residual_norm_modulate_quantize import residual_norm_modulate_quantize
@@ -40,6 +42,7 @@ __all__ = [
     "gated_residual_camera_norm_quantize",
     "int8_linear",
     "k_norm_rope_kv_write",
+    "k_norm_rope_quantize_kv_write",
     "layer_norm_modulate",
     "layer_norm_modulate_quantize",
     "linear_gelu",
@@ -47,6 +50,7 @@ __all__ = [
     "qk_norm_rope_kv_write",
     "qk_norm_rope_pack",
     "qk_norm_rope_push",
+    "qk_norm_rope_quantize_kv_write",
     "qkv_unpack_kv_write",
     "residual_norm_modulate",
     "residual_norm_modulate_quantize",

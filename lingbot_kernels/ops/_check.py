@@ -96,15 +96,15 @@ def alike(name: str, xs: Sequence[Tensor]) -> None:
             )
 
 
-def caches(k_cache: Tensor, v_cache: Tensor, like: Tensor) -> None:
-    """Both caches must be [B, capacity, heads, head_dim] of like's dtype and device, a token's heads contiguous,
-    apart in memory.
+def caches(k_cache: Tensor, v_cache: Tensor, like: Tensor, k_dtype: torch.dtype | None = None) -> None:
+    """Both caches must be [B, capacity, heads, head_dim] of like's dtype (K's of k_dtype where given) and device, a
+    token's heads contiguous, apart in memory.
     """
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+    for name, cache, dtype in (("k_cache", k_cache, k_dtype or like.dtype), ("v_cache", v_cache, like.dtype)):
         if cache.dim() != 4:
             raise ValueError(f"{name}: got {describe(cache)}, must be [B, capacity, heads, head_dim]")
-        if cache.dtype != like.dtype or cache.device != like.device:
-            raise TypeError(f"{name}: got {describe(cache)}, must be {like.dtype} on {like.device}")
+        if cache.dtype != dtype or cache.device != like.device:
+            raise TypeError(f"{name}: got {describe(cache)}, must be {dtype} on {like.device}")
         strides = cache.stride()
         if strides[3] != 1 or strides[2] != cache.shape[3]:
             raise ValueError(f"{name}: got strides {strides}, a token's heads must be contiguous")

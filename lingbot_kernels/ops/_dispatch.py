@@ -36,6 +36,7 @@ class OpHomes:
 
 
 _PACKED = "one launch writes to a list of tensors, which Triton can't take; its exchange is the packed one"
+_CORE = "not written: the compiled core serves every GPU"
 _LIBRARY = "left to a library, which is better at it"
 _FRAME = {
     "cuda": "Triton's pass runs at the bandwidth of memory, between convolutions of cuDNN",
@@ -47,6 +48,8 @@ OPS: dict[str, OpHomes] = {
         OpHomes("rope_cos_sin"),
         OpHomes("qk_norm_rope_kv_write"),
         OpHomes("k_norm_rope_kv_write", kernel="qk_norm_rope_kv_write"),  # without a Q
+        OpHomes("qk_norm_rope_quantize_kv_write", {"triton": _CORE}),
+        OpHomes("k_norm_rope_quantize_kv_write", {"triton": _CORE}, kernel="qk_norm_rope_quantize_kv_write"),
         OpHomes("qk_norm_rope_pack"),
         OpHomes("qkv_unpack_kv_write"),
         OpHomes("qk_norm_rope_push", {"triton": _PACKED}),

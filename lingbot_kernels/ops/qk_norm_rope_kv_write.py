@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lingbot_kernels.ops import _check, _dispatch
@@ -25,16 +26,18 @@ def _op(
 
 def checked_fields(
     q: Tensor | None, k: Tensor, v: Tensor | None, q_weight: Tensor | None, k_weight: Tensor, cos_sin: Tensor,
-    k_cache: Tensor, v_cache: Tensor, ring: RingPosition,
+    k_cache: Tensor, v_cache: Tensor, ring: RingPosition, k_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Fields of the struct, after the checks, for this op and the write-only one, in which q and q_weight are None."""
+    """Fields of the struct, after the checks, for this op and the write-only one, in which q and q_weight are None;
+    with a K cache of `k_dtype`, where given.
+    """
     _check.tokens("k", k)
     batch, num_tokens, dim = k.shape
     if q is not None:
         _check.tokens("q", q, k)
     if v is not None:
         _check.tokens("v", v, k)
-    _check.caches(k_cache, v_cache, k)
+    _check.caches(k_cache, v_cache, k, k_dtype)
     capacity, heads, head_dim = k_cache.shape[1:]
     if heads * head_dim != dim:
         raise ValueError(f"k_cache: got {heads} heads of {head_dim}, must hold D = {dim} channels a token")

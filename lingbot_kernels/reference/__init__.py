@@ -11,6 +11,7 @@ from lingbot_kernels.reference.gated_residual_camera_norm import gated_residual_
 from lingbot_kernels.reference.gated_residual_camera_norm_quantize import gated_residual_camera_norm_quantize
 from lingbot_kernels.reference.int8_linear import int8_linear
 from lingbot_kernels.reference.k_norm_rope_kv_write import k_norm_rope_kv_write
+from lingbot_kernels.reference.k_norm_rope_quantize_kv_write import k_norm_rope_quantize_kv_write
 from lingbot_kernels.reference.layer_norm_modulate import layer_norm_modulate
 from lingbot_kernels.reference.layer_norm_modulate_quantize import layer_norm_modulate_quantize
 from lingbot_kernels.reference.linear_gelu import linear_gelu
@@ -18,6 +19,7 @@ from lingbot_kernels.reference.merge_segments import merge_segments
 from lingbot_kernels.reference.qk_norm_rope_kv_write import qk_norm_rope_kv_write
 from lingbot_kernels.reference.qk_norm_rope_pack import qk_norm_rope_pack
 from lingbot_kernels.reference.qk_norm_rope_push import qk_norm_rope_push
+from lingbot_kernels.reference.qk_norm_rope_quantize_kv_write import qk_norm_rope_quantize_kv_write
 from lingbot_kernels.reference.qkv_unpack_kv_write import qkv_unpack_kv_write
 from lingbot_kernels.reference.residual_norm_modulate import residual_norm_modulate
 from lingbot_kernels.reference.residual_norm_modulate_quantize import residual_norm_modulate_quantize
@@ -36,6 +38,7 @@ __all__ = [
     "gated_residual_camera_norm_quantize",
     "int8_linear",
     "k_norm_rope_kv_write",
+    "k_norm_rope_quantize_kv_write",
     "layer_norm_modulate",
     "layer_norm_modulate_quantize",
     "linear_gelu",
@@ -43,6 +46,7 @@ __all__ = [
     "qk_norm_rope_kv_write",
     "qk_norm_rope_pack",
     "qk_norm_rope_push",
+    "qk_norm_rope_quantize_kv_write",
     "qkv_unpack_kv_write",
     "residual_norm_modulate",
     "residual_norm_modulate_quantize",

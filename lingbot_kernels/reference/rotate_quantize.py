@@ -54,7 +54,11 @@ def quantize_rows(
     magnitude, and each operation is rounded for itself. A row of zeros (amax < 2**-119) has scale 0; one with a NaN or
     Inf has scale NaN; the codes of both are 0, so that a product with the row is 0, or NaN.
     """
-    value = rotated(value, signs, rotate)
+    return quantize_values(rotated(value, signs, rotate))
+
+
+def quantize_values(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes int8 like value, scale float32 [...]) of rows [..., K] as they are, as `quantize_rows` says."""
     amax = value.abs().amax(-1) if value.shape[-1] else value.new_zeros(value.shape[:-1])
     usable = (amax >= SMALLEST_AMAX) & amax.isfinite()
     largest = torch.full_like(amax, LARGEST_CODE)  # a tensor: by a number torch may multiply with its reciprocal

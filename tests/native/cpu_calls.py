@@ -77,6 +77,31 @@ def qk_norm_rope_kv_write(
     return q_out
 
 
+def qk_norm_rope_quantize_kv_write(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    k_scale: Tensor,
+    v_cache: Tensor | None,
+    ring: Ring,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor] | None:
+    heads, head_dim = k_cache.shape[2:]
+    codes = torch.full((*k.shape[:2], heads, head_dim), 77, dtype=torch.int8)
+    scale = poison(*k.shape[:2], heads)
+    given = q is not None
+    _C.cpu.qk_norm_rope_quantize_kv_write(
+        *(*rows(q), *rows(k), *rows(v), ptr(q_weight), ptr(k_weight), ptr(cos_sin)),
+        *(ptr(codes) * given, ptr(scale) * given, *rows(k_cache), ptr(k_scale), *k_scale.stride(), *rows(v_cache)),
+        *(*ring.args(), *k.shape[:2], heads, head_dim, CODES[k.dtype], EPS, threads),
+    )
+    return (codes, scale) if given else None
+
+
 def qk_norm_rope_pack(
     q: Tensor | None,
     k: Tensor,
