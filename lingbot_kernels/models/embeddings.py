@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lingbot_kernels import ops
+from lingbot_kernels.plain import is_plain, untouched
 from lingbot_kernels.quantization import Int8Linear, Taken
 
 
@@ -76,9 +78,19 @@ class TextEmbedding(nn.Sequential):
 
     def forward(self, text: Tensor) -> Tensor:
         """[B, L <= text_len, text_dim] -> [B, text_len, dim]."""
-        first, last = linears(self)
-        padded = F.pad(text.to(first.weight.dtype), (0, 0, 0, self.text_len - text.shape[1]))
-        return last(ops.linear_gelu(padded, first.weight, first.bias))
+        first, activation, last = self
+        dtype = next(self.parameters()).dtype
+        padded = F.pad(text.to(dtype), (0, 0, 0, self.text_len - text.shape[1]))
+        return last(linear_gelu(first, padded, activation))
+
+
+class WideSequential(nn.Sequential):
+    """Layers that compute in their input's dtype, whatever their weights are kept in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = linear_in(x, layer)
+        return x
 
 
 def timestep_embedding(timestep: float, freq_dim: int, device: torch.device) -> Tensor:
@@ -92,30 +104,34 @@ def timestep_embedding(timestep: float, freq_dim: int, device: torch.device) -> 
     return torch.cat([angles.cos(), angles.sin()])
 
 
-def linear_gelu(layer: nn.Module, x: Taken) -> Tensor:
-    """gelu_tanh(layer(x)), the activation in the product's epilogue."""
-    if isinstance(layer, Int8Linear):
-        return layer(x, "gelu_tanh")
-    if isinstance(layer, nn.Linear) and isinstance(x, Tensor):
-        return ops.linear_gelu(x, layer.weight, layer.bias)
-    return F.gelu(layer(x), approximate="tanh")  # what stands in for a layer: an adapter, a layer of another precision
+def linear_gelu(layer: Any, x: Taken, activation: nn.Module | None = None) -> Tensor:
+    """gelu_tanh(layer(x)), the activation in the product's epilogue where the layer is plain.
+
+    `activation` is the module that stands for it in the network; None: there is none.
+    """
+    if activation is None or is_plain(activation, nn.GELU):
+        if isinstance(layer, Int8Linear) and untouched(layer):
+            return layer(x, "gelu_tanh")
+        if is_plain(layer, nn.Linear) and isinstance(x, Tensor):
+            return ops.linear_gelu(x, layer.weight, layer.bias)
+    y = layer(x)  # an adapter, a layer of another precision, or one with hooks
+    return F.gelu(y, approximate="tanh") if activation is None else activation(y)
 
 
-def linears(layers: nn.Sequential) -> list[nn.Linear]:
-    """The linear layers of a sequence, in order."""
-    return [layer for layer in layers if isinstance(layer, nn.Linear)]
-
-
-def linear_in(x: Tensor, linear: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """The layer in `dtype`, whatever its weights are kept in."""
-    return F.linear(x, linear.weight.to(dtype), linear.bias.to(dtype))
+def linear_in(x: Tensor, layer: Any) -> Tensor:
+    """layer(x) in x's dtype, whatever the layer's weights are kept in."""
+    if is_plain(layer, nn.Linear):
+        return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    wide = {name: weight.to(x.dtype) for name, weight in layer.named_parameters() if weight.dtype != x.dtype}
+    return torch.func.functional_call(layer, wide, (x,)) if wide else layer(x)
 
 
 def linear_into(out: Tensor | None, x: Tensor, linear: nn.Module) -> Tensor:
     """The layer's output, written to the contiguous `out` where given: the same product and bits either way."""
     if out is None:
         return linear(x)
-    if not isinstance(linear, nn.Linear):
+    if not is_plain(linear, nn.Linear):
         return out.copy_(linear(x))
+    assert isinstance(linear, nn.Linear)
     torch.addmm(linear.bias, x.flatten(0, -2), linear.weight.t(), out=out.view(-1, out.shape[-1]))
     return out

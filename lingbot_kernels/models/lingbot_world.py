@@ -20,18 +20,19 @@ from lingbot_kernels.models import checkpoint, session_forward
 from lingbot_kernels.models.embeddings import (
     PatchEmbedding,
     TextEmbedding,
+    WideSequential,
     linear_gelu,
-    linear_in,
     linear_into,
-    linears,
     patchify,
     timestep_embedding,
     unpatchify,
 )
 from lingbot_kernels.models.fused_linear import FusedLinear, FusedLinearOwner
 from lingbot_kernels.models.quantize import quantize
+from lingbot_kernels.models.unfused import rope_kv_write
 from lingbot_kernels.parallel.sequence_shard import SequenceShard
 from lingbot_kernels.parallel.shard_group import ShardGroup
+from lingbot_kernels.plain import is_plain, untouched
 from lingbot_kernels.quantization import PLAIN, Int8Recipe, Rows, Taken, recipe_of, rows_for
 from lingbot_kernels.realtime import memory
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
@@ -80,6 +81,8 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
         With `update_cache_only` K and V are projected and written, and nothing else: returns None.
         """
         norm_q, norm_k = self.norm_q, self.norm_k
+        if not (is_plain(norm_q, RMSNorm) and is_plain(norm_k, RMSNorm)):
+            return self._by_module(x, cos_sin, kv, position, update_cache_only, shard)
         if update_cache_only:
             k, v = self.qkv("k", "v", x=x)
             shard.k_norm_rope_kv_write(k, v, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps)
@@ -89,6 +92,22 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
             q, k, v, norm_q.weight, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps
         )  # K and V now lie in the ring
         return self.o(shard.exchange_output(ops.windowed_attention(q, *kv, position.num_visible)))
+
+    def _by_module(
+        self, x: Taken, cos_sin: Tensor, kv: KeyValue, position: ChunkPosition, update_cache_only: bool,
+        shard: SequenceShard,
+    ) -> Tensor | None:  # fmt: skip
+        """`forward` where a norm has hooks or is of another class: norms are called, and RoPE is a pass of its own."""
+        if shard.ranks > 1:
+            raise ValueError(
+                f"self_attn.norm_q, norm_k: got {type(self.norm_q).__name__}, {type(self.norm_k).__name__} or hooks on "
+                "them, must be RMSNorm without hooks where the sequence is sharded"
+            )
+        *first, k, v = self.qkv(*("k", "v") if update_cache_only else ("q", "k", "v"), x=x)
+        q = rope_kv_write(
+            self.norm_q(first[0]) if first else None, self.norm_k(k), v, cos_sin, *kv, position.ring
+        )  # fmt: skip
+        return None if q is None else self.o(ops.windowed_attention(q, *kv, position.num_visible))
 
 
 class LingBotCrossAttention(nn.Module):
@@ -126,8 +145,8 @@ class FeedForward(nn.Sequential):
         )
 
     def forward(self, x: Taken) -> Tensor:
-        up, _, down = self
-        return down(linear_gelu(up, x))
+        up, activation, down = self
+        return down(linear_gelu(up, x, activation))
 
 
 class LingBotTransformerBlock(nn.Module):
@@ -192,16 +211,26 @@ class LingBotTransformerBlock(nn.Module):
             attended = self.self_attn(y, cos_sin, kv, position, update_cache_only, shard)
         if attended is None:
             return None
-        norm3, (cam_scale, cam_shift) = self.norm3, camera or (None, None)
         with nvtx.range("camera"):
-            x, y = rows_for(self.cross_attn.q).gated_residual_camera_norm(
-                x, attended, gate_sa, cam_scale, cam_shift, norm3.weight, norm3.bias, self.eps
-            )
+            x, y = self._camera_norm(x, attended, gate_sa, camera)
         with nvtx.range("cross_attn"):
             crossed = self.cross_attn(y, text_kv)
-            x, y = rows_for(self.ffn[0]).residual_norm_modulate(x, crossed, shift_ffn, scale_ffn, self.eps)
+            x, y = rows_for(self.ffn[0], self.ffn).residual_norm_modulate(x, crossed, shift_ffn, scale_ffn, self.eps)
         with nvtx.range("ffn"):
             return rows.residual_norm_modulate(x, self.ffn(y), following[0], following[1], self.eps, gate_ffn)
+
+    def _camera_norm(
+        self, x: Tensor, attended: Tensor, gate: Tensor, camera: KeyValue | None
+    ) -> tuple[Tensor, Taken]:  # fmt: skip
+        """(x, y): what self-attention gave added and modulated by the camera, and norm3 of it."""
+        norm3, (scale, shift) = self.norm3, camera or (None, None)
+        if is_plain(norm3, nn.LayerNorm):
+            return rows_for(self.cross_attn.q, self.cross_attn).gated_residual_camera_norm(
+                x, attended, gate, scale, shift, norm3.weight, norm3.bias, self.eps
+            )
+        unit = attended.new_ones(attended.shape[-1])  # the norm of this pass is not used
+        x, _ = ops.gated_residual_camera_norm(x, attended, gate, scale, shift, unit, unit, self.eps)
+        return x, norm3(x.to(attended.dtype))
 
 
 class Head(nn.Module):
@@ -244,10 +273,10 @@ class CausalLingBotTransformer(nn.Module):
         d = cfg.dim
         self.patch_embedding = PatchEmbedding(cfg.in_channels, d, cfg.patch_size, **factory)
         self.text_embedding = TextEmbedding(cfg.text_dim, d, cfg.text_len, **factory)
-        self.time_embedding = nn.Sequential(
+        self.time_embedding = WideSequential(
             nn.Linear(cfg.freq_dim, d, **factory), nn.SiLU(), nn.Linear(d, d, **factory)
         )
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d, **factory))
+        self.time_projection = WideSequential(nn.SiLU(), nn.Linear(d, 6 * d, **factory))
         if cfg.camera:
             self.patch_embedding_wancamctrl = nn.Linear(cfg.camera_channels * cfg.patch_volume, d, **factory)
             self.c2ws_hidden_states_layer1 = nn.Linear(d, d, **factory)
@@ -409,9 +438,13 @@ class CausalLingBotTransformer(nn.Module):
         time = inputs.time
         x = self.patch_embedding(inputs.latents, shard.tokens).to(self.residual_dtype)
         shift, scale = time.blocks[0, :2]
-        taken = [*(rows_for(block.self_attn.qkv) for block in self.blocks), PLAIN]  # the last is the head's
+        taken = [
+            *(rows_for(block.self_attn.qkv, block.self_attn) for block in self.blocks),
+            PLAIN,
+        ]  # the last is the head's
         y = taken[0].layer_norm_modulate(x, shift, scale, self.config.eps, self.dtype)
         last = len(self.blocks) - 1
+        ends_early = update_cache_only and untouched(self.blocks[last]) and untouched(self.blocks[last].self_attn)
         for i, block in enumerate(self.blocks):
             with nvtx.range(f"block {i}"):
                 after = block(
@@ -424,13 +457,15 @@ class CausalLingBotTransformer(nn.Module):
                     position,
                     inputs.text_kv[i],
                     None if inputs.camera is None else inputs.camera[i],
-                    update_cache_only=update_cache_only and i == last,
+                    update_cache_only=ends_early and i == last,
                     shard=shard,
                     rows=taken[i + 1],
                 )
             if after is None:
                 return None
             x, y = after
+        if update_cache_only:  # a hook has seen the last block in full
+            return None
         assert isinstance(y, Tensor)
         _, _, frames, height, width = inputs.latents.shape
         with nvtx.range("head"):
@@ -458,10 +493,8 @@ class CausalLingBotTransformer(nn.Module):
 
     def _embed_time(self, timestep: float) -> TimeEmbeddings:
         dtype = torch.promote_types(self.dtype, torch.float32)
-        first, last = linears(self.time_embedding)
-        embedding = timestep_embedding(timestep, self.config.freq_dim, self.device).to(dtype)
-        e = linear_in(F.silu(linear_in(embedding, first, dtype)), last, dtype)
-        e0 = linear_in(F.silu(e), linears(self.time_projection)[0], dtype).unflatten(0, (6, -1))
+        e = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim, self.device).to(dtype))
+        e0 = self.time_projection(e).unflatten(0, (6, -1))
         blocks = torch.cat([block.modulation for block in self.blocks]).to(dtype) + e0
         return TimeEmbeddings(blocks, self.head.modulation[0].to(dtype) + e)
 

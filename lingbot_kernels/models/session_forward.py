@@ -43,6 +43,13 @@ def forward(
     update_cache_only: bool,
 ) -> Tensor | None:
     """`CausalLingBotTransformer.forward`, which documents it. Where it raises, the session is as it was."""
+    device = model.device.type
+    if torch.is_autocast_enabled(device):  # every dtype here is chosen; what a session keeps must not depend on it
+        with torch.autocast(device, enabled=False):
+            return forward(
+                model, latents, text, timestep, state=state, start_frame=start_frame, camera=camera,
+                step_index=step_index, update_cache_only=update_cache_only,
+            )  # fmt: skip
     check_session(state)
     with state.attempt():
         weights = model._weights.token(model)
@@ -105,7 +112,8 @@ def _run(
 
 
 def _graphs(model: CausalLingBotTransformer, state: RealtimeCausalDiTState) -> SessionGraphs | None:
-    return state.graphs if model.cuda_graphs and model.device.type == "cuda" else None
+    """Where a graph can serve: a replay would run no hook."""
+    return state.graphs if model.cuda_graphs and model.device.type == "cuda" and not model._weights.hooked else None
 
 
 def ring_memory(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lingbot_kernels import ops
+from lingbot_kernels.plain import untouched
 from lingbot_kernels.quantization.rotation import random_signs
 from lingbot_kernels.quantization.rows import PLAIN, Int8Rows, QuantizedRows, Rows, Taken
 from lingbot_kernels.reference.rotate_quantize import hadamard_blocks, padded_width
@@ -145,6 +146,11 @@ def not_codes(key: str, weight: Tensor) -> str:
     )
 
 
-def rows_for(layer: nn.Module) -> Rows:
-    """How `layer` takes its rows."""
-    return layer.rows if isinstance(layer, Int8Linear) else PLAIN
+def rows_for(layer: nn.Module, *callers: nn.Module) -> Rows:
+    """How `layer` takes its rows, which reach it by the forwards of `callers`.
+
+    Where any of them has hooks: as they are, which is what a hook expects to see.
+    """
+    if isinstance(layer, Int8Linear) and untouched(layer) and all(map(untouched, callers)):
+        return layer.rows
+    return PLAIN
