@@ -13,7 +13,7 @@ NAME = PACKAGE.name
 
 # From the ground up. A room is a module or a folder of the package; it may import its own floor and those below.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("_version", "_C", "files", "nvtx", "ring", "scalars", "tools"),
+    ("_version", "_C", "files", "nvtx", "plain", "ring", "scalars", "tools"),
     ("config",),
     ("reference",),
     ("ops", "triton"),
