@@ -11,15 +11,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lingbot_kernels.benchmarks.decoder import DecoderBench, DecoderPlan
+from lingbot_kernels.benchmarks.decoder import DecoderBench, DecoderPlan, timed_ms
 from lingbot_kernels.benchmarks.model import free
-from lingbot_kernels.benchmarks.rows import GREEN, RED, Row
+from lingbot_kernels.benchmarks.rows import ABSENT, GREEN, RED, Row, failure_note
 from lingbot_kernels.benchmarks.timing import percentiles
 from lingbot_kernels.components.random_parts import REAL_VAE, NoiseText, random_vae
 from lingbot_kernels.config import LingBotConfig
@@ -135,6 +136,7 @@ class EndToEndBench:
         self.precision = model.precision
         if self.group is not None:
             model.shard_sequence(self.group)
+        self._text(dtype)
         phases = Phases(self.device)
         stage = CausalDenoisingStage(model, observe=phases.span)
         text = NoiseText(self.config.text_dim)
@@ -157,6 +159,36 @@ class EndToEndBench:
             self._measure(session, order, phases, GREEN if same else RED)
             session.close()
         return green
+
+    def _text(self, dtype: torch.dtype) -> None:
+        """A row of what a prompt costs: umT5-xxl (a small one beside the tiny VAE) with random weights, 64 tokens."""
+        real = self.plan.base_dim == REAL_VAE
+        try:
+            times = self._text_times(dtype, real)
+        except ImportError as error:
+            self._report("encode_prompt", "64tokens", [], note=failure_note(error), gate=ABSENT, ceiling_ms=0.0)
+            return
+        name = "umT5-xxl" if real else "a small umT5"
+        self._report("encode_prompt", "64tokens", times, note=f"{name}, once per prompt", gate=GREEN, ceiling_ms=0.0)
+        if self.device.type == "cuda":
+            free()
+
+    def _text_times(self, dtype: torch.dtype, real: bool) -> list[float]:
+        """Milliseconds of a prompt; the encoder is gone afterwards."""
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        sizes: dict[str, Any] = {"feed_forward_proj": "gated-gelu"}
+        if real:
+            sizes |= {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 256384}
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(self.device):
+                encoder = UMT5EncoderModel(UMT5Config(**sizes)).eval()
+        finally:
+            torch.set_default_dtype(default)
+        ids = torch.randint(2, 1000, (1, 64), device=self.device)
+        return [timed_ms(partial(encoder, ids), self.device) for _ in range(7)][2:]
 
     def _warm(self, session: WorldSession) -> Tensor:
         """Chunks until the window is full and every graph is captured; the last one's frames."""
@@ -203,6 +235,8 @@ class EndToEndBench:
         phases._spans.clear()
         frames = 4 * self.config.frames_per_chunk
         rate = 1e3 * frames / period
+        if order == "after":  # beside each other, the phases of a chunk add up to more than it takes
+            shares["host and copies"] = max(0.0, 1 - sum(shares.values()))
         busy = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
         memory = "" if self.device.type != "cuda" else f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
         common: dict[str, Any] = {"gate": gate, "ceiling_ms": 1e3 * frames / 16}
@@ -219,16 +253,19 @@ class EndToEndBench:
     def _report(
         self, op: str, suffix: str, milliseconds: list[float], *, note: str, gate: str, ceiling_ms: float
     ) -> None:
-        p = {name: 1e3 * value for name, value in percentiles(milliseconds).items()}
+        spread: dict[str, Any] = {}
+        if milliseconds:
+            spread = {f"{name}_us": 1e3 * value for name, value in percentiles(milliseconds).items()}
+        if milliseconds and ceiling_ms:
+            spread |= {"ceiling": "a chunk at 16 frames a second", "ceiling_us": 1e3 * ceiling_ms}
+            spread["ratio"] = spread["p50_us"] / spread["ceiling_us"]
         frames = 4 * self.config.frames_per_chunk
         name = "bfloat16" if self.device.type == "cuda" else "float32"
         self.report(
             Row(
                 bench="end_to_end", case=f"{self.case}-{suffix}", op=op, backend="lingbot_kernels", peer=False,
                 shape=(frames, *self.size, 3), dtype=name, tokens=self.tokens, dim=self.config.dim, gate=gate,
-                bytes=3 * frames * self.size[0] * self.size[1],
-                p20_us=p["p20"], p50_us=p["p50"], p80_us=p["p80"], ceiling="a chunk at 16 frames a second",
-                ceiling_us=1e3 * ceiling_ms, ratio=p["p50"] / (1e3 * ceiling_ms), method="clock", calls=1,
-                samples=len(milliseconds), note=note, precision=self.precision,
+                bytes=3 * frames * self.size[0] * self.size[1], method="clock", calls=1, samples=len(milliseconds),
+                note=note, precision=self.precision, **spread,
             )
         )  # fmt: skip
