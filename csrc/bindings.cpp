@@ -60,6 +60,11 @@ template <class V> void fields(V& visit, MergeSegmentsParams& p) {
   FIELDS(p.segments, p.segment_stride, p.batch_stride, p.token_stride, p.lse, p.lse_segment_stride, p.lse_batch_stride,
          p.lse_head_stride, p.out, p.batch, p.tokens, p.count, p.heads, p.head_dim, p.dtype);
 }
+template <class V> void fields(V& visit, Int8AttentionParams& p) {
+  FIELDS(p.q, p.q_scale, p.q_scale_batch_stride, p.q_scale_token_stride, p.q_scale_head_stride, p.k_cache, p.k_scale,
+         p.k_scale_batch_stride, p.k_scale_token_stride, p.k_scale_head_stride, p.v_cache, p.out, p.lse, p.workspace,
+         p.workspace_bytes, p.batch, p.queries, p.keys, p.heads, p.head_dim, p.softmax_scale, p.last_key_count);
+}
 template <class V> void fields(V& visit, RmsNormParams& p) {
   FIELDS(p.x, p.weight, p.y, p.batch, p.tokens, p.dim, p.dtype, p.eps);
 }
@@ -105,6 +110,7 @@ template <class V> void fields(V& visit, Int8LinearParams& p) {
   X(backend, qk_norm_rope_push)               \
   X(backend, attention_output_push)           \
   X(backend, merge_segments)                  \
+  X(backend, int8_attention)                  \
   X(backend, rms_norm)                        \
   X(backend, layer_norm_modulate)             \
   X(backend, residual_norm_modulate)          \

@@ -13,7 +13,7 @@ from lingbot_kernels import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 STUB = ROOT / "lingbot_kernels" / "_C.pyi"
-FLOATS = {"eps", "theta"}
+FLOATS = {"eps", "theta", "softmax_scale", "last_key_count"}
 
 
 def function_of(name: str, last: str) -> str:

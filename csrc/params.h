@@ -168,6 +168,26 @@ struct MergeSegmentsParams {
   Dtype dtype;
 };
 
+// out = softmax(q_scale * k_scale * (q k^T) * softmax_scale) v with q and k in int8, v and out in bfloat16. Of every
+// operand a token's heads are contiguous; slots [0, keys) of the caches are seen, the last counts last_key_count
+// times.
+struct Int8AttentionParams {
+  Rows q;                // [batch, queries, heads, head_dim], int8
+  const float* q_scale;  // [batch, queries, heads]
+  int64_t q_scale_batch_stride, q_scale_token_stride, q_scale_head_stride;
+  Cache k_cache;  // [batch, capacity, heads, head_dim], int8
+  const float* k_scale;  // [batch, capacity, heads]; loads best with tokens contiguous
+  int64_t k_scale_batch_stride, k_scale_token_stride, k_scale_head_stride;
+  Cache v_cache;     // [batch, capacity, heads, head_dim], bfloat16
+  void* out;         // [batch, queries, heads, head_dim], bfloat16, contiguous
+  float* lse;        // [batch, heads, queries], natural logarithm
+  void* workspace;   // for the parts of tiles that several multiprocessors share; null: tiles are never shared
+  int64_t workspace_bytes;
+  int64_t batch, queries, keys;
+  int32_t heads, head_dim;
+  double softmax_scale, last_key_count;
+};
+
 // y = rms_norm(x) * weight over the whole row, rounded to T twice: after the normalisation and after the weight.
 struct RmsNormParams {
   Rows x;
@@ -323,6 +343,7 @@ Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams&, int threads);
 Status qk_norm_rope_push(const QkNormRopePushParams&, int threads);
 Status attention_output_push(const AttentionOutputPushParams&, int threads);
 Status merge_segments(const MergeSegmentsParams&, int threads);
+Status int8_attention(const Int8AttentionParams&, int threads);
 Status rms_norm(const RmsNormParams&, int threads);
 Status layer_norm_modulate(const LayerNormModulateParams&, int threads);
 Status residual_norm_modulate(const ResidualNormModulateParams&, int threads);
@@ -344,6 +365,7 @@ Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams&, void* stream);
 Status qk_norm_rope_push(const QkNormRopePushParams&, void* stream);
 Status attention_output_push(const AttentionOutputPushParams&, void* stream);
 Status merge_segments(const MergeSegmentsParams&, void* stream);
+Status int8_attention(const Int8AttentionParams&, void* stream);
 Status rms_norm(const RmsNormParams&, void* stream);
 Status layer_norm_modulate(const LayerNormModulateParams&, void* stream);
 Status residual_norm_modulate(const ResidualNormModulateParams&, void* stream);

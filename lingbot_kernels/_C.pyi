@@ -97,6 +97,14 @@ class _Ops:  # written by csrc/make_stub.py, from here on
         lse_segment_stride: int, lse_batch_stride: int, lse_head_stride: int, out: int, batch: int, tokens: int,
         count: int, heads: int, head_dim: int, dtype: int, threads_or_stream: int, /
     ) -> None: ...
+    def int8_attention(
+        self, q_ptr: int, q_batch_stride: int, q_token_stride: int, q_scale: int, q_scale_batch_stride: int,
+        q_scale_token_stride: int, q_scale_head_stride: int, k_cache_ptr: int, k_cache_batch_stride: int,
+        k_cache_token_stride: int, k_scale: int, k_scale_batch_stride: int, k_scale_token_stride: int,
+        k_scale_head_stride: int, v_cache_ptr: int, v_cache_batch_stride: int, v_cache_token_stride: int, out: int,
+        lse: int, workspace: int, workspace_bytes: int, batch: int, queries: int, keys: int, heads: int, head_dim: int,
+        softmax_scale: float, last_key_count: float, threads_or_stream: int, /
+    ) -> None: ...
     def rms_norm(
         self, x_ptr: int, x_batch_stride: int, x_token_stride: int, weight: int, y: int, batch: int, tokens: int,
         dim: int, dtype: int, eps: float, threads_or_stream: int, /

@@ -11,6 +11,7 @@
   X(qk_norm_rope_push, QkNormRopePushParams)                             \
   X(attention_output_push, AttentionOutputPushParams)                    \
   X(merge_segments, MergeSegmentsParams)                                 \
+  X(int8_attention, Int8AttentionParams)                                 \
   X(rms_norm, RmsNormParams)                                             \
   X(layer_norm_modulate, LayerNormModulateParams)                        \
   X(residual_norm_modulate, ResidualNormModulateParams)                  \

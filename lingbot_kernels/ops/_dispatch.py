@@ -28,11 +28,13 @@ class OpHomes:
     Attributes:
         absent: maps a backend it has no home in, on purpose, to the reason.
         kernel: the op whose kernels serve this one in cuda, triton and cpu, where it has none of its own.
+        capability: the one compute capability that its CUDA kernel is for (90 for 9.0), where it is for one alone.
     """
 
     name: str
     absent: Mapping[str, str] = field(default_factory=dict)
     kernel: str | None = None
+    capability: int | None = None
 
 
 _PACKED = "one launch writes to a list of tensors, which Triton can't take; its exchange is the packed one"
@@ -67,6 +69,7 @@ OPS: dict[str, OpHomes] = {
         OpHomes("int8_linear", {"cuda": "left to Triton, whose product has 1.1 to 1.3 PFLOP/s on an H100"}),
         OpHomes("frame_norm_silu", _FRAME),
         OpHomes("frame_pixels", _FRAME),
+        OpHomes("int8_attention", capability=90),
         OpHomes("windowed_attention", dict.fromkeys(("cuda", "triton", "cpu"), f"attention is {_LIBRARY}")),
         OpHomes("linear_gelu", dict.fromkeys(("cuda", "triton", "cpu"), f"matrix products are {_LIBRARY}")),
     )
@@ -140,7 +143,19 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
         return _triton_missing()
     if device_type != "cuda":
         return f"serves CUDA tensors, not {device_type}"
-    return _native.why_not_cuda() if backend == "cuda" else _triton_missing()
+    if backend == "triton":
+        return _triton_missing()
+    return _native.why_not_cuda() or _other_capability(OPS[op].capability)
+
+
+def _other_capability(wanted: int | None) -> str | None:
+    """Why a kernel for GPUs of this compute capability can't run on the current one."""
+    if wanted is None:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor == wanted:
+        return None
+    return f"serves GPUs of compute capability {wanted / 10}, not {major}.{minor}"
 
 
 def demand(op: str, backend: str, reason: str | None) -> None:

@@ -9,6 +9,7 @@ from lingbot_kernels.reference.frame_pixels import frame_pixels
 from lingbot_kernels.reference.gated_residual import gated_residual
 from lingbot_kernels.reference.gated_residual_camera_norm import gated_residual_camera_norm
 from lingbot_kernels.reference.gated_residual_camera_norm_quantize import gated_residual_camera_norm_quantize
+from lingbot_kernels.reference.int8_attention import int8_attention
 from lingbot_kernels.reference.int8_linear import int8_linear
 from lingbot_kernels.reference.k_norm_rope_kv_write import k_norm_rope_kv_write
 from lingbot_kernels.reference.k_norm_rope_quantize_kv_write import k_norm_rope_quantize_kv_write
@@ -36,6 +37,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_camera_norm",
     "gated_residual_camera_norm_quantize",
+    "int8_attention",
     "int8_linear",
     "k_norm_rope_kv_write",
     "k_norm_rope_quantize_kv_write",

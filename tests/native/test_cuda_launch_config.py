@@ -156,3 +156,74 @@ def test_columns_and_copies_are_covered(configs: list[dict[str, Any]]) -> None:
     whole = {c["words"]: c["threads"] for c in of(configs, "unpack")}
     assert whole[640] % 160 == 0 and 640 % whole[640] == 0
     assert 384 % whole[384] == 0 and 192 % whole[192] == 0
+
+
+ATTENTION = r"""
+#include <cstdio>
+#include <vector>
+#include "int8_attention_config.h"
+using namespace lingbot::cuda;
+
+int main() {
+  long long cut_plans = 0;
+  for (int heads : {1, 2, 10, 12, 20, 40}) {
+    for (int queries : {1, 192, 193, 1131, 4524, 4680}) {
+      for (int keys : {1, 96, 97, 1000, 1153, 5000, 27144}) {
+        for (int multiprocessors : {1, 7, 132}) {
+          for (bool share : {false, true}) {
+            const AttentionPlan p = attention_plan(1, queries, keys, heads, 192, 96, multiprocessors, share);
+            if (p.grid < 1 || p.grid > multiprocessors || p.whole_tiles > p.tiles) return 1;
+            if (!share && p.whole_tiles != p.tiles) return 2;
+            const int tiles = static_cast<int>(p.tiles), whole = static_cast<int>(p.whole_tiles);
+            std::vector<int> times(static_cast<size_t>(tiles) * p.key_tiles), slots(2 * p.grid, -1);
+            long long most = 0;
+            for (int block = 0; block < p.grid; ++block) {
+              AttentionWork work;
+              long long taken = 0;
+              for (int step = 0; attention_work(tiles, whole, p.key_tiles, block, p.grid, step, &work); ++step) {
+                if (work.first < 0 || work.first >= work.end || work.end > p.key_tiles) return 3;
+                if (work.slot >= 0 && slots[work.slot] != -1) return 4;
+                if (work.slot >= 0) slots[work.slot] = work.tile;
+                if ((work.slot < 0) != (work.end - work.first == p.key_tiles)) return 5;
+                for (int k = work.first; k < work.end; ++k) ++times[static_cast<size_t>(work.tile) * p.key_tiles + k];
+                taken += work.end - work.first;
+              }
+              most = taken > most ? taken : most;
+            }
+            for (int n : times) if (n != 1) return 6;
+            if (whole == tiles) continue;
+            ++cut_plans;
+            if (most > (static_cast<long long>(tiles) * p.key_tiles + p.grid - 1) / p.grid + 1) return 7;
+            const CutTiles cut = {static_cast<long long>(tiles - whole) * p.key_tiles, p.key_tiles, p.grid};
+            for (int tile = 0; tile < tiles - whole; ++tile) {  // the merge finds every part, and no other
+              int found = 0, made = 0;
+              for (int s : slots) made += s == whole + tile;
+              const long long end = static_cast<long long>(tile + 1) * p.key_tiles;
+              for (int b = cut.first_block(tile); b < p.grid && cut.range_begin(b) < end; ++b) {
+                const int slot = cut.slot(b, tile);
+                if (slot >= 0 && slots[slot] != whole + tile) return 8;
+                found += slot >= 0;
+              }
+              if (found != made) return 9;
+            }
+          }
+        }
+      }
+    }
+  }
+  std::printf("%lld\n", cut_plans);
+  return 0;
+}
+"""
+
+
+def test_attention_takes_every_tile_once_and_evenly(tmp_path: Path) -> None:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "main.cpp").write_text(ATTENTION)
+    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "main.cpp", "-o", "main"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    output = subprocess.run([tmp_path / "main"], capture_output=True, text=True)
+    assert output.returncode == 0, f"rule {output.returncode}"
+    assert int(output.stdout) > 50  # plans with cut tiles among them

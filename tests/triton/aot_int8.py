@@ -1,4 +1,4 @@
-"""Compiles the int8 product and the quantising passes for every architecture that they serve, as launched there.
+"""Compiles the int8 products and the quantising passes for every architecture that they serve, as launched there.
 
 A program of its own since the test process may interpret kernels:
 PYTHONPATH=.:bench python tests/triton/aot_int8.py
@@ -15,6 +15,7 @@ from triton_aot import recorded_launches
 
 from lingbot_kernels.triton import (
     gated_residual_camera_norm_quantize,
+    int8_attention,
     int8_linear,
     layer_norm_modulate_quantize,
     residual_norm_modulate_quantize,
@@ -55,9 +56,18 @@ def passes(dim: int, residual: torch.dtype) -> Iterator[tuple[str, Callable[[], 
     )
 
 
+def attend() -> None:
+    """A chunk of the 14B model over its ring."""
+    q, k = (torch.empty(1, tokens, 40, 128, dtype=torch.int8) for tokens in (4524, 27144))
+    v, scales = torch.empty(k.shape, dtype=BF16), [torch.empty(x.shape[:3]) for x in (q, k)]
+    out, lse = torch.empty(1, 4524, 5120, dtype=BF16), torch.empty(1, 40, 4524)
+    int8_attention.int8_attention(q, scales[0], k, scales[1], v, 27144, 1.0, out, lse)
+
+
 def cases() -> Iterator[tuple[str, int, Callable[[], None]]]:
     """(name, architecture, launch): on sm_90 all shapes and both residual dtypes, elsewhere the 14B model's in bf16."""
     for arch in ARCHITECTURES:
+        yield "int8_attention", arch, attend
         for columns, depth, activation in PRODUCTS:
             for dtype in (BF16, F32) if activation else (BF16,):
                 x, w = torch.empty(1, TOKENS, depth, dtype=torch.int8), torch.empty(columns, depth, dtype=torch.int8)

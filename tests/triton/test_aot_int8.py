@@ -11,6 +11,7 @@ from test_aot import HERE, MOST_REGISTERS, compile_all
 # Shared memory a program may have, bytes: CUDA C programming guide, technical specifications by compute capability.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 REGISTERS = 65536  # of a multiprocessor
+PRODUCTS = ("int8_linear_kernel", "int8_attention_kernel")
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +40,14 @@ def test_programs_fit_a_multiprocessor(compiled: dict[str, dict[str, Any]]) -> N
 
 
 def test_products_run_on_tensor_cores(compiled: dict[str, dict[str, Any]]) -> None:
-    products = [row for row in compiled.values() if row["name"] == "int8_linear_kernel"]
+    products = [row for row in compiled.values() if row["name"] in PRODUCTS]
     assert products
     for row in products:
         assert row["tensor_core"]["IGMMA" if row["arch"] == 90 else "IMMA"], row["case"]
 
 
 def test_passes_leave_room_to_hide_latency(compiled: dict[str, dict[str, Any]]) -> None:
-    passes = {case: row for case, row in compiled.items() if row["name"] != "int8_linear_kernel"}
+    passes = {case: row for case, row in compiled.items() if row["name"] not in PRODUCTS}
     assert {case: row["registers"] for case, row in passes.items() if row["registers"] > MOST_REGISTERS} == {}
     for case, row in passes.items():
         # A thread has four or eight neighbours: four bytes of codes and signs at a time, eight or more of values.

@@ -15,7 +15,13 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-CHECKS = ["kernels_prologue.py", "kernels_passes.py", "kernels_int8.py", "kernels_frames.py"]
+CHECKS = [
+    "kernels_prologue.py",
+    "kernels_passes.py",
+    "kernels_int8.py",
+    "kernels_int8_attention.py",
+    "kernels_frames.py",
+]
 
 
 def run_checks(name: str, interpret: bool) -> None:
