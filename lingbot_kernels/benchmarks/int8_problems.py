@@ -25,7 +25,7 @@ from lingbot_kernels.benchmarks.problem import (
     residual_inputs,
     spread_rows,
 )
-from lingbot_kernels.reference.rotate_quantize import padded_width, rotated
+from lingbot_kernels.reference.rotate_quantize import padded_width, quantize_rows, rotated
 
 Arguments = Callable[[Inputs], tuple[Any, ...]]
 
@@ -151,4 +151,42 @@ def _product(
         "int8_linear", case.name + suffix, (1, tokens, inner, outer), dtype, tokens, inner, make, bind, plain,
         bytes=(tokens + outer) * inner + tokens * outer * dtype.itemsize, flops=2 * tokens * inner * outer,
         backends=("triton", "cpu", "reference"), judged=judged_rows, ceiling="gemm",
+    )  # fmt: skip
+
+
+def attention_problem(case: KernelCase, visible: int) -> Problem:
+    """A chunk's queries over `visible` slots of an int8 ring; V is bfloat16 whatever the case's dtype."""
+    tokens, heads, head_dim = case.ranks * case.tokens, case.heads // case.ranks, case.head_dim
+    dim, per_token = heads * head_dim, heads * (head_dim + 4)  # codes and a scale a head
+
+    def make(device: torch.device) -> Inputs:
+        def quantized(tokens: int) -> tuple[Tensor, Tensor]:
+            return quantize_rows(torch.randn(1, heads, tokens, head_dim, device=device), rotate=False)
+
+        (q, q_scale), (k, k_scale) = ([x.transpose(1, 2) for x in quantized(n)] for n in (tokens, visible))
+        return {
+            "q": q[..., :head_dim].contiguous(), "q_scale": q_scale,
+            "k_cache": k[..., :head_dim].contiguous(), "k_scale": k_scale,  # the codes were filled up to 128
+            "v_cache": randn(1, visible, heads, head_dim, device=device, dtype=torch.bfloat16),
+            "rows": spread_rows(tokens),
+        }  # fmt: skip
+
+    names = ("q", "q_scale", "k_cache", "k_scale", "v_cache")
+
+    def bind(inputs: Inputs, backend: str) -> Callable[[], Outputs]:
+        given = {name: inputs[name] for name in names}
+        return partial(ops.int8_attention, **given, num_visible=visible, backend=backend)
+
+    def plain(inputs: Inputs) -> Outputs:
+        """The judged rows alone, with the weights rounded to V's dtype."""
+        rows, v = inputs["rows"].to(inputs["q"].device), inputs["v_cache"].transpose(1, 2)
+        q, q_scale = inputs["q"][:, rows].to(inputs["q_scale"].dtype), inputs["q_scale"][:, rows].unsqueeze(-1)
+        k = inputs["k_cache"].to(q.dtype) * inputs["k_scale"].unsqueeze(-1)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q * q_scale, k) * head_dim**-0.5
+        return ((scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(-2),)
+
+    return Problem(
+        "int8_attention", case.name, (1, tokens, visible, heads, head_dim), torch.bfloat16, tokens, dim, make, bind,
+        plain, bytes=(tokens + visible) * (per_token + 2 * dim), flops=4 * tokens * visible * dim,
+        judged=lambda inputs, outputs: judged_rows(inputs, outputs[:1]), ceiling="",
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lingbot_kernels import ops, reference
 from lingbot_kernels.benchmarks.frame_problems import frame_problems
-from lingbot_kernels.benchmarks.int8_problems import norm_problems, product_problems, rotate_problems
+from lingbot_kernels.benchmarks.int8_problems import attention_problem, norm_problems, product_problems, rotate_problems
 from lingbot_kernels.benchmarks.kernel_cases import SINK_FRAMES, WINDOW_FRAMES, KernelCase
 from lingbot_kernels.benchmarks.problem import (
     CACHES,
@@ -249,6 +249,7 @@ def _library_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]
         flops=4 * tokens * visible * heads * head_dim,
         backends=tuple(name for name in LIBRARIES if name != "reference"), judged=judged_rows, ceiling="",
     )  # fmt: skip
+    yield attention_problem(case, visible)
     count = 4
 
     def make_segments(device: torch.device) -> Inputs:
