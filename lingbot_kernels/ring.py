@@ -10,8 +10,9 @@ Three numbers say where a chunk begins, each by a name of its own:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -133,6 +134,25 @@ class KVRing:
         self._origin: int | None = None  # absolute index of the first token received
         self._end = 0  # absolute index after the last token received
         self._chunk_tokens = 0
+
+    def state(self) -> dict[str, int | None]:
+        """What `set_state` goes back to: origin (the first token received; None: none was), end, chunk_tokens."""
+        return {"origin": self._origin, "end": self._end, "chunk_tokens": self._chunk_tokens}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Take the position of another ring of the same capacity and sink.
+
+        Raises:
+            ValueError: no ring can stand there; this one is as it was.
+        """
+        values: tuple[Any, ...] = tuple(state.get(name) for name in ("origin", "end", "chunk_tokens"))
+        possible = values == (None, 0, 0)
+        if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+            origin, end, tokens = values
+            possible = 0 <= origin <= end - tokens and 1 <= tokens <= self.capacity - self.sink
+        if not possible:
+            raise ValueError(f"ring: got {dict(state)}, must fit {self.capacity} slots of which {self.sink} are pinned")
+        self._origin, self._end, self._chunk_tokens = values
 
     @property
     def empty(self) -> bool:

@@ -37,8 +37,9 @@ from lingbot_kernels.quantization import PLAIN, Int8Recipe, Rows, Taken, recipe_
 from lingbot_kernels.realtime import memory
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.realtime.chunk_inputs import ChunkInputs, TimeEmbeddings
-from lingbot_kernels.realtime.kv_cache import CacheLayout, KeyValue
-from lingbot_kernels.realtime.weights import WeightsIdentity
+from lingbot_kernels.realtime.kv_cache import CacheLayout, KeyValue, RingMemory
+from lingbot_kernels.realtime.saved_session import SessionOwner
+from lingbot_kernels.realtime.weights import WeightsIdentity, fingerprint
 from lingbot_kernels.ring import ChunkPosition
 
 WHOLE = SequenceShard()
@@ -364,7 +365,7 @@ class CausalLingBotTransformer(nn.Module):
 
     def _disown_sessions(self, _: object = None) -> None:
         """Refuse sessions that have begun: all of the weights, or the ranks, are others."""
-        self._owner = object()
+        self._owner = SessionOwner(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -373,6 +374,30 @@ class CausalLingBotTransformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.head.modulation.device
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of a model has sessions of its own."""
+        super().__setstate__(state)
+        self._disown_sessions()
+
+    @property
+    def session_owner(self) -> object:
+        """What sessions of this model belong to; another one once it was loaded or shared anew."""
+        return self._owner
+
+    def session_facts(self) -> dict[str, Any]:
+        """What must be the same in a model that is to go on with a saved session, the weights apart."""
+        recipe = None if self.recipe is None else repr(self.recipe)
+        return {**self.config.to_dict(), "dtype": str(self.dtype), "recipe": recipe, "ranks": self.shard_group.ranks}
+
+    def weights_fingerprint(self) -> str:
+        """What stands for the values of the parameters, see `realtime.weights.fingerprint`; reads all of them."""
+        return fingerprint(self)
+
+    def session_memory(self, state: RealtimeCausalDiTState, layout: CacheLayout) -> RingMemory | None:
+        """What the rings of a session that begins lie in; NotEnoughMemory where it can't fit."""
+        cfg = self.config
+        return session_forward.ring_memory(self, state, layout, cfg.frames_per_chunk, cfg.camera)
 
     @property
     def precision(self) -> str:

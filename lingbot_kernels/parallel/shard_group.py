@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from lingbot_kernels.parallel import peer_memory
 from lingbot_kernels.parallel.peer_exchange import PeerSession, PeerShard
 from lingbot_kernels.parallel.sequence_shard import SequenceShard, all_gather, sequence_splits
 from lingbot_kernels.realtime.kv_cache import CacheLayout, KVCache
 from lingbot_kernels.realtime.runtime_cache import TensorIdentity
+from lingbot_kernels.realtime.weights import fingerprint
 
 LAYOUTS = ("ulysses",)
 PEER_MEMORY = "peer memory"
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ShardGroup:
@@ -85,6 +85,20 @@ class ShardGroup:
             reason = peer_memory.why_not(group, joined._control, model.device)
             joined.exchange = PEER_MEMORY if reason is None else f"all-to-all ({reason})"
         return joined
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardGroup:
+        """A copy of a sharded model is shared by the same ranks, each of which copies its own."""
+        copied = ShardGroup(self._group, self._control)
+        copied.exchange = self.exchange
+        return copied
+
+    def __reduce__(self) -> tuple[type[ShardGroup], tuple[()]]:
+        if self.ranks > 1:
+            raise TypeError(
+                "a model that is sharded over ranks can't be pickled: save_pretrained writes its weights, and "
+                "shard_sequence shares the model that is read from them"
+            )
+        return ShardGroup, ()
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -176,7 +190,7 @@ class ShardGroup:
 
     def _weights_digest(self, model: Any, token: object) -> str:
         if self._weights[0] is not token:
-            self._weights = (token, _checksum(model))
+            self._weights = (token, fingerprint(model))
         return self._weights[1]
 
 
@@ -193,15 +207,6 @@ def _hash(content: bytes) -> bytes:
 
 def _content(x: Tensor) -> str:
     return _hash(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hex()
-
-
-def _checksum(model: nn.Module) -> str:
-    """Of the sums of every parameter's bits, taken as integers on the device: exact in any order of addition."""
-    sums = [
-        parameter.detach().view(_INTEGERS[parameter.element_size()]).sum(dtype=torch.int64)
-        for parameter in model.parameters()
-    ]
-    return _content(torch.stack(sums))
 
 
 def _describe(value: object) -> str:

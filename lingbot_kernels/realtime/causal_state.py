@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lingbot_kernels.realtime import saved_session
 from lingbot_kernels.realtime.graphs import SessionGraphs
 from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, KVCache, RingMemory
 from lingbot_kernels.realtime.runtime_cache import RuntimeCache, Store, TensorIdentity, tensors_in
 from lingbot_kernels.ring import ChunkPlan, KVRing
+
+_INSTEAD = "state.save(folder) writes it, and RealtimeCausalDiTState.load(folder, model) goes on with it"
 
 
 class RealtimeCausalDiTState:
@@ -219,6 +224,77 @@ class RealtimeCausalDiTState:
             "cuda_graphs": {"captures": self.graphs.captures, "replays": self.graphs.replays},
             **stores,
         }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the session to a folder, for `load` to go on with in another process or on another device.
+
+        Kept are keys and values of the window, as they are, the position, an unfinished chunk, and what the session was
+        made with; not what the next forward makes again (text K/V, camera modulation, time embeddings, RoPE table,
+        graphs), nor counts. Between the denoise steps of a chunk, or before its context update, it can be saved as
+        well: what the caller holds of the chunk (its latents, its generator) is the caller's to keep.
+
+        The folder is new, empty, or holds a saved session, which is replaced once the new one is whole. On a sharded
+        model every rank saves, with the same folder, into one of its own in it. Memory: one layer's K and V at a time.
+
+        Raises:
+            ValueError: the folder holds other things or lacks space, a forward is under way, or the session's model is
+                gone or isn't a `CausalLingBotTransformer`.
+            OSError: it can't be written; a session saved there before is still there.
+        """
+        self._check_rest("saved")
+        saved_session.save(self, self._owner, Path(folder))
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], model: saved_session.SessionModel, *, check_weights: bool = True
+    ) -> RealtimeCausalDiTState:
+        """The session that `save` wrote, on the model's device: it goes on with the bits of one never interrupted,
+        where the device is of the same kind.
+
+        Args:
+            model: of the same configuration, dtype, precision, weights and number of ranks; on a sharded one every rank
+                loads.
+            check_weights: False takes weights that differ, as a running session does when an adapter is switched.
+
+        Raises:
+            ValueError: naming the file that is missing or damaged, or what differs in the model.
+            NotEnoughMemory: it can't fit; nothing has been allocated for it.
+        """
+        return saved_session.load(cls, Path(folder), model, check_weights)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RealtimeCausalDiTState:
+        """A session of the same model that goes on by itself, with the same bits; what forwards make again, it makes
+        again.
+
+        Raises:
+            TypeError: the rings lie in memory that ranks share.
+        """
+        self._check_rest("copied")
+        copied = type(self)(**self.switches)
+        memo[id(self)] = copied
+        if self.kv_cache is None:
+            return copied
+        if self.kv_cache.memory is not None:
+            raise TypeError("state: its rings lie in memory that the ranks share, so it can't be copied; " + _INSTEAD)
+        if self.context_update is not None:
+            self.context_update.synchronize()
+        copied.begin(self.kv_cache.layout, owner=self._owner)
+        assert copied.kv_cache is not None
+        copied.kv_cache.ring = copy.copy(self.kv_cache.ring)
+        copied.unfinished = self.unfinished
+        for held, new in zip(self.kv_cache.tensors_of_layers(), copied.kv_cache.tensors_of_layers(), strict=True):
+            new.copy_(held)
+        return copied
+
+    def __copy__(self) -> RealtimeCausalDiTState:
+        raise TypeError("state: a shallow copy would write to the same rings; copy.deepcopy gives it its own")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("state: a session can't be pickled, as it belongs to a model of this process; " + _INSTEAD)
+
+    def _check_rest(self, done: str) -> None:
+        if self._undo is not None:
+            raise ValueError(f"state: a forward is under way, must be {done} before or after it")
 
     def dispose(self) -> None:
         """Free every cache and forget the position. Safe to call twice; the state can start again.

@@ -89,13 +89,17 @@ class KVCache:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every buffer on the device, the cursor's included."""
-        for layer in self.layers:
-            yield from layer
+        yield from self.tensors_of_layers()
         if self._cursor is not None:
             yield self._cursor
 
+    def tensors_of_layers(self) -> Iterator[Tensor]:
+        """Each layer's K, then its V."""
+        for layer in self.layers:
+            yield from layer
+
     def nbytes(self) -> int:
-        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
+        return sum(x.numel() * x.element_size() for x in self.tensors_of_layers())
 
     def _empty(self) -> Tensor:
         if self.memory is not None:

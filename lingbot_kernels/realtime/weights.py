@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import weakref
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 _ADAPTER = ("merged_adapters", "_active_adapter", "_disable_adapters", "scaling")  # of PEFT's layers
 _HOOKS = ("_diffusers_hook", "_hf_hook")  # of diffusers and accelerate
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 _VERSION = operator.attrgetter("_version")
 
 
@@ -67,6 +70,17 @@ class WeightsIdentity:
     def __reduce__(self) -> tuple[type[WeightsIdentity], tuple[()]]:
         """A copy of a model has weights of its own."""
         return WeightsIdentity, ()
+
+
+def fingerprint(module: nn.Module) -> str:
+    """What stands for the values of a module's parameters, on any device and in any process: a digest of the sums of
+    each one's bits, taken as integers on the device, exact in any order of addition.
+    """
+    sums = [
+        parameter.detach().view(_INTEGERS[parameter.element_size()]).sum(dtype=torch.int64).cpu()
+        for parameter in module.parameters()
+    ]
+    return hashlib.blake2b(torch.stack(sums).numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _weights_of(module: nn.Module) -> tuple[list[Tensor], bool]:
