@@ -30,6 +30,7 @@ from lingbot_kernels.components.text import TextEncoder
 from lingbot_kernels.components.vae import load_vae
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.decoding import StreamingDecoder, split
+from lingbot_kernels.models._inputs import Dtype, as_dtype
 from lingbot_kernels.models.camera import ActionStream, CameraStream, parse_actions
 from lingbot_kernels.models.checkpoint import infer_config
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
@@ -94,9 +95,9 @@ class LingBotWorldPipeline:
         folder: str | os.PathLike[str],
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: Dtype | None = None,
         text_device: torch.device | str | None = None,
-        decoder_dtype: torch.dtype | None = None,
+        decoder_dtype: Dtype | None = None,
         assets: str | os.PathLike[str] | None = None,
         transformer: str | os.PathLike[str] | None = None,
         precision: Any = None,
@@ -109,7 +110,7 @@ class LingBotWorldPipeline:
             folder: with the transformer's shards, the umT5 encoder, its tokenizer and the Wan VAE; see
                 `lingbot_kernels.components.folders` for the names that are looked for.
             device: the first GPU where there is one, else the CPU.
-            dtype: of the transformer and the text encoder; bfloat16 on CUDA, float32 on a CPU.
+            dtype: of the transformer and the text encoder, also by name; bfloat16 on CUDA, float32 on a CPU.
             text_device: of the text encoder, which runs once a prompt; `device` where None.
             decoder_dtype: see `StreamingDecoder.from_vae`.
             assets: another folder for parts that `folder` lacks.
@@ -130,7 +131,7 @@ class LingBotWorldPipeline:
         vae = load_vae(parts.vae, place)
         where = torch.device(text_device) if text_device is not None else place
         text_encoder = TextEncoder.load(parts.text_encoder, parts.tokenizer, dtype=dtype, device=where)
-        decoder = StreamingDecoder.from_vae(vae, dtype=decoder_dtype, device=place)
+        decoder = StreamingDecoder.from_vae(vae, dtype=as_dtype("decoder_dtype", decoder_dtype), device=place)
         model = CausalLingBotTransformer.from_pretrained(
             parts.transformer, dtype=dtype, device=place, cfg=cfg, precision=precision
         )
@@ -143,7 +144,7 @@ class LingBotWorldPipeline:
         preset: str = "tiny",
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: Dtype | None = None,
         context: str = "after",
         **config: Any,
     ) -> LingBotWorldPipeline:
@@ -232,12 +233,12 @@ class LingBotWorldPipeline:
         return WorldSession(self, text, condition, steering, seed)
 
 
-def _place(device: torch.device | str | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+def _place(device: torch.device | str | None, dtype: Dtype | None) -> tuple[torch.device, torch.dtype]:
     """The device with its index, the first GPU where None, and the transformer's dtype on it."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
-    return place, dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    return place, as_dtype("dtype", dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""Checks of what a chunk's forward is given; each error names the argument, what it was and what it must be."""
+"""Checks of what models and forwards are given; each error names the argument, what it was and what it must be."""
 
 from __future__ import annotations
 
@@ -9,6 +9,32 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels.config import LingBotConfig
+
+Dtype = torch.dtype | str
+_DTYPES = {
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
+    "float32": torch.float32, "fp32": torch.float32, "float": torch.float32,
+    "float64": torch.float64, "fp64": torch.float64, "double": torch.float64,
+}  # fmt: skip
+
+
+def as_dtype(name: str, value: Dtype | None) -> torch.dtype | None:
+    """A dtype that networks run in, also by its name, with or without "torch.", or a usual short one; None stays None.
+
+    Raises:
+        ValueError: another dtype, or a name that stands for none.
+        TypeError: neither a dtype nor a string.
+    """
+    found = _DTYPES.get(value.strip().lower().removeprefix("torch.")) if isinstance(value, str) else value
+    if value is None or (isinstance(found, torch.dtype) and found in _DTYPES.values()):
+        return found
+    kind = ValueError if isinstance(value, str | torch.dtype) else TypeError
+    shown = repr(value) if isinstance(value, str) and len(value) < 60 else str(value)[:60]
+    hint = "; int8 is a precision: precision='int8'" if "int8" in shown else ""
+    raise kind(
+        f"{name}: got {shown}, must be bfloat16, float16, float32 or float64, as a torch.dtype or its name{hint}"
+    )
 
 
 def check_chunk(

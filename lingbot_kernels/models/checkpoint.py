@@ -22,6 +22,7 @@ from torch import nn
 
 from lingbot_kernels.config import PLUECKER_CHANNELS, LingBotConfig
 from lingbot_kernels.files import read_json
+from lingbot_kernels.models._inputs import Dtype, as_dtype
 from lingbot_kernels.models.checkpoint_files import RECIPE, STEMS, CheckpointError, Entry, Headers, read_headers
 from lingbot_kernels.models.quantize import ValueFold, int8_slots, quantize, value_folds
 from lingbot_kernels.quantization import Int8Linear, Int8Recipe
@@ -169,7 +170,7 @@ def load_checkpoint(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype | None = None,
     device: torch.device | str | None = None,
     recipe: Int8Recipe | None = None,
 ) -> None:
@@ -182,7 +183,7 @@ def load_checkpoint(
     Args:
         model: what to fill.
         folder: a folder of safetensors shards, with or without an index, or one safetensors file; in any of NAMINGS.
-        dtype: of all parameters; None leaves each as it is.
+        dtype: of all parameters, also by name; None leaves each as it is.
         device: of all parameters; None leaves them where they are, and means the CPU for a model on the meta device.
         recipe: of a `CausalLingBotTransformer` on the meta device, to have its weights quantised: those of a checkpoint
             in 16 or 32 bits on the way, tensor by tensor, those of one that is quantised by this recipe as they are.
@@ -191,7 +192,7 @@ def load_checkpoint(
         CheckpointError: missing, unexpected or wrongly shaped keys, damaged or missing files, an index that does not
             fit them: all of them in one error, before anything in the model is changed.
     """
-    path = Path(folder)
+    path, dtype = Path(folder), as_dtype("dtype", dtype)
     headers = read_headers(path)
     stored, problems = _recipe(path, headers)
     if stored is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lingbot_kernels import nvtx, ops
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.models import checkpoint, session_forward
+from lingbot_kernels.models._inputs import Dtype, as_dtype
 from lingbot_kernels.models.embeddings import (
     PatchEmbedding,
     TextEmbedding,
@@ -259,9 +260,12 @@ class CausalLingBotTransformer(nn.Module):
         cfg: LingBotConfig,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: Dtype | None = None,
     ) -> None:
-        """Random weights in `dtype` (torch's default where None) on `device`; NotEnoughMemory where they can't fit."""
+        """Random weights in `dtype`, also given by name (torch's default where None), on `device`; NotEnoughMemory
+        where they can't fit.
+        """
+        dtype = as_dtype("dtype", dtype)
         memory.check_weights(cfg, dtype, device)
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -293,7 +297,7 @@ class CausalLingBotTransformer(nn.Module):
         cls,
         folder: str | Path,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: Dtype | None = None,
         device: torch.device | str = "cpu",
         cfg: LingBotConfig | None = None,
         precision: str | Int8Recipe | None = None,
@@ -301,18 +305,19 @@ class CausalLingBotTransformer(nn.Module):
         """The model of a checkpoint folder (safetensors shards in any of the three namings), in `dtype` on `device`.
 
         The configuration is `cfg`, or the folder's config.json, or read off the shapes. Weights go from the mapped file
-        straight into the parameters: memory stays near one copy, of the int8 weights where they are quantised. dtype
-        None: bfloat16.
+        straight into the parameters: memory stays near one copy, of the int8 weights where they are quantised.
 
         Args:
+            dtype: also by name, such as "bfloat16", "bf16" or "torch.bfloat16"; bfloat16 where None.
             precision: "bfloat16": the products in `dtype`; "int8", "int8_qk" or an Int8Recipe: quantised while loading.
                 None: as `save_pretrained` wrote the folder, which is "bfloat16" for every other checkpoint.
 
         Raises:
             CheckpointError: naming every missing, unexpected, wrongly shaped or unreadable entry, in one message.
             NotEnoughMemory: the weights can't fit on `device`; nothing has been allocated there.
-            ValueError: a precision that there is not, or another one than the folder's weights are quantised in.
+            ValueError: no such dtype or precision, or another precision than the folder's weights are quantised in.
         """
+        dtype = as_dtype("dtype", dtype)
         stored = checkpoint.stored_recipe(folder)
         recipe = stored if precision is None else recipe_of(precision)
         cfg, dtype = cfg or checkpoint.infer_config(folder), dtype or torch.bfloat16
@@ -391,13 +396,12 @@ class CausalLingBotTransformer(nn.Module):
         return {**self.config.to_dict(), "dtype": str(self.dtype), "recipe": recipe, "ranks": self.shard_group.ranks}
 
     def weights_fingerprint(self) -> str:
-        """What stands for the values of the parameters, see `realtime.weights.fingerprint`; reads all of them."""
+        """What stands for the values of the parameters; reads all of them."""
         return fingerprint(self)
 
     def session_memory(self, state: RealtimeCausalDiTState, layout: CacheLayout) -> RingMemory | None:
         """What the rings of a session that begins lie in; NotEnoughMemory where it can't fit."""
-        cfg = self.config
-        return session_forward.ring_memory(self, state, layout, cfg.frames_per_chunk, cfg.camera)
+        return session_forward.ring_memory(self, state, layout, self.config.frames_per_chunk, self.config.camera)
 
     @property
     def precision(self) -> str:

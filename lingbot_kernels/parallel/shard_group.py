@@ -95,8 +95,8 @@ class ShardGroup:
     def __reduce__(self) -> tuple[type[ShardGroup], tuple[()]]:
         if self.ranks > 1:
             raise TypeError(
-                "a model that is sharded over ranks can't be pickled: save_pretrained writes its weights, and "
-                "shard_sequence shares the model that is read from them"
+                "model: got one to pickle that is sharded over ranks, must be written by save_pretrained; "
+                "shard_sequence shares the model that is read from there"
             )
         return ShardGroup, ()
 

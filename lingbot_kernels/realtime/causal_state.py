@@ -275,7 +275,9 @@ class RealtimeCausalDiTState:
         if self.kv_cache is None:
             return copied
         if self.kv_cache.memory is not None:
-            raise TypeError("state: its rings lie in memory that the ranks share, so it can't be copied; " + _INSTEAD)
+            raise TypeError(
+                f"state: got one whose rings lie in memory that ranks share, must be saved, not copied: {_INSTEAD}"
+            )
         if self.context_update is not None:
             self.context_update.synchronize()
         copied.begin(self.kv_cache.layout, owner=self._owner)
@@ -287,14 +289,18 @@ class RealtimeCausalDiTState:
         return copied
 
     def __copy__(self) -> RealtimeCausalDiTState:
-        raise TypeError("state: a shallow copy would write to the same rings; copy.deepcopy gives it its own")
+        raise TypeError(
+            "state: got a shallow copy, which would write to the same rings, must be copied by copy.deepcopy"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("state: a session can't be pickled, as it belongs to a model of this process; " + _INSTEAD)
+        raise TypeError(
+            f"state: got one to pickle, though it is of a model of this process, must be saved instead: {_INSTEAD}"
+        )
 
     def _check_rest(self, done: str) -> None:
         if self._undo is not None:
-            raise ValueError(f"state: a forward is under way, must be {done} before or after it")
+            raise ValueError(f"state: got one within a forward, must be {done} before or after it")
 
     def dispose(self) -> None:
         """Free every cache and forget the position. Safe to call twice; the state can start again.

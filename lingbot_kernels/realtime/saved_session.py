@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -130,7 +131,7 @@ def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,13 +186,13 @@ def _read(kind: type[RealtimeCausalDiTState], folder: Path, model: SessionModel,
     if not path.is_file():
         ranks = sorted(each.name for each in folder.glob("rank-*-of-*"))
         hint = f"; it has {', '.join(ranks)}, a session of several ranks" if ranks else ""
-        raise ValueError(f"{path}: isn't there: no session was saved here, or not to the end{hint}")
+        raise ValueError(f"folder: got {folder}, without a {FILE}, must hold a session that was saved to the end{hint}")
     try:
         saved = _understood(kind, folder, read_json(path), model, check_weights)
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-        raise ValueError(f"{path}: not a saved session: {error!r}") from error
+        raise ValueError(f"{path}: got something else ({error!r}), must be a saved session") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise _of(path, error) from error
     if saved.layout is not None:
         _check_files(saved)
     return saved
@@ -202,7 +203,9 @@ def _understood(
 ) -> _Saved:
     """The content of `session.json`, held against the model; what is no such content raises one of several errors."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"must be a session of format {FORMAT}")
+        raise ValueError(
+            f"format: got {content.get('format') if isinstance(content, dict) else None}, must be {FORMAT}"
+        )
     state, session = _fresh(kind, content["switches"]), content["session"]
     if session is None:
         return _Saved(state)
@@ -217,10 +220,11 @@ def _understood(
     if len(files) != layout.num_layers:
         raise ValueError(f"files: got {len(files)}, must be one for each of {layout.num_layers} layers")
     if any(not _LAYER_FILE.fullmatch(file.name) or file.parent != folder for file in files):
-        raise ValueError("files: must be those of this folder")
+        raise ValueError(f"files: got {session['files']}, must be those that save writes")
     if check_weights and session["weights"] != model.weights_fingerprint():
         raise ValueError(
-            "the model has other weights; check_weights=False goes on with them, as after an adapter was switched"
+            "weights: got others than the session's, must be the same; check_weights=False goes on with them, as "
+            "after an adapter was switched"
         )
     return _Saved(state, layout, session["ring"], _unfinished(session["unfinished"]), files)
 
@@ -242,12 +246,16 @@ def _unfinished(value: Any) -> tuple[int, int] | None:
     return first, frames
 
 
+def _of(path: Path, error: ValueError) -> ValueError:
+    return ValueError(f"{path}: {error}")
+
+
 def _compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     different = [
         f"{name}: got {found.get(name)}, must be {value}" for name, value in wanted.items() if found.get(name) != value
     ]
     if different:
-        raise ValueError(f"saved by a model that differs: {'; '.join(different)}")
+        raise ValueError(f"model: got one that differs from the session's, must be alike: {'; '.join(different)}")
 
 
 def _check_files(saved: _Saved) -> None:
@@ -265,7 +273,7 @@ def _check_files(saved: _Saved) -> None:
                 empty = file.get_slice(name)[:, :0]
                 if part.get_shape() != shape or empty.dtype != layout.dtype:
                     raise ValueError(
-                        f"{path}: {name} is {empty.dtype} {part.get_shape()}, must be {layout.dtype} {shape}"
+                        f"{path}: got {name} of {empty.dtype} {part.get_shape()}, must be {layout.dtype} {shape}"
                     )
 
 
@@ -276,4 +284,4 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: damaged or missing: {error}") from error
+        raise ValueError(f"{path}: got a damaged file or none, must be whole: {error}") from error

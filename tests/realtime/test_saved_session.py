@@ -170,9 +170,7 @@ def test_an_unfinished_chunk_stays_unfinished(tmp_path):
     assert resumed.unfinished == (9, 3)
     earlier = inputs_of(other, 2)
     with pytest.raises(ValueError, match="must be 9 for 3"):
-        CausalDenoisingStage(other).update_context(
-            resumed, earlier["noise"], text=earlier["text"]
-        )
+        CausalDenoisingStage(other).update_context(resumed, earlier["noise"], text=earlier["text"])
     assert torch.equal(roll(other, resumed, 3, 5), roll(model, state, 3, 5))
 
 
@@ -242,16 +240,16 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no session.json": (lambda folder: (folder / "session.json").unlink(), "not to the end"),
-    "a layer is missing": (lambda folder: layer_files(folder)[1].unlink(), "damaged or missing"),
+    "no session.json": (lambda folder: (folder / "session.json").unlink(), "that was saved to the end"),
+    "a layer is missing": (lambda folder: layer_files(folder)[1].unlink(), "got a damaged file or none"),
     "a layer is cut": (lambda folder: os.truncate(layer_files(folder)[1], 1000), "damaged"),
     "a layer is empty": (lambda folder: layer_files(folder)[0].write_bytes(b""), "damaged"),
     "json is cut": (lambda folder: (folder / "session.json").write_text('{"format": 1,'), "not a JSON file"),
-    "json is a list": (lambda folder: (folder / "session.json").write_text("[]"), "must be a session of format 1"),
-    "a later format": (edit(lambda content: content.update(format=2)), "must be a session of format 1"),
-    "no session": (edit(lambda content: content.pop("session")), "not a saved session: KeyError"),
+    "json is a list": (lambda folder: (folder / "session.json").write_text("[]"), "format: got None, must be 1"),
+    "a later format": (edit(lambda content: content.update(format=2)), "format: got 2, must be 1"),
+    "no session": (edit(lambda content: content.pop("session")), "must be a saved session"),
     "a switch too many": (edit(lambda content: content["switches"].update(x=1)), "switches: got"),
-    "a file elsewhere": (edit(lambda content: content["session"].update(files=["../a", "b"])), "must be those of this"),
+    "a file elsewhere": (edit(lambda content: content["session"].update(files=["../a", "b"])), "must be those that"),
     "a layer too few": (edit(lambda content: content["session"]["files"].pop()), "files: got 1, must be one for each"),
     "a longer chunk": (edit(lambda content: content["session"]["ring"].update(chunk_tokens=99)), "ring: got"),
     "more received": (edit(lambda content: content["session"]["ring"].update(origin=6)), "must be torch.float32"),
@@ -352,7 +350,7 @@ def test_a_forward_under_way_is_not_saved(tmp_path):
 
     def save(*_: Any) -> None:
         for call in (lambda: state.save(tmp_path), lambda: copy.deepcopy(state)):
-            with pytest.raises(ValueError, match=r"a forward is under way, must be (saved|copied) before or after"):
+            with pytest.raises(ValueError, match=r"got one within a forward, must be (saved|copied) before or after"):
                 call()
             refused.append(1)
 
