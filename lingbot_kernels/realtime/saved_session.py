@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from lingbot_kernels._version import __version__
 from lingbot_kernels.files import check_output, read_json, replacing, write_text
 from lingbot_kernels.realtime.kv_cache import CacheLayout, KVCache, RingMemory
+from lingbot_kernels.scalars import as_count
 
 if TYPE_CHECKING:
     from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
@@ -209,7 +210,8 @@ def _understood(
     state, session = _fresh(kind, content["switches"]), content["session"]
     if session is None:
         return _Saved(state)
-    layout = model.cache_layout(session["batch"], tuple(session["grid"]))
+    rows, columns = (as_count("grid", count, 1) for count in session["grid"])
+    layout = model.cache_layout(as_count("batch", session["batch"], 1), (rows, columns))
     shared = {name: getattr(layout, name) for name in _SHARED}
     _compare(session, {**shared, "grid": list(layout.grid), "rank": model.shard_group.rank})
     _compare(session["model"], model.session_facts())
@@ -241,9 +243,7 @@ def _unfinished(value: Any) -> tuple[int, int] | None:
     if value is None:
         return None
     first, frames = value
-    if not isinstance(first, int) or not isinstance(frames, int):
-        raise ValueError(f"unfinished: got {value}, must be two integers or null")
-    return first, frames
+    return as_count("unfinished", first, 0), as_count("unfinished", frames, 1)
 
 
 def _of(path: Path, error: ValueError) -> ValueError:
