@@ -13,6 +13,8 @@ from torch import Tensor
 from lingbot_kernels.components.folders import BadPart
 from lingbot_kernels.components.reading import read_pickled, require
 
+MAX_CHARACTERS = 100_000  # refused before they are cleaned and cut into tokens: far more than max_tokens can hold
+
 
 def clean(prompt: str) -> str:
     """The prompt as the official code reads it: broken encodings mended, HTML entities and runs of blanks resolved."""
@@ -52,10 +54,13 @@ class TextEncoder:
         """The embeddings [1, L, text_dim] of the prompt's L tokens, on the encoder's device.
 
         Raises:
-            TypeError, ValueError: the prompt is no text, says nothing, or has more than `max_tokens` tokens.
+            TypeError, ValueError: the prompt is no text, says nothing, or has more than MAX_CHARACTERS or
+                `max_tokens` tokens.
         """
         if not isinstance(prompt, str):
             raise TypeError(f"prompt: got {type(prompt).__name__}, must be a string")
+        if len(prompt) > MAX_CHARACTERS:
+            raise ValueError(f"prompt: got {len(prompt)} characters, must have at most {MAX_CHARACTERS}")
         text = clean(prompt)
         if not text:
             raise ValueError(f"prompt: got {prompt!r}, must say something about the world")

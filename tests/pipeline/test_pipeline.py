@@ -215,6 +215,7 @@ BAD_SESSIONS = (
     ({"prompt": " \n&nbsp;"}, ValueError, "must say something"),
     ({"prompt": 3}, TypeError, "prompt: got int, must be a string"),
     ({"prompt": "rain " * 40}, ValueError, "prompt: got 41 tokens, must have at most 16"),
+    ({"prompt": "rain " * 40_000}, ValueError, "prompt: got 200000 characters, must have at most 100000"),
     ({"height": 32}, ValueError, "height, width: got 32 and None"),
     ({"height": 24, "width": 48}, ValueError, "height: got 24, must be a positive multiple of 16"),
     ({"intrinsics": (1, 2, 3)}, ValueError, "intrinsics"),

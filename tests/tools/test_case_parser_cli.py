@@ -182,6 +182,16 @@ def test_plan(tmp_path: Path) -> None:
     assert len(data(run(*args, "--max-partitions", 2))["partitions"]) == 2
 
 
+@pytest.mark.parametrize("where", ["/dev/full", "/proc/x", "none/out", "."])
+def test_outputs_that_can_not_be_written_are_refused_before_the_config_is_read(tmp_path: Path, where: str) -> None:
+    config = tmp_path / "c.py"
+    config.write_text("ONE_GPU_CASES = [")
+    out = run("plan", config, "--suite", "1-gpu", "--github-output", where)
+    assert out.returncode == 66 and out.stdout == ""
+    (line,) = out.stderr.splitlines()
+    assert line.startswith(f"error: --github-output {where}: ")
+
+
 def test_plan_of_an_empty_suite(config: Path) -> None:
     made = data(run("plan", config, "--suite", "2-gpu"))
     assert made == {"suite": "2-gpu", "partition_count": 0, "partitions": [], "matrix": {"include": []}}

@@ -23,6 +23,9 @@ from .results import Options, ParsedConfig, SourceError, StandaloneData, parse_c
 EXIT_OK, EXIT_FAILED, EXIT_UNRESOLVED, EXIT_STOPPED, EXIT_USAGE, EXIT_NO_INPUT = 0, 1, 2, 3, 64, 66
 
 
+_OUTPUTS = ("matrix", "partition_count", "plan")  # names in the file of --github-output
+
+
 class UsageError(Exception):
     """Arguments that can't be used."""
 
@@ -108,8 +111,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--static", action="store_true", help="read the syntax tree only; run nothing")
     add("--timeout", type=_positive, default=Options.timeout, metavar="S")
     add("--allow-empty", action="store_true", help="no case at all is no failure")
-    about = "Which test cases a config declares. The config's own code is run, under stubs, without --static."
-    parser = _Parser(prog="diffusion_case_parser", description=about)
+    about = (
+        "Which test cases a config declares. The config's own code is run, under stubs, without --static.\n\n"
+        "Examples:\n"
+        "  lingbot-kernels cases list testcase_configs.py\n"
+        "  lingbot-kernels cases plan testcase_configs.py --suite 1-gpu --github-output $GITHUB_OUTPUT\n"
+        "  lingbot-kernels cases verify testcase_configs.py --reports reports"
+    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="diffusion_case_parser", description=about, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     p = commands.add_parser("list", parents=[common], help="cases by suite, and what is unresolved")
     p.add_argument("config", type=Path)
@@ -236,6 +246,8 @@ class _Run:
         if not args.min_time <= args.target_time <= args.max_time:
             given = f"{args.min_time}, {args.target_time}, {args.max_time}"
             raise UsageError(f"--min-time <= --target-time <= --max-time must hold, got {given}")
+        if args.github_output is not None:
+            self.check_outputs(args.github_output)
         parsed = self.parse(args.config, [suite], "--suite")
         times = self.standalone.est_times.get(suite, {})
         items = [Item("case", c.id, self.estimate(c.id)) for c in parsed.suites[suite]]
@@ -246,23 +258,35 @@ class _Run:
         for u in parsed.unresolved:
             print(f"unresolved: {u.file}:{u.line}:{u.column}: {u.reason}", file=sys.stderr)
         code = self.code([parsed])
+        print(json.dumps(made, indent=2))
         if args.github_output is not None and code == EXIT_OK:
             self.write_outputs(args.github_output, made)
-        print(json.dumps(made, indent=2))
         return code
+
+    def check_outputs(self, path: Path) -> None:
+        """Refuse a file that can't grow, or has the names already, before the config is run."""
+        try:
+            is_new = not path.exists()
+            known = path.read_text(encoding="utf-8") if path.is_file() else ""
+            with path.open("ab", buffering=0) as f:
+                f.write(b"")  # which a full device refuses as well
+            if is_new:
+                path.unlink()
+        except (OSError, ValueError) as e:
+            raise NoInputError(f"--github-output {path}: {getattr(e, 'strerror', None) or e}") from None
+        for name in (f"{self.args.github_prefix}{name}" for name in _OUTPUTS):
+            if any(line.startswith(f"{name}=") for line in known.splitlines()):
+                more = "give --github-prefix to plan several suites in one step"
+                raise UsageError(f"{path} already has {name!r}; {more}")
 
     def write_outputs(self, path: Path, made: dict[str, Any]) -> None:
         compact = {k: v for k, v in made.items() if k != "matrix"}
-        values = {"matrix": made["matrix"], "partition_count": made["partition_count"], "plan": compact}
-        lines = [f"{self.args.github_prefix}{n}={json.dumps(v, separators=(',', ':'))}" for n, v in values.items()]
+        values = (made["matrix"], made["partition_count"], compact)
+        prefix = self.args.github_prefix
+        lines = [f"{prefix}{n}={json.dumps(v, separators=(',', ':'))}\n" for n, v in zip(_OUTPUTS, values, strict=True)]
         try:
-            known = path.read_text(encoding="utf-8") if path.exists() else ""
-            for name in (line.partition("=")[0] for line in lines):
-                if any(line.startswith(f"{name}=") for line in known.splitlines()):
-                    more = "give --github-prefix to plan several suites in one step"
-                    raise UsageError(f"{path} already has {name!r}; {more}")
             with path.open("a", encoding="utf-8") as f:
-                f.writelines(f"{line}\n" for line in lines)
+                f.write("".join(lines))
         except OSError as e:
             raise NoInputError(f"--github-output {path}: {e.strerror}") from None
 
