@@ -11,6 +11,8 @@ from diffusers.models.activations import GELU
 from diffusers.models.transformers import transformer_wan as wan
 from torch import nn
 
+from lingbot_kernels.integrations._wan_hooks import is_served
+
 THETA = 10000.0
 
 
@@ -25,7 +27,9 @@ def check_supported(transformer: nn.Module) -> None:
     if type(transformer) is not wan.WanTransformer3DModel:
         raise TypeError(f"transformer: got {type(transformer).__name__}, must be diffusers' WanTransformer3DModel")
     model: Any = transformer
-    expected = [("rope", model.rope, wan.WanRotaryPosEmbed)]
+    expected = [("transformer", model, wan.WanTransformer3DModel), ("rope", model.rope, wan.WanRotaryPosEmbed)]
+    # accelerate's hooks, which always stand on the transformer too, leave a forward behind wherever they were.
+    leftovers = "forward" in model.__dict__
     for i, block in enumerate(model.blocks):
         name = f"blocks.{i}"
         for part in ("attn1", "attn2"):
@@ -48,11 +52,13 @@ def check_supported(transformer: nn.Module) -> None:
         if type(module) not in classes:
             wanted = " or ".join(c.__name__ for c in classes)
             raise TypeError(f"{name}: got {type(module).__name__}, must be diffusers' {wanted}")
-        if "forward" in module.__dict__:
+        if not is_served(module, leftovers):
             raise ValueError(
-                f"{name}: has a hook or a patched forward (offloading, a device map or a cache); must be plain, since "
-                "its weights are read by the ops themselves: accelerate first, then install hooks on whole blocks"
+                f"{name}: has a hook or a patched forward that is neither torch's, diffusers' nor accelerate's; must "
+                "be without, since it would keep diffusers' own: patch after accelerate"
             )
+    if model.rope._forward_hooks or model.rope._forward_pre_hooks:
+        raise ValueError("rope: got forward hooks, must have none: its table has another form than diffusers'")
     _check_rope(model)
 
 

@@ -7,13 +7,14 @@ a video chunk by chunk, as a causal rollout over a ring of keys and values.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lingbot_kernels import ops
 from lingbot_kernels.models.embeddings import linear_gelu
+from lingbot_kernels.plain import is_plain, untouched
 from lingbot_kernels.quantization import Int8Linear, Int8Recipe, Taken, recipe_of, rows_for
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, KVCache
@@ -22,7 +23,7 @@ from lingbot_kernels.realtime.weights import WeightsIdentity
 from lingbot_kernels.ring import ChunkPlan
 
 try:
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
+    from diffusers.models.activations import GELU
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
     from diffusers.models.transformers import transformer_wan as wan
 except ImportError as error:
@@ -30,10 +31,17 @@ except ImportError as error:
         f"diffusers with its Wan transformer is not importable ({error}); install lingbot-kernels[diffusers]"
     ) from error
 
+from lingbot_kernels.integrations._wan_attention import Chunk, FusedWanAttnProcessor
+from lingbot_kernels.integrations._wan_hooks import (
+    change_class,
+    check_no_cache_around,
+    check_no_offloading,
+    without_block_caches,
+)
 from lingbot_kernels.integrations._wan_int8 import check_quantizable, quantize_layers, restore_layers
 from lingbot_kernels.integrations._wan_support import THETA, check_supported, register_block
 
-_TEXT_TOKENS = 512  # of image-to-video's joint context, whose image tokens come first
+__all__ = ["FusedWanAttnProcessor", "KVWindow", "accelerate", "is_accelerated", "restore"]
 
 
 @dataclass(frozen=True)
@@ -50,22 +58,6 @@ class KVWindow:
             raise ValueError(
                 f"sink_frames: got {self.sink_frames}, must be from 0 to window_frames - 1 = {self.window_frames - 1}"
             )
-
-
-class _Chunk(NamedTuple):
-    """What self-attention of one layer is given in a causal forward, in the place of diffusers' `rotary_emb`."""
-
-    cos_sin: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    cursor: Tensor
-    sink: int
-    num_visible: int
-    write_only: bool
-
-    @property
-    def ring(self) -> ops.RingPosition:
-        return ops.RingPosition(0, self.sink, self.cursor)
 
 
 def accelerate(
@@ -99,18 +91,20 @@ def accelerate(
         raise ValueError("transformer: is accelerated already; restore(transformer) first")
     check_supported(transformer)
     recipe = recipe_of(precision)
+    if recipe is not None:
+        check_no_offloading(transformer, "layers are quantised")
     layers = {} if recipe is None else check_quantizable(transformer, recipe)
     register_block(AcceleratedWanTransformerBlock)
-    transformer.__class__ = AcceleratedWanTransformer3DModel
+    change_class(transformer, AcceleratedWanTransformer3DModel)
     accelerated: Any = transformer
     accelerated.lingbot_kv_window = kv_cache
     accelerated.lingbot_owner = object()
     accelerated.lingbot_weights = WeightsIdentity()
     accelerated.lingbot_layers = {} if recipe is None else quantize_layers(transformer, layers, recipe)
-    accelerated.rope.__class__ = AcceleratedWanRotaryPosEmbed
+    change_class(accelerated.rope, AcceleratedWanRotaryPosEmbed)
     accelerated.rope.lingbot_tables = Store(4)
     for block in accelerated.blocks:
-        block.__class__ = AcceleratedWanTransformerBlock
+        change_class(block, AcceleratedWanTransformerBlock)
         block.lingbot_processors = (block.attn1.processor, block.attn2.processor)
         for attention in (block.attn1, block.attn2):
             processor = FusedWanAttnProcessor()
@@ -119,119 +113,33 @@ def accelerate(
 
 
 def restore(transformer: nn.Module) -> None:
-    """Undo `accelerate`: the module computes what it did before, bit for bit.
+    """Undo `accelerate`: the module computes what it did before, bit for bit. Hooks and adapters that came since stay.
 
     Raises:
-        ValueError: the transformer is not accelerated.
+        ValueError: the transformer is not accelerated, or offloading hooks stand around int8 layers; nothing is
+            changed then.
     """
     if not isinstance(transformer, AcceleratedWanTransformer3DModel):
         raise ValueError(f"transformer: got {type(transformer).__name__}, which is not accelerated")
     accelerated: Any = transformer
+    if accelerated.lingbot_layers:
+        check_no_offloading(transformer, "int8 layers are replaced")
     restore_layers(accelerated, accelerated.lingbot_layers)
     for block in accelerated.blocks:
         for attention, processor in zip((block.attn1, block.attn2), block.lingbot_processors, strict=True):
             processor._attention_backend = getattr(attention.processor, "_attention_backend", None)
             attention.set_processor(processor)
         del block.lingbot_processors
-        block.__class__ = wan.WanTransformerBlock
+        change_class(block, wan.WanTransformerBlock)
     del accelerated.rope.lingbot_tables, accelerated.lingbot_kv_window
     del accelerated.lingbot_owner, accelerated.lingbot_weights, accelerated.lingbot_layers
-    accelerated.rope.__class__ = wan.WanRotaryPosEmbed
-    transformer.__class__ = wan.WanTransformer3DModel
+    change_class(accelerated.rope, wan.WanRotaryPosEmbed)
+    change_class(transformer, wan.WanTransformer3DModel)
 
 
 def is_accelerated(transformer: nn.Module) -> bool:
     """Whether `accelerate` has changed this module, and `restore` has not."""
     return isinstance(transformer, AcceleratedWanTransformer3DModel)
-
-
-class FusedWanAttnProcessor:
-    """Wan's self- and cross-attention on the fused ops: what `accelerate` sets in place of `WanAttnProcessor`."""
-
-    _attention_backend: Any = None
-    _parallel_config: Any = None
-
-    def __call__(
-        self,
-        attn: wan.WanAttention,
-        hidden_states: Taken,
-        encoder_hidden_states: Tensor | tuple[Tensor, ...] | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: Tensor | _Chunk | None = None,
-    ) -> Tensor | None:
-        """hidden_states [B, S, D], or its int8 codes -> [B, S, D].
-
-        Args:
-            encoder_hidden_states: None for self-attention; context [B, L, D], or K and V made of it by `project`.
-            rotary_emb: for self-attention the table, float32 [S, head_dim], or a chunk's place in its K/V ring.
-        """
-        if attention_mask is not None:
-            raise ValueError(f"attention_mask: got {list(attention_mask.shape)}, must be None")
-        if self._parallel_config is not None:
-            raise ValueError("context parallelism: not served by accelerate; restore(transformer) first")
-        if encoder_hidden_states is None:
-            attended = self._self_attention(attn, hidden_states, rotary_emb)
-            if attended is None:
-                return None
-        else:
-            context = encoder_hidden_states
-            pairs = self.project(attn, context) if isinstance(context, Tensor) else context
-            q = ops.rms_norm(attn.to_q(hidden_states), attn.norm_q.weight, attn.norm_q.eps)
-            attended = self._attend(q, pairs[0], pairs[1])
-            if len(pairs) > 2:
-                attended = attended + self._attend(q, pairs[2], pairs[3])
-        return attn.to_out[1](attn.to_out[0](attended))
-
-    def project(self, attn: wan.WanAttention, context: Tensor) -> tuple[Tensor, ...]:
-        """K and V of the text, then of the image where the model has image projections: [B, L, heads, head_dim]."""
-        image = None
-        if attn.add_k_proj is not None:
-            split = context.shape[1] - _TEXT_TOKENS
-            image, context = context[:, :split], context[:, split:]
-        if attn.fused_projections:
-            k, v = attn.to_kv(context).chunk(2, dim=-1)
-        else:
-            k, v = attn.to_k(context), attn.to_v(context)
-        pairs = [ops.rms_norm(k, attn.norm_k.weight, attn.norm_k.eps), v]
-        if image is not None:
-            if attn.fused_projections:
-                k, v = attn.to_added_kv(image).chunk(2, dim=-1)
-            else:
-                k, v = attn.add_k_proj(image), attn.add_v_proj(image)
-            pairs += [ops.rms_norm(k, attn.norm_added_k.weight, attn.norm_added_k.eps), v]
-        return tuple(x.unflatten(-1, (attn.heads, -1)) for x in pairs)
-
-    def _self_attention(self, attn: wan.WanAttention, x: Taken, place: Tensor | _Chunk | None) -> Tensor | None:
-        weights, eps = (attn.norm_q.weight, attn.norm_k.weight), attn.norm_k.eps
-        if isinstance(place, _Chunk):
-            caches = (place.k_cache, place.v_cache)
-            if place.write_only:
-                k, v = attn.to_qkv(x).chunk(3, dim=-1)[1:] if attn.fused_projections else (attn.to_k(x), attn.to_v(x))
-                ops.k_norm_rope_kv_write(k, v, weights[1], place.cos_sin, *caches, place.ring, eps)
-                return None
-            q, k, v = _project_qkv(attn, x)
-            q = ops.qk_norm_rope_kv_write(q, k, v, *weights, place.cos_sin, *caches, place.ring, eps)
-            return self._attend(q, *caches, place.num_visible)
-        if place is None:
-            raise ValueError("rotary_emb: got None, must be the table of the accelerated rope module")
-        q, k, v = _project_qkv(attn, x)
-        keys = k.new_empty(*k.shape[:2], attn.heads, k.shape[2] // attn.heads)
-        if attn.fused_projections:  # V lies between Q and K in memory, which the op must not write
-            values = torch.empty_like(keys)
-            q = ops.qk_norm_rope_kv_write(q, k, v, *weights, place, keys, values, ops.RingPosition(), eps)
-        else:
-            values = v.unflatten(-1, (attn.heads, -1))
-            q = ops.qk_norm_rope_kv_write(q, k, None, *weights, place, keys, values, ops.RingPosition(), eps)
-        return self._attend(q, keys, values)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, num_visible: int | None = None) -> Tensor:
-        """Attention of q [B, S, D] to the first `num_visible` (all, where None) of k, v [B, L, heads, head_dim]."""
-        num_visible = k.shape[1] if num_visible is None else num_visible
-        if self._attention_backend is None:
-            return ops.windowed_attention(q, k, v, num_visible)
-        queries, keys, values = q.unflatten(-1, k.shape[2:]), k[:, :num_visible], v[:, :num_visible]
-        out = dispatch_attention_fn(queries, keys, values, backend=self._attention_backend)
-        return out.flatten(2, 3).type_as(q)
 
 
 class AcceleratedWanRotaryPosEmbed(wan.WanRotaryPosEmbed):
@@ -241,6 +149,8 @@ class AcceleratedWanRotaryPosEmbed(wan.WanRotaryPosEmbed):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: latents [B, C, F, H, W]."""
+        if not isinstance(self, AcceleratedWanRotaryPosEmbed):  # called by what kept this forward, after restore
+            return wan.WanRotaryPosEmbed.forward(self, hidden_states)
         frames, height, width = (
             size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True)
         )
@@ -248,6 +158,10 @@ class AcceleratedWanRotaryPosEmbed(wan.WanRotaryPosEmbed):
 
     def table(self, num_tokens: int, token_start: int, grid: tuple[int, int], device: torch.device) -> Tensor:
         """The rows of `num_tokens` tokens from `token_start` of a video with `grid` (rows, columns) tokens a frame."""
+        if self._forward_hooks or self._forward_pre_hooks:
+            raise ValueError(
+                "rope: got forward hooks, must have none: its table has another form than diffusers', and is kept"
+            )
         key = (num_tokens, token_start, grid[0] * grid[1], grid[1], self.attention_head_dim, THETA, device)
         if torch.compiler.is_compiling():
             return ops.rope_cos_sin(*key)
@@ -264,7 +178,7 @@ class AcceleratedWanTransformerBlock(wan.WanTransformerBlock):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | tuple[Tensor, ...],
         temb: Tensor,
-        rotary_emb: Tensor | _Chunk,
+        rotary_emb: Tensor | Chunk,
     ) -> Tensor | None:
         """hidden_states [B, S, D] -> [B, S, D]; None after a chunk's write-only pass.
 
@@ -273,6 +187,8 @@ class AcceleratedWanTransformerBlock(wan.WanTransformerBlock):
             temb: [B, 6, D]; [B, S, 6, D] with timesteps per token.
             rotary_emb: see `FusedWanAttnProcessor`.
         """
+        if not isinstance(self, AcceleratedWanTransformerBlock):  # called by what kept this forward, after restore
+            return wan.WanTransformerBlock.forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
         x = hidden_states
         for attention in (self.attn1, self.attn2):
             if type(attention.processor) is not FusedWanAttnProcessor:
@@ -280,19 +196,19 @@ class AcceleratedWanTransformerBlock(wan.WanTransformerBlock):
                     f"processor: got {type(attention.processor).__name__}, which was set after accelerate; must be "
                     "FusedWanAttnProcessor (restore the transformer to use another)"
                 )
-        if torch.is_grad_enabled() and x.requires_grad:
+        if torch.is_grad_enabled() and self._wants_gradients(x, encoder_hidden_states, temb):
             raise RuntimeError(
                 "accelerate: the ops have no gradients; call the transformer under torch.no_grad() or "
                 "torch.inference_mode(), or restore(transformer) to train it"
             )
-        if temb.ndim == 4:
+        if temb.ndim == 4 or not self.has_plain_norms():
             return super().forward(x, encoder_hidden_states, temb, rotary_emb)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         modulation = (self.scale_shift_table + temb.float()).to(wide)
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation.unbind(1)
 
         first = self.attn1.to_qkv if self.attn1.fused_projections else self.attn1.to_q
-        y = rows_for(first).layer_norm_modulate(x, shift_sa, scale_sa, self.norm1.eps, x.dtype)
+        y = rows_for(first, self.attn1).layer_norm_modulate(x, shift_sa, scale_sa, self.norm1.eps, x.dtype)
         attended = self.attn1(y, None, None, rotary_emb)
         if attended is None:
             return None
@@ -301,22 +217,42 @@ class AcceleratedWanTransformerBlock(wan.WanTransformerBlock):
         else:
             # The affine norm as a modulated one: its parameters may be float32 where activations are not.
             shift, scale = self.norm2.bias.to(wide), self.norm2.weight.to(wide) - 1
-            rows = rows_for(self.attn2.to_q)
+            rows = rows_for(self.attn2.to_q, self.attn2)
             x, y = rows.residual_norm_modulate(x, attended, shift, scale, self.norm2.eps, gate_sa)
         attended = self.attn2(y, encoder_hidden_states, None, None)
-        rows = rows_for(self.ffn.net[0].proj)
+        rows = rows_for(self.ffn.net[0].proj, self.ffn.net[0], self.ffn)
         x, y = rows.residual_norm_modulate(x, attended, shift_ff, scale_ff, self.norm3.eps)
         return ops.gated_residual(x, self._feed_forward(y), gate_ff)
 
     def _feed_forward(self, y: Taken) -> Tensor:
         first, *rest = self.ffn.net
         up = first.proj
-        # A LoRA layer, a quantised one or one with hooks is called as it is.
-        plain = type(up) is nn.Linear and "forward" not in up.__dict__ and "forward" not in first.__dict__
-        hidden = linear_gelu(up, y) if plain or isinstance(up, Int8Linear) else first(y)
+        # A LoRA layer, a quantised one or one with hooks is called as it is; autocast casts what is called.
+        if not (is_plain(first, GELU) and untouched(self.ffn)):
+            return self.ffn(y)
+        fused = isinstance(up, Int8Linear) or (
+            is_plain(up, nn.Linear) and isinstance(y, Tensor) and up.weight.dtype == y.dtype
+        )
+        hidden = linear_gelu(up, y) if fused else first(y)
         for layer in rest:
             hidden = layer(hidden)
         return hidden
+
+    def has_plain_norms(self) -> bool:
+        """Whether the block's passes may read the norms themselves, so that no norm is called."""
+        return (
+            is_plain(self.norm1, wan.FP32LayerNorm)
+            and is_plain(self.norm2, wan.FP32LayerNorm, nn.Identity)
+            and is_plain(self.norm3, wan.FP32LayerNorm)
+        )
+
+    def ends_with_write(self) -> bool:
+        """Whether a write-only pass may leave out what follows the write: no hook expects to see it."""
+        return self.has_plain_norms() and untouched(self) and untouched(self.attn1)
+
+    def _wants_gradients(self, x: Tensor, context: Tensor | tuple[Tensor, ...], temb: Tensor) -> bool:
+        given = (x, temb, *(context if isinstance(context, tuple) else (context,)))
+        return any(tensor.requires_grad for tensor in given) or any(w.requires_grad for w in self.parameters())
 
 
 class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
@@ -351,6 +287,13 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
         Raises:
             ValueError, TypeError: naming the argument; the session is then as it was.
         """
+        if not isinstance(self, AcceleratedWanTransformer3DModel):  # called by what kept this forward, after restore
+            if state is not None or start_frame is not None or update_cache_only:
+                raise ValueError("state: got a causal call, but the transformer is not accelerated any more")
+            return wan.WanTransformer3DModel.forward(
+                self, hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, return_dict,
+                attention_kwargs=attention_kwargs,
+            )  # fmt: skip
         if state is None:
             if start_frame is not None or update_cache_only:
                 raise ValueError(
@@ -386,7 +329,8 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
             self._check_chunk(latents, timestep, text, image, start_frame)
             assert start_frame is not None
             kv, plan = self._enter_chunk(state, latents, start_frame)
-            out = self._causal_pass(latents, timestep, text, image, state, start_frame, update_cache_only, kv, plan)
+            with without_block_caches(self):
+                out = self._causal_pass(latents, timestep, text, image, state, start_frame, update_cache_only, kv, plan)
             state.commit(plan)
         return out
 
@@ -408,15 +352,20 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
         text_kv = self._text_kv(state, text, image, context)
         cursor, sink, num_visible = self._write_chunk(state, kv, plan)
         last = len(self.blocks) - 1
+        ends_early = update_cache_only and self.blocks[last].ends_with_write()
         for i, block in enumerate(self.blocks):
             k_cache, v_cache = kv.layers[i]
-            place = _Chunk(cos_sin, k_cache, v_cache, cursor, sink, num_visible, update_cache_only and i == last)
-            x = block(x, text_kv[i], modulation, place)
-        if x is None:
+            place = Chunk(cos_sin, k_cache, v_cache, cursor, sink, num_visible, ends_early and i == last)
+            x = block(x, text_kv[i] or context, modulation, place)
+        if update_cache_only:
             return None
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).to(wide).unbind(1)
-        y = self.proj_out(ops.layer_norm_modulate(x, shift, scale, self.norm_out.eps))
+        if is_plain(self.norm_out, wan.FP32LayerNorm):
+            y = ops.layer_norm_modulate(x, shift, scale, self.norm_out.eps)
+        else:
+            y = (self.norm_out(x.to(wide)) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)).to(x.dtype)
+        y = self.proj_out(y)
         y = y.view(batch, frames, *grid, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return y.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
@@ -425,6 +374,7 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
     ) -> None:
         if self.lingbot_kv_window is None:
             raise ValueError("state: got one, but accelerate was not given a kv_cache window")
+        check_no_cache_around(self)
         if not isinstance(start_frame, int) or isinstance(start_frame, bool) or start_frame < 0:
             raise ValueError(f"start_frame: got {start_frame!r}, must be an int of 0 or more")
         cfg = self.config
@@ -460,7 +410,7 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
         grid = (height // cfg.patch_size[1], width // cfg.patch_size[2])
         layout = CacheLayout(
             cfg.num_layers, batch, cfg.num_attention_heads, cfg.attention_head_dim, grid,
-            window.window_frames, window.sink_frames, latents.dtype, latents.device,
+            window.window_frames, window.sink_frames, _computed_dtype(latents), latents.device,
         )  # fmt: skip
         plan = state.plan(self.lingbot_owner, layout, start_frame, frames)
         if state.kv_cache is None:
@@ -483,10 +433,16 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
     def _text_kv(
         self, state: RealtimeCausalDiTState, text: Tensor, image: Tensor | None, context: Tensor
     ) -> list[tuple[Tensor, ...]]:
-        """Every block's K and V of the context; made once per prompt."""
+        """Every block's K and V of the context; made once per prompt. Of a block whose weights a hook may bring only
+        while it runs, nothing.
+        """
 
         def compute() -> CrossAttentionCache:
-            return CrossAttentionCache([b.attn2.processor.project(b.attn2, context) for b in self.blocks])
+            layers: list[Any] = [
+                b.attn2.processor.project(b.attn2, context) if "forward" not in b.__dict__ | b.attn2.__dict__ else ()
+                for b in self.blocks
+            ]  # fmt: skip
+            return CrossAttentionCache(layers)
 
         key = (TensorIdentity(text), None if image is None else TensorIdentity(image))
         return state.runtime_cache["text"].get_or_compute(key, compute).layers
@@ -497,8 +453,7 @@ for _accelerated in (AcceleratedWanTransformer3DModel, AcceleratedWanTransformer
     _accelerated.__name__ = _accelerated.__base__.__name__
 
 
-def _project_qkv(attn: wan.WanAttention, x: Taken) -> tuple[Tensor, Tensor, Tensor]:
-    if attn.fused_projections:
-        q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
-        return q, k, v
-    return attn.to_q(x), attn.to_k(x), attn.to_v(x)
+def _computed_dtype(latents: Tensor) -> torch.dtype:
+    """What products of the latents come out in: autocast's dtype within autocast."""
+    device = latents.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else latents.dtype

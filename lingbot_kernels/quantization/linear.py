@@ -24,7 +24,7 @@ class Int8Linear(nn.Module):
     Attributes:
         weight: int8 [N, Kp], Kp being K = in_features filled up to a multiple of 128.
         weight_scale: float32 [N], whatever dtype the model is moved to.
-        bias: [N], zeros where the layer had none; its dtype is the result's.
+        bias: [N], zeros where the layer had none; its dtype is the result's, or autocast's within autocast.
         signs: int8 [Kp], or None without a rotation.
     """
 
@@ -90,6 +90,7 @@ class Int8Linear(nn.Module):
     def product(self, x: Taken, rows: slice = slice(None), activation: str | None = None) -> Tensor:
         """activation(x weight[rows]^T + bias[rows]) for x [B, S, K], or its codes: [B, S, n]."""
         taken = x if isinstance(x, QuantizedRows) else self.rows.quantize(x)
+        device = self.weight.device.type
         return ops.int8_linear(
             taken.codes,
             taken.scale,
@@ -97,7 +98,7 @@ class Int8Linear(nn.Module):
             self.weight_scale[rows],
             self.bias[rows],
             activation,
-            out_dtype=self.bias.dtype,
+            out_dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.bias.dtype,
         )
 
     def forward(self, x: Taken, activation: str | None = None) -> Tensor:
