@@ -33,11 +33,16 @@ def untouched_forward(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ or _is_own(module, module.__dict__["forward"])
 
 
+def drop_leftovers(transformer: nn.Module) -> None:
+    """Take away what removed hooks left behind: forwards that are their module's own, as if patched."""
+    for module in transformer.modules():
+        if untouched_forward(module):
+            module.__dict__.pop("forward", None)
+
+
 def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Make `module` one of class `kind`, and hooks of diffusers and accelerate around it run that class's forward."""
     found = [(owner, name) for owner, name in _slots(module) if _is_own(module, owner.__dict__.get(name))]
-    if untouched_forward(module):
-        module.__dict__.pop("forward", None)
     module.__class__ = kind
     for owner, name in found:
         setattr(owner, name, types.MethodType(kind.forward, module))

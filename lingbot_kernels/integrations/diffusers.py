@@ -36,6 +36,7 @@ from lingbot_kernels.integrations._wan_hooks import (
     change_class,
     check_no_cache_around,
     check_no_offloading,
+    drop_leftovers,
     without_block_caches,
 )
 from lingbot_kernels.integrations._wan_int8 import check_quantizable, quantize_layers, restore_layers
@@ -95,6 +96,7 @@ def accelerate(
         check_no_offloading(transformer, "layers are quantised")
     layers = {} if recipe is None else check_quantizable(transformer, recipe)
     register_block(AcceleratedWanTransformerBlock)
+    drop_leftovers(transformer)
     change_class(transformer, AcceleratedWanTransformer3DModel)
     accelerated: Any = transformer
     accelerated.lingbot_kv_window = kv_cache
@@ -124,6 +126,7 @@ def restore(transformer: nn.Module) -> None:
     accelerated: Any = transformer
     if accelerated.lingbot_layers:
         check_no_offloading(transformer, "int8 layers are replaced")
+    drop_leftovers(transformer)
     restore_layers(accelerated, accelerated.lingbot_layers)
     for block in accelerated.blocks:
         for attention, processor in zip((block.attn1, block.attn2), block.lingbot_processors, strict=True):
