@@ -85,8 +85,8 @@ def accelerate(
 
     Raises:
         TypeError: another model class, or processors that are not diffusers' `WanAttnProcessor`; named.
-        ValueError: accelerated already; hooks or patches on modules whose weights the ops read themselves; another
-            RoPE, norm or layout than Wan's. Nothing is changed then.
+        ValueError: accelerated already; a forward patched by other hooks than those of torch, diffusers and accelerate;
+            another RoPE, norm or layout than Wan's. Nothing is changed then.
     """
     if is_accelerated(transformer):
         raise ValueError("transformer: is accelerated already; restore(transformer) first")

@@ -102,8 +102,8 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
         """`forward` where a norm has hooks or is of another class: norms are called, and RoPE is a pass of its own."""
         if shard.ranks > 1:
             raise ValueError(
-                f"self_attn.norm_q, norm_k: got {type(self.norm_q).__name__}, {type(self.norm_k).__name__} or hooks on "
-                "them, must be RMSNorm without hooks where the sequence is sharded"
+                "self_attn.norm_q, norm_k: got hooks or another class than RMSNorm, must be plain where the sequence is "
+                "sharded"
             )
         *first, k, v = self.qkv(*("k", "v") if update_cache_only else ("q", "k", "v"), x=x)
         q = rope_kv_write(

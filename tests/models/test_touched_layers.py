@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lingbot_kernels import CausalLingBotTransformer, Int8Recipe, LingBotConfig, RealtimeCausalDiTState
+from lingbot_kernels.parallel.sequence_shard import SequenceShard
 
 GENERATOR = torch.Generator().manual_seed(1)
 LATENTS = torch.randn(1, 36, 3, 8, 12, generator=GENERATOR)
@@ -183,3 +184,11 @@ def test_adapters_that_can_not_be_quantised_are_named() -> None:
     adapted = lora(make(), r".*ffn\.0")
     with pytest.raises(ValueError, match=r"ffn\.0 is Linear, must be a linear layer: merge adapters first"):
         adapted.base_model.model.quantize(Int8Recipe())
+
+
+def test_norms_with_hooks_are_refused_where_the_sequence_is_sharded() -> None:
+    attention = make().blocks[0].self_attn
+    attention.norm_k.register_forward_hook(lambda *_: None)
+    x = torch.randn(1, 4, 128)
+    with pytest.raises(ValueError, match="norm_q, norm_k: got hooks or another class than RMSNorm"):
+        attention(x, None, None, None, shard=SequenceShard((4, 4)))
