@@ -102,8 +102,7 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
         """`forward` where a norm has hooks or is of another class: norms are called, and RoPE is a pass of its own."""
         if shard.ranks > 1:
             raise ValueError(
-                "self_attn.norm_q, norm_k: got hooks or another class than RMSNorm, must be plain where the sequence is "
-                "sharded"
+                "norm_q, norm_k: got hooks or another class than RMSNorm, must be plain where the sequence is sharded"
             )
         *first, k, v = self.qkv(*("k", "v") if update_cache_only else ("q", "k", "v"), x=x)
         q = rope_kv_write(
