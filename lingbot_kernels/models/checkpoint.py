@@ -228,20 +228,31 @@ def _copy(
     weights = {name: entry for name, entry in matches.items() if name not in biases}
     with torch.no_grad():
         for group in itertools.chain(_groups(biases), _groups(weights)):
-            file = group[0][1].file
-            with safe_open(file, framework="pt", device="cpu") as shard:
+            with safe_open(group[0][1].file, framework="pt", device="cpu") as shard:
                 for name, entry in group:
-                    tensor = shard.get_tensor(entry.key)
-                    if name not in quantized:
-                        slots[name].copy_(tensor.view(slots[name].shape))
-                        continue
-                    layer, rows = quantized[name]
-                    try:
-                        layer.fill(tensor, rows)
-                    except ValueError as error:
-                        raise CheckpointError(file.parent, [f"{entry.key}: in {file.name}: {error}"]) from error
-                    if name in folds:
-                        folds[name].apply(tensor.to(layer.bias.dtype))
+                    _fill(
+                        shard.get_tensor(entry.key), name, entry, slots, quantized, folds
+                    )  # let go of before the next
+
+
+def _fill(
+    tensor: torch.Tensor,
+    name: str,
+    entry: Entry,
+    slots: dict[str, torch.Tensor],
+    quantized: dict[str, tuple[Int8Linear, slice]],
+    folds: dict[str, ValueFold],
+) -> None:
+    if name not in quantized:
+        slots[name].copy_(tensor.view(slots[name].shape))
+        return
+    layer, rows = quantized[name]
+    try:
+        layer.fill(tensor, rows)
+    except ValueError as error:
+        raise CheckpointError(entry.file.parent, [f"{entry.key}: in {entry.file.name}: {error}"]) from error
+    if name in folds:
+        folds[name].apply(tensor.to(layer.bias.dtype))
 
 
 def save_checkpoint(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 2**30) -> None:

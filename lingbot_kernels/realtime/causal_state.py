@@ -17,6 +17,7 @@ from lingbot_kernels.realtime.graphs import SessionGraphs
 from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, KVCache, RingMemory
 from lingbot_kernels.realtime.runtime_cache import RuntimeCache, Store, TensorIdentity, tensors_in
 from lingbot_kernels.ring import ChunkPlan, KVRing
+from lingbot_kernels.scalars import as_count
 
 _INSTEAD = "state.save(folder) writes it, and RealtimeCausalDiTState.load(folder, model) goes on with it"
 
@@ -36,6 +37,9 @@ class RealtimeCausalDiTState:
             every forward, with the same bits, and not kept. The camera's is the large one (3.7 GB for the 14B model at
             480p).
         time_entries: timesteps kept, at most; the steps of the schedule and the context update.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
 
     def __init__(
@@ -47,6 +51,13 @@ class RealtimeCausalDiTState:
         text_cache: bool = True,
         time_entries: int = 5,
     ) -> None:
+        switches = {
+            "rope_cache": rope_cache, "time_cache": time_cache, "camera_cache": camera_cache, "text_cache": text_cache,
+        }  # fmt: skip
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: got {value!r}, must be True or False")
+        time_entries = as_count("time_entries", time_entries, 1)
         self.kv_cache: KVCache | None = None
         self.runtime_cache = RuntimeCache(
             rope=Store(1, rope_cache),

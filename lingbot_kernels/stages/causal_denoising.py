@@ -105,6 +105,7 @@ class CausalDenoisingStage:
         check_session(state)
         self._check_latents("noise", noise)
         _check_given(text, camera)
+        _check_generator(generator)
         noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
         renoise_shape = (len(self.schedule.times) - 1, *noise.shape)
         if renoise is not None:
@@ -220,6 +221,11 @@ class CausalDenoisingStage:
         """
         check_session(state)
         num_chunks = as_count("num_chunks", num_chunks, 0)
+        _check_generator(generator)
+        if latent_size is not None:
+            if not isinstance(latent_size, Sequence) or len(latent_size) != 2:
+                raise TypeError(f"latent_size: got {latent_size!r}, must be (H, W)")
+            latent_size = (as_count("latent_size", latent_size[0], 1), as_count("latent_size", latent_size[1], 1))
         for name, source in (("text", text), ("noise", noise), ("condition", condition), ("camera", camera)):
             if isinstance(source, np.ndarray):
                 raise TypeError(f"{name}: got a numpy array, must be a tensor; torch.from_numpy makes one")
@@ -312,6 +318,11 @@ def _check_given(text: Tensor, camera: Tensor | None) -> None:
     for name, given in (("text", text), ("camera", camera)):
         if not isinstance(given, Tensor) and not (name == "camera" and given is None):
             raise TypeError(f"{name}: got {type(given).__name__}, must be a float tensor")
+
+
+def _check_generator(generator: torch.Generator | None) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}, must be a torch.Generator or None")
 
 
 def _check_companion(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

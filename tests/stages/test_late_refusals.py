@@ -107,3 +107,32 @@ def test_a_time_that_is_none_is_refused(timestep):
     with pytest.raises(TypeError, match=r"timestep: got .*must be one finite Python float"):
         MODEL(LATENTS, TEXT, timestep, state=state, start_frame=0)
     assert state.kv_cache is None
+
+
+@pytest.mark.parametrize("generator", [3, "cpu", torch.Generator, np.random.default_rng(0)])
+def test_a_generator_that_is_none_is_refused_at_once(generator):
+    stage, message = CausalDenoisingStage(MODEL), "generator: got .*, must be a torch.Generator or None"
+    with pytest.raises(TypeError, match=message):
+        stage.denoise_chunk(RealtimeCausalDiTState(), NOISE, text=TEXT, generator=generator)
+    with pytest.raises(TypeError, match=message):
+        stage.rollout(RealtimeCausalDiTState(), 1, text=TEXT, latent_size=(8, 12), generator=generator)
+
+
+@pytest.mark.parametrize("size", [8, "8", (8,), (8, 12, 3), (-8, 12), (8, 12.0), (True, 12), (8, None)])
+def test_a_latent_size_that_is_none_is_refused_at_once(size):
+    with pytest.raises((TypeError, ValueError), match=r"latent_size: got .*, must be (\(H, W\)|an int of 1 or more)"):
+        CausalDenoisingStage(MODEL).rollout(RealtimeCausalDiTState(), 1, text=TEXT, latent_size=size)
+
+
+@pytest.mark.parametrize("entries", [0, -1, 1.5, True, "5", None])
+def test_a_session_refuses_a_number_of_entries(entries):
+    with pytest.raises(ValueError, match="time_entries: got .*, must be an int of 1 or more"):
+        RealtimeCausalDiTState(time_entries=entries)
+    assert RealtimeCausalDiTState(time_entries=np.int64(3)).switches["time_entries"] == 3
+
+
+@pytest.mark.parametrize("name", ["rope_cache", "time_cache", "camera_cache", "text_cache"])
+@pytest.mark.parametrize("value", ["no", 0, 1, None])
+def test_a_session_refuses_a_switch_that_is_none(name, value):
+    with pytest.raises(TypeError, match=f"{name}: got .*, must be True or False"):
+        RealtimeCausalDiTState(**{name: value})
