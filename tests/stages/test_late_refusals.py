@@ -126,7 +126,7 @@ def test_a_latent_size_that_is_none_is_refused_at_once(size):
 
 @pytest.mark.parametrize("entries", [0, -1, 1.5, True, "5", None])
 def test_a_session_refuses_a_number_of_entries(entries):
-    with pytest.raises(ValueError, match="time_entries: got .*, must be an int of 1 or more"):
+    with pytest.raises(ValueError, match=r"time_entries: got .*, must be an int of 1 or more"):
         RealtimeCausalDiTState(time_entries=entries)
     assert RealtimeCausalDiTState(time_entries=np.int64(3)).switches["time_entries"] == 3
 
