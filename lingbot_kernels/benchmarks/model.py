@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lingbot_kernels import ops
-from lingbot_kernels.benchmarks import flashdreams_peer, model_compiled, timeline
+from lingbot_kernels.benchmarks import flashdreams_peer, model_compiled, model_sglang, timeline
 from lingbot_kernels.benchmarks.chunk_timer import ChunkTimer, ChunkTimes
 from lingbot_kernels.benchmarks.gate import relative_error, within
 from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row, failure_note
@@ -37,6 +37,7 @@ from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 
 STEPS = (1000, 750, 500, 250)
+PEERS = ("flashdreams", "sglang")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ModelPlan:
         layers: transformer blocks to really run; None for all of the preset's.
         latent_size: (H, W) of the latents.
         chunks: steady chunks to time.
-        peer: also run FlashDreams' network, where it is installed; its K/V window comes on top of ours in memory.
+        peers: of `PEERS`, to run as well where they are installed; a peer's K/V window comes on top of ours in memory.
         camera_cache: as in `RealtimeCausalDiTState`.
         residual_dtype: None for the preset's own.
         timeline_path: also record the floor, kernel by kernel beside the step, and write both here as JSON.
@@ -60,7 +61,7 @@ class ModelPlan:
     layers: int | None = None
     latent_size: tuple[int, int] = (58, 104)
     chunks: int = 6
-    peer: bool = True
+    peers: tuple[str, ...] = ("flashdreams",)
     camera_cache: bool = True
     residual_dtype: str | None = None
     timeline_path: Path | None = None
@@ -141,14 +142,22 @@ class ModelBench:
         self.step_by_kernel(session, ceiling, gated)
         if self.plan.timeline_path is not None:
             self.timelines(session, replay_floor, self.plan.timeline_path)
-        green = self.peer(session, ceiling) if self.plan.peer and self.recipe is None else True
+        green = True
+        if self.recipe is None:
+            if "flashdreams" in self.plan.peers:
+                green &= self.peer(session, ceiling)
+            if "sglang" in self.plan.peers:
+                free()
+                green &= model_sglang.measure(self, session, ceiling)
         if compiled_error is not None:
             green &= model_compiled.measure(self, session, ceiling, compiled_error, plain_error)
         return green
 
-    def report_chunks(self, chunks: Sequence[ChunkTimes], ceiling: float, note: str, **gated: Any) -> None:
+    def report_chunks(
+        self, chunks: Sequence[ChunkTimes], ceiling: float, note: str, backend: str = "lingbot_kernels", **gated: Any
+    ) -> None:
         """Rows of steady chunks' parts. Their first step also makes the camera modulation, so it has its own."""
-        first = f"{note}; makes the chunk's camera modulation as well"
+        first = note if backend == model_sglang.SGLANG else f"{note}; makes the chunk's camera modulation as well"
         rows = {
             "denoise_step": ([ms for times in chunks for ms in times.denoise[1:]], note),
             "first_denoise_step": ([times.denoise[0] for times in chunks], first if self.plan.camera_cache else note),
@@ -156,7 +165,7 @@ class ModelBench:
             "chunk": ([times.total for times in chunks], note),
         }
         for op, (milliseconds, said) in rows.items():
-            self.report_times(op, "lingbot_kernels", milliseconds, ceiling, note=said, **gated)
+            self.report_times(op, backend, milliseconds, ceiling, note=said, **gated)
 
     def step_by_kernel(self, session: BenchSession, ceiling_ms: float, gated: dict[str, Any]) -> None:
         """Rows of where a replayed step's time goes, of how busy the GPU is, and of the launches per block."""

@@ -30,7 +30,12 @@ _output = option_group("Output")
 @_bench("--height", type=Pixels(), default=464, show_default=True, help="Pixels of the video.")
 @_bench("--width", type=Pixels(), default=832, show_default=True, help="Pixels of the video.")
 @_bench("--chunks", type=Count(most=10_000), default=6, show_default=True, help="Steady chunks to time.")
-@_bench("--peer/--no-peer", default=True, show_default=True, help="Run FlashDreams' network as well.")
+@_bench(
+    "--peer", "peers", type=click.Choice(["flashdreams", "sglang"]), multiple=True, is_flag=False,
+    flag_value="flashdreams", default=("flashdreams",), show_default=True,
+    help="Run this engine as well, on the same weights; may be repeated. Alone, FlashDreams.",
+)  # fmt: skip
+@_bench("--no-peer", is_flag=True, help="Run no other engine.")
 @_bench("--compile", "compiled", is_flag=True, help="Also a step with torch.compile'd blocks; one GPU.")
 @_bench("--camera-cache/--no-camera-cache", default=True, show_default=True, help="Keep the camera modulation.")
 @list_option("Bench")(
@@ -55,7 +60,8 @@ def command(
     height: int,
     width: int,
     chunks: int,
-    peer: bool,
+    peers: tuple[str, ...],
+    no_peer: bool,
     compiled: bool,
     camera_cache: bool,
     precisions: tuple[str, ...],
@@ -75,10 +81,11 @@ def command(
       lingbot-kernels bench model --layers 8 --compile --no-peer
       lingbot-kernels bench model --preset lingbot-world-1.3b --height 480
       lingbot-kernels bench model --precision bfloat16 --precision int8
+      lingbot-kernels bench model --layers 8 --peer sglang --peer flashdreams
       lingbot-kernels bench model --gpus 4
 
     Denoise step, context update, chunk, first chunk, where a step's time goes, memory and how busy the GPU is; the
-    floor and, where it is installed, FlashDreams' network on the same weights run in the same process. The gate comes
+    floor and, where they are installed, other engines on the same weights run in the same process. The gate comes
     first: two layers of this width against float64.
     """
     if plot_path is not None:
@@ -109,8 +116,8 @@ def command(
         torch.cuda.set_device(torch.device(device).index or 0)
     plans = [
         ModelPlan(
-            preset, layers, (height // 8, width // 8), chunks, peer, camera_cache, residual_dtype, timeline_path,
-            compiled, precision,
+            preset, layers, (height // 8, width // 8), chunks, () if no_peer else peers, camera_cache, residual_dtype,
+            timeline_path, compiled, precision,
         )
         for precision in precisions
     ]  # fmt: skip

@@ -82,7 +82,7 @@ def run(plan: model.ModelPlan) -> tuple[bool, dict[str, Row], list[str]]:
 
 
 def small_plan(**options: Any) -> model.ModelPlan:
-    return model.ModelPlan("tiny", LAYERS, (8, 12), 1, peer=False, **options)
+    return model.ModelPlan("tiny", LAYERS, (8, 12), 1, peers=(), **options)
 
 
 def test_rows_of_a_run(no_gpu: None, tmp_path: Path) -> None:
