@@ -147,7 +147,6 @@ class ModelBench:
             if "flashdreams" in self.plan.peers:
                 green &= self.peer(session, ceiling)
             if "sglang" in self.plan.peers:
-                free()
                 green &= model_sglang.measure(self, session, ceiling)
         if compiled_error is not None:
             green &= model_compiled.measure(self, session, ceiling, compiled_error, plain_error)

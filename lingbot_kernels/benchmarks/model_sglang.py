@@ -61,7 +61,7 @@ class Inputs:
         def draw(*sizes: int) -> Tensor:
             return torch.randn(sizes, device=session.bench.device, generator=generator)
 
-        self.chunks = [
+        self.chunks: list[dict[str, Any]] = [
             {
                 "noise": draw(*shape),
                 "renoise": draw(steps - 1, *shape),

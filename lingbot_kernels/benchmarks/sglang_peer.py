@@ -96,8 +96,7 @@ class SglangPeer:
         _join_group_of_one()
         self.transformer = self._transformer(dit_config, arch.param_names_mapping, weights)
         self.stage = self._stage()
-        self._observe: Callable[[str, int], AbstractContextManager[object]] | None = None
-        self._timed: list[AbstractContextManager[object]] = []
+        self.session: Any = None
         self.begin()
 
     def _transformer(self, dit_config: Any, names: Mapping[str, str], weights: Mapping[str, Tensor]) -> Any:
@@ -130,7 +129,7 @@ class SglangPeer:
 
     def begin(self) -> None:
         """A new session."""
-        if hasattr(self, "session"):
+        if self.session is not None:
             self.session.dispose()
         self.session = importlib.import_module(f"{_PACKAGE}.runtime.realtime.session").RealtimeSession()
         self.chunks = 0

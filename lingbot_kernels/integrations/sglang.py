@@ -68,10 +68,11 @@ def accelerate(transformer: nn.Module) -> None:
     if "forward" in transformer.__dict__:
         raise ValueError("transformer: has a patched forward, must be sglang's own: accelerate first")
     _check_groups()
-    for i, block in enumerate(transformer.blocks):
+    model: Any = transformer
+    for i, block in enumerate(model.blocks):
         _check_block(f"blocks.{i}", block)
-    _check_plain(transformer)
-    for block in transformer.blocks:
+    _check_plain(model)
+    for block in model.blocks:
         block.forward = MethodType(_block_forward, block)
     transformer.forward = MethodType(_transformer_forward, transformer)
 
@@ -86,14 +87,14 @@ def restore(transformer: nn.Module) -> None:
     if not is_accelerated(transformer):
         raise ValueError(f"transformer: got {type(transformer).__name__}, which is not accelerated")
     _check_ours(transformer)
-    for module in (transformer, *transformer.blocks):
+    for _, module in _named_blocks(transformer):
         del module.__dict__["forward"]
 
 
 def is_accelerated(transformer: nn.Module) -> bool:
     """Whether `accelerate` has changed this module, and `restore` has not."""
     return isinstance(transformer, theirs.CausalLingBotWorldTransformer3DModel) and any(
-        _is_ours(module) for module in (transformer, *transformer.blocks)
+        _is_ours(module) for _, module in _named_blocks(transformer)
     )
 
 

@@ -332,13 +332,13 @@ def test_modules_that_are_not_served(peer):
 def test_what_comes_after_accelerate_is_refused_by_name(peer):
     accelerate(peer.transformer)
     handle = peer.transformer.blocks[0].cam_conditioner.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="blocks.0.cam_conditioner: has hooks"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.cam_conditioner: has hooks"):
         rollout(peer, 1)
     handle.remove()
     ours = peer.transformer.blocks[1].forward
     peer.transformer.blocks[1].forward = lambda *a, **k: ours(*a, **k)
     for call in (lambda: rollout(peer, 1), lambda: restore(peer.transformer)):
-        with pytest.raises(ValueError, match="blocks.1: its forward was replaced"):
+        with pytest.raises(ValueError, match=r"blocks\.1: its forward was replaced"):
             call()
     peer.transformer.blocks[1].forward = ours
     restore(peer.transformer)
