@@ -5,7 +5,10 @@ real.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +20,9 @@ from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
 from lingbot_kernels.benchmarks import model, model_compiled, model_plot, timeline
-from lingbot_kernels.benchmarks.rows import Row
+from lingbot_kernels.benchmarks.rows import ABSENT, Row
 from lingbot_kernels.cli import main
+from lingbot_kernels.commands import bench_model
 
 LAYERS = 2
 
@@ -187,3 +191,41 @@ def test_options_are_checked() -> None:
     for arguments, message in ((["--gpus", "1", "--height", "40"], "--height"), (["--preset", "huge"], "--preset")):
         result = CliRunner().invoke(main, ["bench", "model", *arguments])
         assert result.exit_code == 2 and message in result.output
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_peer_that_is_not_there_is_a_row(
+    no_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, half: bool
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "sglang"]:
+        monkeypatch.delitem(sys.modules, name)
+    if half:
+        (tmp_path / "sglang").mkdir()
+        (tmp_path / "sglang/__init__.py").touch()
+        monkeypatch.syspath_prepend(str(tmp_path))
+    elif importlib.util.find_spec("sglang") is not None:
+        pytest.skip("sglang is installed")
+    green, rows, _ = run(dataclasses.replace(small_plan(), peers=("sglang",)))
+    said = "is not importable (ModuleNotFoundError" if half else "sglang is not installed"
+    assert green
+    for backend in ("sglang", "sglang accelerated"):
+        row = rows[f"chunk {backend}"]
+        assert row.peer and row.gate == ABSENT and row.p50_us is None and said in row.note
+    monkeypatch.delitem(sys.modules, "sglang", raising=False)
+
+
+@pytest.mark.parametrize(
+    "words, peers",
+    [
+        ([], ["flashdreams"]),
+        (["--peer"], ["flashdreams"]),
+        (["--no-peer"], []),
+        (["--peer", "--no-peer"], []),
+        (["--peer", "sglang"], ["sglang"]),
+        (["--peer", "sglang", "--peer", "--layers", "3"], ["sglang", "flashdreams"]),
+    ],
+)
+def test_which_peers_are_asked_for(words: list[str], peers: list[str]) -> None:
+    given = bench_model.command.make_context("model", list(words)).params
+    assert list(() if given["no_peer"] else given["peers"]) == peers
+    assert set(peers) <= set(model.PEERS)
