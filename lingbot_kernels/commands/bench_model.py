@@ -30,10 +30,10 @@ _output = option_group("Output")
 @_bench("--height", type=Pixels(), default=464, show_default=True, help="Pixels of the video.")
 @_bench("--width", type=Pixels(), default=832, show_default=True, help="Pixels of the video.")
 @_bench("--chunks", type=Count(most=10_000), default=6, show_default=True, help="Steady chunks to time.")
-@_bench(
-    "--peer", "peers", type=click.Choice(["flashdreams", "sglang"]), multiple=True, is_flag=False,
-    flag_value="flashdreams", default=("flashdreams",), show_default=True,
-    help="Run this engine as well, on the same weights; may be repeated. Alone, FlashDreams.",
+@list_option("Bench")(
+    "--peer", "peers", item=click.Choice(["flashdreams", "sglang"]), metavar="[NAMES]", is_flag=False,
+    flag_value="flashdreams", default="flashdreams", show_default=True,
+    help="Engines to run as well, on the same weights: flashdreams, sglang. Alone: flashdreams.",
 )  # fmt: skip
 @_bench("--no-peer", is_flag=True, help="Run no other engine.")
 @_bench("--compile", "compiled", is_flag=True, help="Also a step with torch.compile'd blocks; one GPU.")
