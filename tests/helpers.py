@@ -18,6 +18,7 @@ _SMALL: dict[str, Any] = {
 
 
 INT8 = Int8Recipe(products=PRODUCTS)  # the camera's as well
+INT8_QK = Int8Recipe(products=PRODUCTS, attention="int8_qk")  # and self-attention's Q and K
 # (dtype, residual dtype, recipe) of models whose bits may depend on nothing but their inputs.
 NUMERICS = {
     "float32": (torch.float32, "float32", None),
@@ -25,11 +26,17 @@ NUMERICS = {
     "bfloat16 in float32": (torch.bfloat16, "float32", None),
     "int8": (torch.bfloat16, "bfloat16", INT8),
     "int8 in float32": (torch.float32, "float32", INT8),
+    "int8_qk": (torch.bfloat16, "bfloat16", INT8_QK),
 }
 
 
 def small_config(**overrides: Any) -> LingBotConfig:
     return LingBotConfig(**{**_SMALL, **overrides})
+
+
+def heads_for(recipe: Int8Recipe | None) -> dict[str, int]:
+    """What to change in a small configuration for this recipe: attention in int8 wants heads of 64."""
+    return {"dim": 128} if recipe is not None and recipe.attention == "int8_qk" else {}
 
 
 def make_model(

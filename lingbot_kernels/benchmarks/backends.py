@@ -42,7 +42,9 @@ def serving(
     residual = torch.promote_types(dtype, getattr(torch, cfg.residual_dtype))
     of_residual = ("layer_norm_modulate", "gated_residual_camera_norm", "residual_norm_modulate")
     served = {"rope_cos_sin": _chosen("rope_cos_sin", device_type, torch.float32, tokens, cfg.head_dim, cfg.head_dim)}
-    for op in ("qk_norm_rope_kv_write", "k_norm_rope_kv_write", "rms_norm", *of_residual):
+    int8_qk = recipe is not None and recipe.attention == "int8_qk"
+    write = "norm_rope_quantize_kv_write" if int8_qk else "norm_rope_kv_write"
+    for op in (f"qk_{write}", f"k_{write}", *(("int8_attention",) if int8_qk else ()), "rms_norm", *of_residual):
         op_dtype = residual if op in of_residual else dtype
         served[op] = _chosen(op, device_type, op_dtype, tokens, cfg.dim, cfg.head_dim)
     if recipe is not None:
@@ -75,12 +77,13 @@ def survey(device_type: str, dtype: torch.dtype, tokens: int = 4680, dim: int = 
 
 
 def needs(cfg: LingBotConfig, dtype: torch.dtype, recipe: Int8Recipe | None) -> dict[str, Any]:
-    """What a network takes: precision, the products that run in int8 and what of it is left out, and bytes of the
-    weights and of a session at 480x832 with a camera.
+    """What a network takes: precision, whether attention has Q and K in int8, the products that run in int8 and what of
+    it is left out, and bytes of the weights and of a session at 480x832 with a camera.
     """
     session = session_memory(cfg, GRID_480P, dtype, camera=cfg.camera, recipe=recipe)
     return {
         "precision": str(dtype).removeprefix("torch.") if recipe is None else recipe.precision,
+        "int8_attention": recipe is not None and recipe.attention == "int8_qk",
         "int8_products": [] if recipe is None else list(recipe.products),
         "left_out": [] if recipe is None else list(recipe.leave_out),
         "weights": weights_memory(cfg, dtype, recipe).total,
@@ -89,14 +92,17 @@ def needs(cfg: LingBotConfig, dtype: torch.dtype, recipe: Int8Recipe | None) -> 
 
 
 def networks(dtype: torch.dtype, checkpoint: Path | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Of each large preset what it takes as it is and in int8; of a checkpoint, by its folder's name, what it takes as
-    it is stored.
+    """Of each large preset what it takes as it is, with int8 products, and with int8 attention as well; of a
+    checkpoint, by its folder's name, what it takes as it is stored.
 
     Raises:
         CheckpointError, ValueError: the checkpoint can't be read.
     """
     rows = {
-        name: [needs(LingBotConfig.preset(name), dtype, recipe) for recipe in (None, Int8Recipe())]
+        name: [
+            needs(LingBotConfig.preset(name), dtype, recipe)
+            for recipe in (None, Int8Recipe(), Int8Recipe(attention="int8_qk"))
+        ]
         for name in PRESETS
         if name != "tiny"
     }

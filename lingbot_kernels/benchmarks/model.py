@@ -34,6 +34,8 @@ from lingbot_kernels.ops._dispatch import use_backend
 from lingbot_kernels.ops.windowed_attention import _attend, resolve_library
 from lingbot_kernels.quantization import Int8Linear, Int8Rows, recipe_of
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.realtime.kv_cache import Int8KeyValue, KeyValue, RingLayer
+from lingbot_kernels.reference.rotate_quantize import quantize_values
 from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 
 STEPS = (1000, 750, 500, 250)
@@ -54,7 +56,8 @@ class ModelPlan:
         residual_dtype: None for the preset's own.
         timeline_path: also record the floor, kernel by kernel beside the step, and write both here as JSON.
         compiled: also time the step with its blocks compiled by torch.compile.
-        precision: "bfloat16", or of `quantization.recipe_of`: the blocks' products in int8.
+        precision: "bfloat16", or of `quantization.recipe_of`: the blocks' products in int8, with "int8_qk"
+            self-attention's Q and K as well.
     """
 
     preset: str = "lingbot-world-14b"
@@ -247,8 +250,8 @@ class ModelBench:
     def floor_graph(
         self,
         session: BenchSession,
-        rings: Sequence[tuple[Tensor, Tensor]],
-        texts: Sequence[tuple[Tensor, Tensor]],
+        rings: Sequence[RingLayer],
+        texts: Sequence[KeyValue],
         own_tokens: int,
         own_heads: int,
         *,
@@ -276,10 +279,18 @@ class ModelBench:
             else:
                 F.linear(operand, layer.weight, layer.bias)
 
+        codes, scale = quantize_values(q.float()) if session.model.int8_qk else (q, q)
+
+        def attend(ring: RingLayer) -> None:
+            if isinstance(ring, Int8KeyValue):
+                ops.int8_attention(codes, scale, *ring, ring.k.shape[1])
+            else:
+                _attend(q, *ring, library, False)
+
         def run() -> None:
             for block, ring, text in zip(session.model.blocks, rings, texts, strict=True):
                 product(x, block.self_attn.qkv)
-                _attend(q, *ring, library, False)
+                attend(ring)
                 product(x, block.self_attn.o)
                 product(x, block.cross_attn.q)
                 _attend(q_text, *text, library, False)

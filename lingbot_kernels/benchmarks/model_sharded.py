@@ -103,7 +103,7 @@ class ShardedModelBench(ModelBench):
         cos_sin = torch.randn(shard.num_tokens, cfg.head_dim, device=self.device)
 
         def run() -> None:
-            for k_cache, v_cache in rings:
+            for k_cache, v_cache, *_ in rings:  # ranks share no int8 rings
                 shard.qk_norm_rope_kv_write(q, k, v, weight, weight, cos_sin, k_cache, v_cache, ring, cfg.eps)
                 shard.exchange_output(attended)
 

@@ -77,7 +77,7 @@ def values_without_bias(model: Any, recipe: Int8Recipe, state: RealtimeCausalDiT
         folds = [fold for fold in value_folds(model, recipe) if "self_attn" in fold.key]
     shifts = []
     for fold in folds:
-        values = state.kv_cache.layers[int(fold.key.split(".")[1])][1]
+        values = state.kv_cache.layers[int(fold.key.split(".")[1])][-1]
         shifts.append((values, fold.value_bias.to(values.dtype).view(values.shape[2:]).clone()))
     for values, bias in shifts:
         values -= bias

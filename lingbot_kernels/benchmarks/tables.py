@@ -137,9 +137,8 @@ def print_doctor(console: Console, report: dict[str, Any]) -> None:
     table.columns[1].justify = table.columns[4].justify = "left"
     for name, variants in report["networks"].items():
         for row in variants:
-            products = ", ".join(row["int8_products"]) + (
-                f" but {', '.join(row['left_out'])}" if row["left_out"] else ""
-            )
+            names = [*row["int8_products"], *(("attention's Q and K",) if row["int8_attention"] else ())]
+            products = ", ".join(names) + (f" but {', '.join(row['left_out'])}" if row["left_out"] else "")
             sizes = (f"{row[part] / 2**30:.1f}" for part in ("weights", "session"))
             table.add_row(name, row["precision"], *sizes, products)
     console.print(table, highlight=False)

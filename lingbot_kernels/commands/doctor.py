@@ -34,8 +34,8 @@ def command(dtype: str, checkpoint: Path | None, as_json: bool) -> None:
     The choice is that of `auto` (or of LINGBOT_KERNELS_BACKEND) at the 14B model's shapes, for CPU tensors, and for
     CUDA tensors where there is a GPU. Then what the networks take, in that dtype and in int8. The JSON object has
     environment, dtype, requested (the backend asked for), ops: device type -> op -> backend, error, others (backend ->
-    the reason why it can't serve, or null), and networks: name -> precision, int8_products, left_out, weights and
-    session (bytes).
+    the reason why it can't serve, or null), and networks: name -> precision, int8_attention, int8_products, left_out,
+    weights and session (bytes).
     """
     import torch
 

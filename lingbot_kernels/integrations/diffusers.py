@@ -357,7 +357,7 @@ class AcceleratedWanTransformer3DModel(wan.WanTransformer3DModel):
         last = len(self.blocks) - 1
         ends_early = update_cache_only and self.blocks[last].ends_with_write()
         for i, block in enumerate(self.blocks):
-            k_cache, v_cache = kv.layers[i]
+            k_cache, v_cache, *_ = kv.layers[i]  # never in int8
             place = Chunk(cos_sin, k_cache, v_cache, cursor, sink, num_visible, ends_early and i == last)
             x = block(x, text_kv[i] or context, modulation, place)
         if update_cache_only:

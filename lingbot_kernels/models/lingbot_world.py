@@ -38,7 +38,7 @@ from lingbot_kernels.quantization import PLAIN, Int8Recipe, Rows, Taken, recipe_
 from lingbot_kernels.realtime import memory
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.realtime.chunk_inputs import ChunkInputs, TimeEmbeddings
-from lingbot_kernels.realtime.kv_cache import CacheLayout, KeyValue, RingMemory
+from lingbot_kernels.realtime.kv_cache import CacheLayout, Int8KeyValue, KeyValue, RingLayer, RingMemory
 from lingbot_kernels.realtime.saved_session import SessionOwner
 from lingbot_kernels.realtime.weights import WeightsIdentity, fingerprint
 from lingbot_kernels.ring import ChunkPosition
@@ -67,12 +67,16 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
         self.o = nn.Linear(cfg.dim, cfg.dim, **factory)
         self.norm_q = RMSNorm(cfg.dim, cfg.eps, **factory)
         self.norm_k = RMSNorm(cfg.dim, cfg.eps, **factory)
+        self.int8_qk = False
+
+    def extra_repr(self) -> str:
+        return "int8 Q and K" if self.int8_qk else ""
 
     def forward(
         self,
         x: Taken,
         cos_sin: Tensor,
-        kv: KeyValue,
+        kv: RingLayer,
         position: ChunkPosition,
         update_cache_only: bool = False,
         shard: SequenceShard = WHOLE,
@@ -82,6 +86,8 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
         Over several ranks x is this rank's tokens, `kv` this rank's heads; between the exchanges q is all tokens.
         With `update_cache_only` K and V are projected and written, and nothing else: returns None.
         """
+        if isinstance(kv, Int8KeyValue):
+            return self._forward_int8(x, cos_sin, kv, position, update_cache_only)
         norm_q, norm_k = self.norm_q, self.norm_k
         if not (is_plain(norm_q, RMSNorm) and is_plain(norm_k, RMSNorm)):
             return self._by_module(x, cos_sin, kv, position, update_cache_only, shard)
@@ -109,6 +115,26 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
             self.norm_q(first[0]) if first else None, self.norm_k(k), v, cos_sin, *kv, position.ring
         )  # fmt: skip
         return None if q is None else self.o(ops.windowed_attention(q, *kv, position.num_visible))
+
+    def _forward_int8(
+        self, x: Taken, cos_sin: Tensor, kv: Int8KeyValue, position: ChunkPosition, update_cache_only: bool
+    ) -> Tensor | None:
+        """The same over a ring whose K is in int8: Q and K leave the norm and RoPE in int8 with their scales."""
+        norm_q, norm_k = self.norm_q, self.norm_k
+        if not (is_plain(norm_q, RMSNorm) and is_plain(norm_k, RMSNorm)):
+            raise ValueError(
+                f"self_attn.norm_q, norm_k: got {type(norm_q).__name__}, {type(norm_k).__name__} or hooks on them, "
+                "must be RMSNorm without hooks where Q and K are in int8"
+            )
+        if update_cache_only:
+            k, v = self.qkv("k", "v", x=x)
+            ops.k_norm_rope_quantize_kv_write(k, v, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps)
+            return None
+        q, k, v = self.qkv("q", "k", "v", x=x)
+        codes, scale = ops.qk_norm_rope_quantize_kv_write(
+            q, k, v, norm_q.weight, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps
+        )  # K and V now lie in the ring
+        return self.o(ops.int8_attention(codes, scale, *kv, position.num_visible)[0])
 
 
 class LingBotCrossAttention(nn.Module):
@@ -184,7 +210,7 @@ class LingBotTransformerBlock(nn.Module):
         modulation: Tensor,
         following: Tensor,
         cos_sin: Tensor,
-        kv: KeyValue,
+        kv: RingLayer,
         position: ChunkPosition,
         text_kv: KeyValue,
         camera: KeyValue | None = None,
@@ -200,7 +226,8 @@ class LingBotTransformerBlock(nn.Module):
             modulation: float32 [6, d]: shift, scale, gate of self-attention, then of the MLP.
             following: float32 [>= 2, d]: shift and scale of the next block's self-attention, or of the head.
             cos_sin: float32 [S, head_dim].
-            kv: this layer's ring, K and V [B, capacity, heads of this rank, head_dim], written in the chunk's slots.
+            kv: this layer's ring, K and V [B, capacity, heads of this rank, head_dim], K's scales between them where it
+                is in int8, written in the chunk's slots.
             text_kv: this layer's text K and V.
             camera: this layer's (scale, shift) [B, S, d], or None.
             update_cache_only: stop after the K/V write and return None.
@@ -338,8 +365,9 @@ class CausalLingBotTransformer(nn.Module):
         codes, in place and one after the other. Sessions begun before must start again.
 
         Raises:
-            ValueError: the recipe names what this network has not, a weight can't be quantised, or they already are;
-                the model is then as it was.
+            ValueError: the recipe names what this network has not, or attention in int8 where that can't be (the model
+                is not bfloat16, its heads are not of 64 or 128, or ranks share its chunks), a weight can't be
+                quantised, or they already are; the model is then as it was.
         """
         quantize(self, recipe or Int8Recipe())
         self._disown_sessions()
@@ -352,7 +380,8 @@ class CausalLingBotTransformer(nn.Module):
         write to it; otherwise the exchanges are all-to-all collectives, and `shard_group.exchange` says why.
 
         Raises:
-            ValueError, RuntimeError: on every rank alike, as `ShardGroup.join` says.
+            ValueError, RuntimeError: on every rank alike, as `ShardGroup.join` says. A model whose self-attention has Q
+                and K in int8 is refused by more than one rank.
         """
         self.shard_group = ShardGroup.join(group, layout, self)
         self._disown_sessions()
@@ -408,6 +437,11 @@ class CausalLingBotTransformer(nn.Module):
         return str(self.dtype).removeprefix("torch.") if self.recipe is None else self.recipe.precision
 
     @property
+    def int8_qk(self) -> bool:
+        """Whether self-attention has Q and K in int8."""
+        return self.recipe is not None and self.recipe.attention == "int8_qk"
+
+    @property
     def residual_dtype(self) -> torch.dtype:
         """Dtype of the residual stream: the configured one, or the model's own where that is wider."""
         return torch.promote_types(self.dtype, getattr(torch, self.config.residual_dtype))
@@ -454,7 +488,7 @@ class CausalLingBotTransformer(nn.Module):
     def _run(
         self,
         inputs: ChunkInputs,
-        layers: Sequence[KeyValue],
+        layers: Sequence[RingLayer],
         position: ChunkPosition,
         update_cache_only: bool,
         shard: SequenceShard = WHOLE,
@@ -506,7 +540,7 @@ class CausalLingBotTransformer(nn.Module):
         cfg = self.config
         return CacheLayout(
             cfg.num_layers, batch, cfg.num_heads // self.shard_group.ranks, cfg.head_dim, grid, cfg.window_frames,
-            cfg.sink_frames, self.dtype, self.device,
+            cfg.sink_frames, self.dtype, self.device, torch.int8 if self.int8_qk else None,
         )  # fmt: skip
 
     def _prepare_cached_rope_for_sequence_shard(

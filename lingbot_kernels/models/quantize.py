@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lingbot_kernels.models.fused_linear import FusedLinear, FusedRows, Int8FusedLinear
+from lingbot_kernels.ops.int8_attention import HEAD_DIMS
 from lingbot_kernels.quantization import Int8Linear, Int8Recipe
 from lingbot_kernels.quantization.linear import LARGEST_K
 
@@ -69,8 +70,9 @@ def quantize(model: Any, recipe: Int8Recipe) -> None:
     """
     if model.recipe is not None:
         raise ValueError(f"quantize: the weights are quantised already, by {model.recipe}; load the checkpoint again")
-    if recipe.attention != "bfloat16":
-        raise ValueError(f"quantize: got attention={recipe.attention!r}, must be 'bfloat16': attention has no int8 yet")
+    int8_qk = recipe.attention == "int8_qk"
+    if int8_qk:
+        _check_attention(model, recipe)
     recipe.check(len(model.blocks), model.config.camera)
     targets = [
         f"blocks.{i}.{layer}"
@@ -98,7 +100,21 @@ def quantize(model: Any, recipe: Int8Recipe) -> None:
     for name in targets:
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, int8_layer(found.pop(name), recipe))
+    for block in model.blocks:
+        block.self_attn.int8_qk = int8_qk
     model.recipe = recipe
+
+
+def _check_attention(model: Any, recipe: Int8Recipe) -> None:
+    """Refuse a network whose self-attention can't have Q and K in int8."""
+    asked = f"quantize: got attention={recipe.attention!r} for"
+    if model.dtype != torch.bfloat16 or model.config.head_dim not in HEAD_DIMS:
+        raise ValueError(
+            f"{asked} {model.dtype} and heads of {model.config.head_dim}, must be torch.bfloat16 and heads of "
+            f"{' or '.join(map(str, HEAD_DIMS))}"
+        )
+    if model.shard_group.ranks > 1:
+        raise ValueError(f"{asked} chunks shared by {model.shard_group.ranks} ranks, must be for a single one")
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from lingbot_kernels.realtime import memory
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState, check_session
 from lingbot_kernels.realtime.chunk_inputs import ChunkInputs, PerBlock, TimeEmbeddings
 from lingbot_kernels.realtime.graphs import SessionGraphs
-from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, KeyValue, RingMemory
+from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, KeyValue, RingLayer, RingMemory
 from lingbot_kernels.realtime.runtime_cache import TensorIdentity
 from lingbot_kernels.ring import ChunkPlan, ChunkPosition
 from lingbot_kernels.scalars import as_count
@@ -44,7 +44,8 @@ def forward(
 ) -> Tensor | None:
     """`CausalLingBotTransformer.forward`, which documents it. Where it raises, the session is as it was."""
     device = model.device.type
-    if torch.is_autocast_enabled(device):  # every dtype here is chosen; what a session keeps must not depend on it
+    # Every dtype here is chosen; what a session keeps must not depend on autocast. The meta device has none.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return forward(
                 model, latents, text, timestep, state=state, start_frame=start_frame, camera=camera,
@@ -96,7 +97,7 @@ def _run(
     """The network over the session's ring, by a graph of this backend choice where there can be one."""
 
     def network(
-        inputs: ChunkInputs, layers: Sequence[KeyValue], position: ChunkPosition, update_cache_only: bool
+        inputs: ChunkInputs, layers: Sequence[RingLayer], position: ChunkPosition, update_cache_only: bool
     ) -> Tensor | None:
         return model._run(inputs, layers, position, update_cache_only, shard)
 

@@ -80,6 +80,10 @@ class ShardGroup:
                 f"group: got one for {', '.join(facts['backends'])} tensors, must be able to exchange the model's, on "
                 f"{model.device.type}"
             )
+        if joined.ranks > 1 and model.int8_qk:
+            raise ValueError(
+                f"model: got {model.recipe}, must have attention='bfloat16': ranks exchange no int8 Q and K"
+            )
         if joined.ranks > 1:
             assert joined._control is not None
             reason = peer_memory.why_not(group, joined._control, model.device)

@@ -28,7 +28,7 @@ class Int8Recipe:
         products: of PRODUCTS. The default leaves the camera's four as they are: they scale the residual stream itself,
             and are computed once per chunk.
         leave_out: blocks, or single products of them, that stay as they are: "blocks.0", "blocks.39.ffn_down".
-        attention: "bfloat16", or "int8_qk": Q and K in int8, V as it is.
+        attention: of every block's self-attention, "bfloat16", or "int8_qk": Q and K in int8, V as it is.
         rotate: times random signs, then times a Hadamard matrix in blocks of 128 channels: what one loud channel has
             is spread over its block. False is for comparison.
         seed: of the signs.

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels.realtime.chunk_inputs import ChunkInputs, PerBlock, TimeEmbeddings
-from lingbot_kernels.realtime.kv_cache import KeyValue, KVCache
+from lingbot_kernels.realtime.kv_cache import KeyValue, KVCache, RingLayer
 from lingbot_kernels.ring import ChunkPlan, ChunkPosition
 
-Run = Callable[[ChunkInputs, Sequence[KeyValue], ChunkPosition, bool], "Tensor | None"]
+Run = Callable[[ChunkInputs, Sequence[RingLayer], ChunkPosition, bool], "Tensor | None"]
 Pairs = Sequence[KeyValue] | PerBlock | None
 _Key = tuple[bool, torch.Size, str]
 _live: weakref.WeakSet[SessionGraphs] = weakref.WeakSet()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,28 @@ from torch import Tensor
 from lingbot_kernels.ring import ChunkPlan, ChunkPosition, KVRing, RingPosition
 
 KeyValue = tuple[Tensor, Tensor]
+
+
+class Int8KeyValue(NamedTuple):
+    """A layer's ring whose K is in int8, as `ops.int8_attention` reads it.
+
+    Attributes:
+        k: codes, int8 [B, capacity, heads, head_dim].
+        k_scale: float32 [B, capacity, heads], the transpose of [B, heads, capacity].
+        v: [B, capacity, heads, head_dim].
+    """
+
+    k: Tensor
+    k_scale: Tensor
+    v: Tensor
+
+
+RingLayer = KeyValue | Int8KeyValue
+
+
+def ring_parts(layer: RingLayer) -> dict[str, Tensor]:
+    """A layer's tensors by name: "k", "v" and, where K is in int8, "k_scale"."""
+    return layer._asdict() if isinstance(layer, Int8KeyValue) else {"k": layer[0], "v": layer[1]}
 
 
 @dataclass(frozen=True)
@@ -27,6 +49,11 @@ class CacheLayout:
     sink_frames: int
     dtype: torch.dtype
     device: torch.device
+    k_dtype: torch.dtype | None = None  # of K where it isn't `dtype`: int8, codes with a scale for each token and head
+
+    def __post_init__(self) -> None:
+        if self.k_dtype not in (None, torch.int8):
+            raise ValueError(f"k_dtype: got {self.k_dtype}, must be None or torch.int8")
 
     @property
     def frame_tokens(self) -> int:
@@ -61,7 +88,8 @@ class RingMemory(Protocol):
 
 
 class KVCache:
-    """Keys (after RoPE) and values of every layer's window: one K and one V buffer a layer, never rolled or copied.
+    """Keys (after RoPE) and values of every layer's window: one K and one V buffer a layer (K's scales beside where it
+    is in int8), never rolled or copied.
 
     Attributes:
         memory: what the buffers lie in; None for plain device memory.
@@ -71,7 +99,9 @@ class KVCache:
         self.layout = layout
         self.memory = memory
         self.ring = layout.empty_ring()
-        self.layers = [(self._empty(), self._empty()) for _ in range(layout.num_layers)]
+        if layout.k_dtype is not None and memory is not None:
+            raise ValueError("memory: got some for an int8 ring, must be None: ranks share no int8 rings")
+        self.layers: list[RingLayer] = [self._layer() for _ in range(layout.num_layers)]
         self._cursor: Tensor | None = None
 
     def position(self, plan: ChunkPlan) -> ChunkPosition:
@@ -94,17 +124,25 @@ class KVCache:
             yield self._cursor
 
     def tensors_of_layers(self) -> Iterator[Tensor]:
-        """Each layer's K, then its V."""
+        """Each layer's K, its scales where it is in int8, then its V."""
         for layer in self.layers:
             yield from layer
 
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in self.tensors_of_layers())
 
-    def _empty(self) -> Tensor:
+    def _layer(self) -> RingLayer:
         if self.memory is not None:
-            return self.memory.empty()
-        return torch.empty(self.layout.shape, dtype=self.layout.dtype, device=self.layout.device)
+            return self.memory.empty(), self.memory.empty()
+        (batch, capacity, heads, _), device = self.layout.shape, self.layout.device
+        k, v = (
+            torch.empty(self.layout.shape, dtype=dtype, device=device)
+            for dtype in (self.layout.k_dtype or self.layout.dtype, self.layout.dtype)
+        )
+        if self.layout.k_dtype is None:
+            return k, v
+        scale = torch.empty(batch, heads, capacity, dtype=torch.float32, device=device)
+        return Int8KeyValue(k, scale.transpose(1, 2), v)
 
 
 class CrossAttentionCache:

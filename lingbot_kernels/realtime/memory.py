@@ -111,10 +111,13 @@ def session_memory(
     graphed = cuda_graphs and text_cache and (camera_cache or not camera)
     activations = _activations(cfg, dtype, batch * own_tokens, ranks, camera and not camera_cache, recipe is not None)
     positions = batch * chunk_tokens * cfg.patch_volume
+    int8_qk = recipe is not None and recipe.attention == "int8_qk"
+    key = d + 4 * cfg.num_heads if int8_qk else d * element  # a code for each value, a float32 scale for each head
+    key_value = (key + d * element) // ranks
     latents = positions * (3 * cfg.in_channels * element + 8 * cfg.out_channels * wide)
     rays = 2 * positions * cfg.camera_channels * wide * camera  # this chunk's, and the one that a key still holds
     return MemoryPlan(
-        kv_cache=2 * layers * batch * cfg.window_frames * frame_tokens * d // ranks * element,
+        kv_cache=layers * batch * cfg.window_frames * frame_tokens * key_value,
         camera_modulation=2 * layers * batch * own_tokens * d * element if camera and camera_cache else 0,
         text=2 * layers * batch * cfg.text_len * d * element if text_cache else 0,
         time_embeddings=time_entries * modulation if time_cache else 0,

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from lingbot_kernels._version import __version__
 from lingbot_kernels.files import check_output, read_json, replacing, write_text
-from lingbot_kernels.realtime.kv_cache import CacheLayout, KVCache, RingMemory
+from lingbot_kernels.realtime.kv_cache import CacheLayout, KVCache, RingMemory, ring_parts
 from lingbot_kernels.scalars import as_count
 
 if TYPE_CHECKING:
@@ -110,9 +110,9 @@ def _write(folder: Path, content: dict[str, Any], cache: KVCache | None) -> None
     try:
         if cache is not None:
             series = secrets.token_hex(4)
-            for index, (k, v) in enumerate(cache.layers):
+            for index, layer in enumerate(cache.layers):
                 files.append(f"kv-{series}-{index}.safetensors")
-                part = {"k": k[:, :visible].cpu().contiguous(), "v": v[:, :visible].cpu().contiguous()}
+                part = {name: held[:, :visible].cpu().contiguous() for name, held in ring_parts(layer).items()}
                 with replacing(folder / files[-1]) as file:
                     _save_file(part, file)
             content = {**content, "session": {**content["session"], "files": files}}
@@ -169,9 +169,9 @@ def load(
     assert state.kv_cache is not None
     state.kv_cache.ring.set_state(saved.ring)
     state.unfinished = saved.unfinished
-    for path, (k, v) in zip(saved.files, state.kv_cache.layers, strict=True):
+    for path, layer in zip(saved.files, state.kv_cache.layers, strict=True):
         with _opened(path) as file:
-            for name, held in (("k", k), ("v", v)):
+            for name, held in ring_parts(layer).items():
                 values = file.get_tensor(name)
                 held[:, : values.shape[1]].copy_(values)
     return state
@@ -265,16 +265,17 @@ def _check_files(saved: _Saved) -> None:
     ring = layout.empty_ring()
     ring.set_state(saved.ring)
     batch, _, heads, head_dim = layout.shape
-    shape = [batch, ring.num_visible, heads, head_dim]
+    whole = [batch, ring.num_visible, heads, head_dim]
+    wanted = {"k": (layout.k_dtype or layout.dtype, whole), "v": (layout.dtype, whole)}
+    if layout.k_dtype is not None:
+        wanted["k_scale"] = (torch.float32, whole[:3])
     for path in saved.files:
         with _opened(path) as file:
-            for name in ("k", "v"):
+            for name, (dtype, shape) in wanted.items():
                 part = file.get_slice(name)
                 empty = file.get_slice(name)[:, :0]
-                if part.get_shape() != shape or empty.dtype != layout.dtype:
-                    raise ValueError(
-                        f"{path}: got {name} of {empty.dtype} {part.get_shape()}, must be {layout.dtype} {shape}"
-                    )
+                if part.get_shape() != shape or empty.dtype != dtype:
+                    raise ValueError(f"{path}: got {name} of {empty.dtype} {part.get_shape()}, must be {dtype} {shape}")
 
 
 @contextlib.contextmanager

@@ -103,9 +103,16 @@ def test_it_says_what_networks_take(invoke, tmp_path):
     (row,) = found["world"]
     assert (row["precision"], row["int8_products"], row["left_out"]) == ("int8", ["qkv", "ffn_up"], ["blocks.1"])
     assert row["weights"] == sum(x.nbytes for x in model.parameters())
-    plain, int8 = found["lingbot-world-14b"]
+    plain, int8, attention = found["lingbot-world-14b"]
     assert int8["weights"] < 0.7 * plain["weights"] and int8["precision"] == "int8"
+    assert attention["precision"] == "int8_qk" and attention["weights"] == int8["weights"]
+    assert [x["int8_attention"] for x in (row, plain, int8, attention)] == [False, False, False, True]
+    assert attention["session"] < int8["session"] - 4.5 * 2**30
     text = " ".join(invoke("doctor", "--checkpoint", str(folder)).output.split())
-    assert "qkv, ffn_up but blocks.1" in text and "lingbot-world-14b bfloat16 34.5" in text
+    assert (
+        "attention's Q and K" in text
+        and "qkv, ffn_up but blocks.1" in text
+        and "lingbot-world-14b bfloat16 34.5" in text
+    )
     (folder / "config.json").write_text("{")
     assert "config.json" in invoke("doctor", "--checkpoint", str(folder), code=2).output

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import NUMERICS, make_inputs, make_model, ring_bits, same_bits, same_ring, small_config
+from helpers import NUMERICS, heads_for, make_inputs, make_model, ring_bits, same_bits, same_ring, small_config
 from torch import Tensor
 
 from lingbot_kernels import CausalDenoisingStage, CausalLingBotTransformer, RealtimeCausalDiTState
@@ -56,7 +56,7 @@ def test_hits_and_misses_of_each_chunk() -> None:
 @pytest.mark.parametrize("off", [*SWITCHES, "all"])
 def test_every_cache_off_gives_the_same_bits(off: str, numerics: str) -> None:
     dtype, residual, recipe = NUMERICS[numerics]
-    cfg = small_config(window_frames=7, sink_frames=2, residual_dtype=residual)
+    cfg = small_config(window_frames=7, sink_frames=2, residual_dtype=residual, **heads_for(recipe))
     model = make_model(cfg, dtype, recipe=recipe)
     stage, inputs = CausalDenoisingStage(model), make_inputs(model.config, 4, batch=2)
     switches = dict.fromkeys(SWITCHES if off == "all" else (off,), False)
@@ -265,10 +265,10 @@ def test_another_model_or_other_weights_are_refused() -> None:
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize("numerics", ["float32", "bfloat16 in float32", "int8"])
+@pytest.mark.parametrize("numerics", ["float32", "bfloat16 in float32", "int8", "int8_qk"])
 def test_two_interleaved_sessions_equal_each_alone(numerics: str) -> None:
     dtype, residual, recipe = NUMERICS[numerics]
-    cfg = small_config(window_frames=7, sink_frames=2, residual_dtype=residual)
+    cfg = small_config(window_frames=7, sink_frames=2, residual_dtype=residual, **heads_for(recipe))
     model = make_model(cfg, dtype, recipe=recipe)
     stages = (CausalDenoisingStage(model), CausalDenoisingStage(model, schedule="official"))
     inputs = (make_inputs(model.config, 4, (4, 6), seed=1), make_inputs(model.config, 4, (2, 8), batch=2, seed=2))
