@@ -16,8 +16,10 @@ from diffusers.hooks import (  # noqa: E402
     FasterCacheConfig,
     FirstBlockCacheConfig,
     HookRegistry,
+    MagCacheConfig,
     ModelHook,
     PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
     apply_first_block_cache,
     apply_group_offloading,
 )
@@ -83,6 +85,14 @@ def broadcast(model: Any) -> None:
     )  # fmt: skip
 
 
+def taylor(model: Any) -> None:
+    model.enable_cache(TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1))
+
+
+def magnitude(model: Any) -> None:
+    model.enable_cache(MagCacheConfig(mag_ratios=[1.0] * 30, num_inference_steps=30, threshold=0.5, retention_ratio=0))
+
+
 def lora(
     model: Any, targets: Any = ("to_q", "to_v", "to_out.0", "net.0.proj", "net.2", "time_proj", "linear_1")
 ) -> None:
@@ -113,7 +123,7 @@ HOOKED = [
 ]  # fmt: skip
 CHANGES = [
     *(turn(path) for path in HOOKED), grouped, leaves, sequential, sequential_for_a_while, casting, first_block,
-    first_block_for_a_while, broadcast, lora, fused_lora, unloaded_lora, offloaded_lora,
+    first_block_for_a_while, broadcast, taylor, magnitude, lora, fused_lora, unloaded_lora, offloaded_lora,
 ]  # fmt: skip
 ORDERS = ["A", "CA", "AC", "CAR", "ACR", "ACRA", "CARA", "ARC", "ARCA"]
 
@@ -266,7 +276,7 @@ def cached_and_absent(model: Any) -> None:
 
 HARMLESS = [
     *(identity(path.replace("1", "2", 1)) for path in HOOKED), grouped, leaves, sequential, first_block, skipped_blocks,
-    broadcast, absent_blocks, absent_attention, cached_and_absent,
+    broadcast, taylor, magnitude, absent_blocks, absent_attention, cached_and_absent,
 ]  # fmt: skip
 
 
