@@ -59,7 +59,13 @@ class SglangPeer:
         schedule: times and sigmas.
         dtype: bfloat16, or float32 for parity (sglang's stage runs in bfloat16).
         interactive: sglang's options of its interactive window, by name.
+
+    Attributes:
+        sequence_shard: whether requests ask for their tokens to be shared among ranks, which sglang's groups, joined
+            before, must then have.
     """
+
+    sequence_shard = False
 
     def __init__(
         self,
@@ -169,7 +175,7 @@ class SglangPeer:
             latents=noise.to(self.dtype), image_latent=condition.repeat(1, 1, self.chunks + 1, 1, 1), image_embeds=[],
             timesteps=torch.tensor(self.schedule.times, device=self.device), scheduler=_Scheduler(self, renoise),
             prompt_embeds=[padded], c2ws_plucker_emb=camera, condition_inputs=dict(conditions or {}), extra={},
-            session=self.session, block_idx=self.chunks, generator=None, enable_sequence_shard=False,
+            session=self.session, block_idx=self.chunks, generator=None, enable_sequence_shard=self.sequence_shard,
             realtime_session_id=None, request_id=None, realtime_causal_kv_sample_tokens=None,
         )  # fmt: skip
         request = self.stage.forward(request, self.arguments)

@@ -56,6 +56,13 @@ def test_the_unit_tests_of_sglang_on_rings(sglang_path: list[Path]) -> None:
     assert passed(said) >= 25 and int(re.findall(r"(\d+) caches were rings", said)[-1]) >= 2
 
 
+@pytest.mark.parametrize("size", [("8", "12"), ("6", "6")], ids=["even", "uneven"])
+def test_heads_shared_by_two_ranks(sglang_path: list[Path], size: tuple[str, str]) -> None:
+    """Ulysses over sglang's own groups, with the same number of tokens on each rank and with one more on the first."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert run(sglang_path, *launch, str(HERE / "sglang_ranks.py"), *size).count("the ranks agree") == 2
+
+
 def test_the_page(sglang_path: list[Path], tmp_path: Path) -> None:
     """docs/sglang.md, block after block."""
     page = (ROOT / "docs/sglang.md").read_text()
