@@ -6,8 +6,9 @@ The report (`--json`) is one object:
   "checkpoint").
 - settings: dtype and residual_dtype (of the model), chunks, tokens_per_chunk, window_frames, recipe, min_psnr.
 - teacher_forced: precision ("bfloat16", "int8", "int8_plain": without the rotation, "fp8": e4m3 with a scale a row, on
-  the same products) -> psnr_db (one a chunk), error (the worst chunk's relative error). The history is the float32
-  rollout's: every chunk is denoised after its clean chunks.
+  the same products, "int8_qk": int8, and self-attention's Q and K, where the network can) -> psnr_db (one a chunk),
+  error (the worst chunk's relative error). The history is the float32 rollout's: every chunk is denoised after its
+  clean chunks.
 - free_rollout: precision -> psnr_db and error where each rollout goes on from its own chunks: how far it drifts.
 - by_product, by_block: relative error of one forward in float32 with only that product (in all blocks), or only that
   block (all its products), in int8.
@@ -47,12 +48,14 @@ from lingbot_kernels.benchmarks.replaced_layers import (
 )
 from lingbot_kernels.benchmarks.scene import Scene, StageInputs
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
+from lingbot_kernels.models.quantize import why_not_int8_qk
 from lingbot_kernels.quantization import Int8Recipe
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.realtime.memory import session_memory, weights_memory
 from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 
 BELOW_BFLOAT16 = {"plain": 6.0, "loud": 7.0, "checkpoint": 7.0}  # dB that it may lie below bfloat16
+OWN_ROLLOUTS = ("bfloat16", "int8", "int8_qk")  # precisions that also go on from their own chunks, and are timed
 TIMED_STEPS = 10
 
 
@@ -104,7 +107,7 @@ class QualityBench:
             self.say(f"{name}, with the history of float32")
             with within():
                 forced[name] = self.compare(self.rollout(exact), exact)
-                if name in ("bfloat16", "int8"):
+                if name in OWN_ROLLOUTS:
                     self.say(f"{name}, on its own")
                     free[name] = self.compare(self.rollout(), exact)
                     if step_ms is not None:
@@ -147,6 +150,7 @@ class QualityBench:
             "int8": lambda: self.in_int8(recipe),
             "int8_plain": lambda: self.in_int8(dataclasses.replace(recipe, rotate=False)),
             "fp8": lambda: replaced(self.model, layer_names(self.layers, recipe), Fp8Linear),
+            **({"int8_qk": lambda: self.in_int8_qk(recipe)} if why_not_int8_qk(self.model) is None else {}),
         }
 
     @contextmanager
@@ -157,6 +161,16 @@ class QualityBench:
             self.model, names, lambda layer: int8_stand_in(layer, recipe, dtype)
         ):  # fmt: skip
             yield
+
+    @contextmanager
+    def in_int8_qk(self, recipe: Int8Recipe) -> Iterator[None]:
+        """The products in int8, and self-attention's Q and K, of the sessions that begin within."""
+        with self.in_int8(recipe):
+            self.model.recipe = dataclasses.replace(recipe, attention="int8_qk")
+            try:
+                yield
+            finally:
+                self.model.recipe = None
 
     @contextmanager
     def widened(self) -> Iterator[None]:
@@ -214,12 +228,15 @@ class QualityBench:
     def memory(self) -> dict[str, dict[str, int]]:
         """Bytes of weights and session, as planned."""
         cfg, dtype, camera = self.model.config, self.model.dtype, self.scene.camera is not None
+        recipes: dict[str, Int8Recipe | None] = {"bfloat16": None, "int8": self.plan.recipe}
+        if why_not_int8_qk(self.model) is None:
+            recipes["int8_qk"] = dataclasses.replace(self.plan.recipe, attention="int8_qk")
         return {
             name: {
                 "weights": weights_memory(cfg, dtype, recipe).total,
                 "session": session_memory(cfg, self.scene.grid, dtype, camera=camera, recipe=recipe).total,
             }
-            for name, recipe in (("bfloat16", None), ("int8", self.plan.recipe))
+            for name, recipe in recipes.items()
         }
 
     def step_ms(self) -> float:

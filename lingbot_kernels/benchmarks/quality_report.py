@@ -16,6 +16,7 @@ NAMES = {
     "int8": "int8",
     "int8_plain": "int8, not rotated",
     "fp8": "fp8, a scale a row",
+    "int8_qk": "int8, Q and K too",
 }
 MOST_BLOCKS = 5  # the loudest, on the screen; the JSON has all
 
@@ -45,10 +46,10 @@ def print_quality(console: Console, report: dict[str, Any]) -> None:
     each = (f"{name} {(x['weights'] + x['session']) / GIB:.2f}" for name, x in memory.items())
     console.print("GiB of weights and session: " + ", ".join(each), highlight=False)
     if report["step_ms"]:
-        plain, int8 = report["step_ms"]["bfloat16"], report["step_ms"]["int8"]
-        console.print(
-            f"Denoise step: bfloat16 {plain:.1f} ms, int8 {int8:.1f} ms ({int8 / plain:.2f} x)", highlight=False
-        )
+        step = dict(report["step_ms"])
+        plain = step.pop("bfloat16")
+        others = (f", {name} {ms:.1f} ms ({ms / plain:.2f} x)" for name, ms in step.items())
+        console.print(f"Denoise step: bfloat16 {plain:.1f} ms{''.join(others)}", highlight=False)
     console.print(report["verdict"], style="bold", highlight=False)
 
 

@@ -71,8 +71,8 @@ def quantize(model: Any, recipe: Int8Recipe) -> None:
     if model.recipe is not None:
         raise ValueError(f"quantize: the weights are quantised already, by {model.recipe}; load the checkpoint again")
     int8_qk = recipe.attention == "int8_qk"
-    if int8_qk:
-        _check_attention(model, recipe)
+    if int8_qk and (reason := why_not_int8_qk(model)) is not None:
+        raise ValueError(f"quantize: got attention={recipe.attention!r} for {reason}")
     recipe.check(len(model.blocks), model.config.camera)
     targets = [
         f"blocks.{i}.{layer}"
@@ -105,16 +105,16 @@ def quantize(model: Any, recipe: Int8Recipe) -> None:
     model.recipe = recipe
 
 
-def _check_attention(model: Any, recipe: Int8Recipe) -> None:
-    """Refuse a network whose self-attention can't have Q and K in int8."""
-    asked = f"quantize: got attention={recipe.attention!r} for"
+def why_not_int8_qk(model: Any) -> str | None:
+    """Why self-attention of a network can't have Q and K in int8, or None."""
     if model.dtype != torch.bfloat16 or model.config.head_dim not in HEAD_DIMS:
-        raise ValueError(
-            f"{asked} {model.dtype} and heads of {model.config.head_dim}, must be torch.bfloat16 and heads of "
+        return (
+            f"{model.dtype} and heads of {model.config.head_dim}, must be torch.bfloat16 and heads of "
             f"{' or '.join(map(str, HEAD_DIMS))}"
         )
     if model.shard_group.ranks > 1:
-        raise ValueError(f"{asked} chunks shared by {model.shard_group.ranks} ranks, must be for a single one")
+        return f"chunks shared by {model.shard_group.ranks} ranks, must be for a single one"
+    return None
 
 
 @torch.no_grad()

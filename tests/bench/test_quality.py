@@ -65,25 +65,29 @@ def test_the_fidelity_gate(reports: dict[str, dict[str, Any]], weights: str) -> 
     assert worst(report, "int8") >= worst(report, "bfloat16") - (6 if weights == "plain" else 7)
     if weights == "loud":
         assert worst(report, "int8") >= worst(report, "int8_plain") + 2  # what the rotation is for
+    qk = report["teacher_forced"]["int8_qk"]["psnr_db"]
+    assert qk != report["teacher_forced"]["int8"]["psnr_db"] and min(qk) >= worst(report, "int8") - 1
     drift = report["free_rollout"]
     assert abs(drift["int8"]["psnr_db"][-1] - report["teacher_forced"]["int8"]["psnr_db"][-1]) < 3
 
 
 def test_what_the_report_holds(reports: dict[str, dict[str, Any]]) -> None:
     report = reports["loud"]
-    assert list(report["teacher_forced"]) == ["bfloat16", "int8", "int8_plain", "fp8"]
+    assert list(report["teacher_forced"]) == ["bfloat16", "int8", "int8_plain", "fp8", "int8_qk"]
     assert all(len(found["psnr_db"]) == CHUNKS for found in report["teacher_forced"].values())
     assert list(report["by_product"]) == list(Int8Recipe().products) and list(report["by_block"])[-1] == "blocks.2"
     whole = math.sqrt(sum(error**2 for error in report["by_product"].values()))
     assert whole == pytest.approx(math.sqrt(sum(error**2 for error in report["by_block"].values())), rel=0.3)
     assert report["memory"]["int8"]["weights"] < report["memory"]["bfloat16"]["weights"]
+    assert report["memory"]["int8_qk"]["session"] < report["memory"]["int8"]["session"]
     assert report["step_ms"] is None
     json.dumps(report)
     rows = quality.bench_rows(report)
     assert [(row["op"], row["precision"]) for row in rows] == [
-        *(("teacher_forced", name) for name in ("bfloat16", "int8", "int8_plain", "fp8")),
+        *(("teacher_forced", name) for name in ("bfloat16", "int8", "int8_plain", "fp8", "int8_qk")),
         ("free_rollout", "bfloat16"),
         ("free_rollout", "int8"),
+        ("free_rollout", "int8_qk"),
     ]
     assert rows[1]["case"] == f"tiny-loud-3layers-{CHUNKS}chunks-s72" and len(rows[1]["psnr_db"]) == CHUNKS
 
@@ -191,7 +195,7 @@ def test_the_command(tmp_path: Any) -> None:
     assert result.exit_code == (0 if report["good"] else 1) and report["verdict"] in result.output.replace("\n", " ")
     assert "fp8, a scale a row" in result.output and report["model"]["weights"] == "loud"
     assert (tmp_path / "q.png").read_bytes()[:4] == b"\x89PNG"
-    assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 6
+    assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 8
 
 
 @pytest.mark.parametrize(
