@@ -20,16 +20,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lingbot_kernels import CausalDenoisingStage, CausalLingBotTransformer, LingBotConfig, RealtimeCausalDiTState
+from lingbot_kernels.quantization import recipe_of
 from lingbot_kernels.realtime import saved_session
 
 SMALL = {"num_layers": 2, "window_frames": 9, "frames_per_chunk": 3, "sink_frames": 3}
 
 
-def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, int8: bool = False, **overrides: Any) -> Any:
+def make_model(seed: int = 0, dtype: torch.dtype = torch.float32, int8: str | None = None, **overrides: Any) -> Any:
     torch.manual_seed(seed)
     model = CausalLingBotTransformer(LingBotConfig.preset("tiny", **{**SMALL, **overrides}), dtype=dtype)
-    if int8:
-        model.quantize()
+    if int8 is not None:
+        model.quantize(recipe_of(int8))
     return model
 
 
@@ -69,7 +70,8 @@ CASES: dict[str, dict[str, Any]] = {
     "no camera": {"chunks": 4, "model": {"camera": False}},
     "caches off": {"chunks": 4, "switches": {"camera_cache": False, "text_cache": False, "rope_cache": False}},
     "two frames a chunk": {"chunks": 4, "model": {"frames_per_chunk": 2, "num_layers": 3}},
-    "int8": {"chunks": 4, "model": {"int8": True, "dtype": torch.bfloat16}},
+    "int8": {"chunks": 4, "model": {"int8": "int8", "dtype": torch.bfloat16}},
+    "int8, K of the ring too": {"chunks": 4, "model": {"int8": "int8_qk", "dtype": torch.bfloat16}},
 }
 
 
@@ -205,7 +207,7 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("dtype: got torch.float32, must be torch.bfloat16", {"dtype": torch.bfloat16}),
     ("rope_theta: got 10000.0, must be 5000.0", {"rope_theta": 5000.0}),
     ("camera: got True, must be False", {"camera": False}),
-    ("recipe: got None, must be Int8Recipe", {"dtype": torch.bfloat16, "int8": True}),
+    ("recipe: got None, must be Int8Recipe", {"dtype": torch.bfloat16, "int8": "int8"}),
 ]
 
 
@@ -367,9 +369,10 @@ def test_a_session_whose_model_is_gone_is_not_saved(tmp_path):
         state.save(tmp_path)
 
 
+@pytest.mark.parametrize("options", [{}, {"int8": "int8_qk", "dtype": torch.bfloat16}], ids=["plain", "int8_qk"])
 @pytest.mark.parametrize("chunks", [0, 1, 4])
-def test_a_deep_copy_goes_on_by_itself(chunks):
-    model, state = make_model(), RealtimeCausalDiTState(rope_cache=False)
+def test_a_deep_copy_goes_on_by_itself(chunks, options):
+    model, state = make_model(**options), RealtimeCausalDiTState(rope_cache=False)
     twin = RealtimeCausalDiTState(rope_cache=False)
     if chunks:
         roll(model, state, 0, chunks)
