@@ -15,12 +15,9 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class Int8KeyValue(NamedTuple):
-    """A layer's ring whose K is in int8, as `ops.int8_attention` reads it.
-
-    Attributes:
-        k: codes, int8 [B, capacity, heads, head_dim].
-        k_scale: float32 [B, capacity, heads], the transpose of [B, heads, capacity].
-        v: [B, capacity, heads, head_dim].
+    """A layer's ring whose K is in int8, as `ops.int8_attention` reads it: codes `k`, int8 [B, capacity, heads,
+    head_dim]; `k_scale`, float32 [B, capacity, heads], the transpose of [B, heads, capacity]; `v` [B, capacity, heads,
+    head_dim].
     """
 
     k: Tensor
