@@ -14,7 +14,8 @@ from lingbot_kernels.benchmarks.kernel_cases import KernelCase
 EPS = 1e-6
 THETA = 10000.0
 CACHES = ("k_cache", "v_cache")
-_WRITTEN = ("out", "outs", "q_outs", "k_caches", "v_caches")
+_WRITTEN = ("out", "outs", "q_outs", "k_caches", "v_caches", "k_codes", "k_codes_scale")
+_POISON = 77  # of codes, which have no NaN
 RING_OPS = ("qk_norm_rope_kv_write", "k_norm_rope_kv_write", "qkv_unpack_kv_write")
 GATE_QUERIES = 64  # rows of attention and of matrix products that the gate judges: float64 scores of all would be 40 GB
 
@@ -88,9 +89,15 @@ def widened(inputs: Inputs) -> Inputs:
 
 
 def poisoned(inputs: Inputs) -> Inputs:
-    """The same inputs, with what the op writes (the ring's caches, or the buffer it fills) apart and full of NaN."""
+    """The same inputs, with what the op writes (the ring's caches, or the buffer it fills) apart and full of NaN, codes
+    full of one value.
+    """
+
+    def poison(x: Tensor) -> Tensor:
+        return torch.full_like(x, torch.nan if x.is_floating_point() else _POISON)
+
     written = (*CACHES, *_WRITTEN) if "ring" in inputs or not inputs.keys().isdisjoint(_WRITTEN) else ()
-    return {**inputs, **{name: torch.full_like(inputs[name], torch.nan) for name in written if name in inputs}}
+    return {**inputs, **{name: poison(inputs[name]) for name in written if name in inputs}}
 
 
 def randn(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -30,6 +30,8 @@ from lingbot_kernels.benchmarks.problem import (
     spread_rows,
 )
 from lingbot_kernels.ops.windowed_attention import LIBRARIES
+from lingbot_kernels.reference._common import accumulation_dtype
+from lingbot_kernels.reference.rotate_quantize import quantize_values
 from lingbot_kernels.ring import RingPosition
 
 
@@ -108,6 +110,8 @@ def _ring_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
         bytes=4 * tokens * dim * width,
     )  # fmt: skip
     if not case.wrap:
+        yield _int8_ring_problem(case, dtype, with_q=True)
+        yield _int8_ring_problem(case, dtype, with_q=False)
         yield from _push_problems(case, dtype)
     heads, chunk = case.heads // case.ranks, case.ranks * tokens
     names = ("packed", *CACHES, "ring")
@@ -120,6 +124,46 @@ def _ring_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
         "qkv_unpack_kv_write", case.name, (chunk, 1, 3, heads, case.head_dim), dtype, chunk, heads * case.head_dim,
         packed, _op(ops.qkv_unpack_kv_write, names), _plain(reference.qkv_unpack_kv_write, names),
         bytes=4 * chunk * heads * case.head_dim * width,
+    )  # fmt: skip
+
+
+def _int8_ring_problem(case: KernelCase, dtype: torch.dtype, with_q: bool) -> Problem:
+    """The write to an int8 ring, or its write-only half; the gate compares what codes and scales stand for."""
+    tokens, dim, normed = case.tokens, case.dim, ("q", "k") if with_q else ("k",)
+    op = f"{''.join(normed)}_norm_rope_quantize_kv_write"
+
+    def make(device: torch.device) -> Inputs:
+        inputs = _qkv(case, device, dtype)
+        shape, position = inputs.pop("k_cache").shape, inputs.pop("ring")
+        codes = torch.zeros(shape, dtype=torch.int8, device=device)
+        scale = torch.zeros(shape[0], shape[2], shape[1], device=device).transpose(1, 2)
+        return {**inputs, "position": position, "k_codes": codes, "k_codes_scale": scale}
+
+    def plain(inputs: Inputs) -> Outputs:
+        rows: list[Tensor] = []
+        for name in normed:
+            heads = reference.rms_norm(inputs[name], inputs[f"{name}_weight"], EPS).unflatten(-1, (-1, case.head_dim))
+            value = reference.apply_rope(heads.to(accumulation_dtype(heads.dtype)), inputs["cos_sin"])
+            exact = value.dtype == torch.float64
+            rows += (value, value.new_ones(value.shape[:-1])) if exact else quantize_values(value)
+        return (*rows, inputs["v"])
+
+    def stood_for(inputs: Inputs, outputs: Outputs) -> Outputs:
+        if len(outputs) <= 2:  # of the op, which wrote the rest
+            slots = inputs["position"].slots(tokens, inputs["k_codes"].shape[1], inputs["k_codes"].device)
+            k_codes, k_scale, v = (inputs[name][:, slots] for name in ("k_codes", "k_codes_scale", "v_cache"))
+            outputs = (*outputs, k_codes, k_scale, v.flatten(2))
+        *rows, v = outputs
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        return (*(codes.to(scale.dtype) * scale.unsqueeze(-1) for codes, scale in pairs), v)
+
+    given = _PACK if with_q else ("k", "v", "k_weight", "cos_sin")
+    names = (*given, "k_codes", "k_codes_scale", "v_cache", "position")
+    moved = len(normed) * (dim * dtype.itemsize + dim + 4 * case.heads) + 2 * dim * dtype.itemsize
+    return Problem(
+        op, case.name, (1, tokens, dim), dtype, tokens, dim, make, _op(getattr(ops, op), names, EPS),
+        plain, bytes=tokens * moved,
+        backends=("cuda", "cpu", "reference"), judged=stood_for,
     )  # fmt: skip
 
 
