@@ -87,7 +87,9 @@ def test_a_block_is_one_graph_with_the_same_bits(dynamic: bool | None) -> None:
     nodes = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     called = {str(target) for node in nodes for target in (node.target, *node.args[:1])}
     pushes = {"qk_norm_rope_push", "attention_output_push"}  # write other ranks' memory
-    elsewhere = {"rope_cos_sin", "merge_segments", *pushes, *EIGHT_BIT}  # merging is a part of windowed_attention
+    decoder = {"frame_norm_silu", "frame_pixels"}
+    # Merging is a part of windowed_attention.
+    elsewhere = {"rope_cos_sin", "merge_segments", *pushes, *decoder, *EIGHT_BIT, *INT8_RING}
     registered = set(ops.__all__) & set(vars(torch.ops.lingbot_kernels)) - elsewhere
     assert len(registered) == 10
     assert {f"lingbot_kernels.{op}.default" for op in registered} <= called
@@ -129,6 +131,51 @@ def test_the_quantising_passes_are_one_graph_with_the_same_bits(dynamic: bool | 
     assert len(graphs) == 1
     called = {str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"}
     assert {f"lingbot_kernels.{op}.default" for op in EIGHT_BIT} <= called
+
+
+INT8_RING = {"qk_norm_rope_quantize_kv_write", "k_norm_rope_quantize_kv_write", "int8_attention"}
+
+
+def int8_ring_pass(qkv: Tensor, weight: Tensor, table: Tensor, ring: dict[str, Tensor], cursor: Tensor) -> list[Tensor]:
+    """A chunk's write to an int8 ring by an int, attention over it, and the write-only half by a cursor."""
+    q, k, v = qkv.chunk(3, dim=-1)
+    held = ring["k_cache"], ring["k_scale"], ring["v_cache"]
+    where = ops.RingPosition(9, 2)
+    codes, scale = ops.qk_norm_rope_quantize_kv_write(q, k, v, weight, weight, table, *held, where, 1e-6)
+    out, lse = ops.int8_attention(codes, scale, *held, CAPACITY)
+    ops.k_norm_rope_quantize_kv_write(v, k, weight, table, *held, ops.RingPosition(0, 2, cursor), 1e-6)
+    return [codes, scale, out, lse, *ops.int8_attention(codes, scale, *held, CAPACITY)]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_attention_over_an_int8_ring_is_one_graph_with_the_same_bits(dynamic: bool | None) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch.manual_seed(0)
+    heads, head_dim = 2, 64
+    qkv, weight = torch.randn(1, TOKENS, 3 * heads * head_dim).bfloat16(), torch.randn(heads * head_dim).bfloat16()
+    table = ops.rope_cos_sin(TOKENS, 20, 6, 3, head_dim, 1e4, "cpu")
+    ring = {
+        "k_cache": torch.randint(-127, 128, (1, CAPACITY, heads, head_dim), dtype=torch.int8),
+        "k_scale": torch.rand(1, heads, CAPACITY).transpose(1, 2) / 50,
+        "v_cache": torch.randn(1, CAPACITY, heads, head_dim).bfloat16(),
+    }
+    own = {name: x.clone() for name, x in ring.items()}
+    compiled = torch.compile(int8_ring_pass, fullgraph=True, dynamic=dynamic, backend=aot_autograd(fw_compiler=keep))
+    cursor = torch.tensor([3], dtype=torch.int32)
+    with torch.no_grad():
+        want = int8_ring_pass(qkv, weight, table, ring, cursor)
+        got = compiled(qkv, weight, table, own, cursor)
+    assert all(same_bits(a, b) for a, b in zip(want, got, strict=True))
+    assert all(same_bits(own[name], x) for name, x in ring.items())
+    assert len(graphs) == 1
+    nodes = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+    called = {str(target) for node in nodes for target in (node.target, *node.args[:1])}
+    assert {f"lingbot_kernels.{op}.default" for op in INT8_RING} <= called
 
 
 def test_inductor_writes_the_caches_in_place() -> None:
