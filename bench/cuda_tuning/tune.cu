@@ -81,37 +81,38 @@ std::string shape_name(int64_t tokens, int64_t dim, const char* extra = "") {
   return "S=" + std::to_string(tokens) + " D=" + std::to_string(dim) + extra;
 }
 
-template <bool kGroups>
-using NormRopeSets = std::vector<NormRopeParamsOf<kGroups>>;
+template <NormRopeTo kTo>
+using NormRopeSets = std::vector<NormRopeParamsOf<kTo>>;
 
-template <int kVecs, int kThreads, int kMinBlocks, LoadHint kLoad = NA, StoreHint kStore = WB, bool kGroups = false>
-Run rows_variant(const NormRopeSets<kGroups>& sets) {
+template <int kVecs, int kThreads, int kMinBlocks, LoadHint kLoad = NA, StoreHint kStore = WB,
+          NormRopeTo kTo = NormRopeTo::kRows>
+Run rows_variant(const NormRopeSets<kTo>& sets) {
   return [=](int set, cudaStream_t s) {
-    const NormRopeParamsOf<kGroups>& p = sets[set];
-    return launch(norm_rope_rows<B, 8, kVecs, kThreads, kMinBlocks, kGroups, kLoad, kStore>, dim3(p.tokens * p.parts),
+    const NormRopeParamsOf<kTo>& p = sets[set];
+    return launch(norm_rope_rows<B, 8, kVecs, kThreads, kMinBlocks, kTo, kLoad, kStore>, dim3(p.tokens * p.parts),
                   dim3(kThreads), 0, s, true, p);
   };
 }
 
-template <bool kGroups>
-std::vector<Variant> norm_rope_variants(const NormRopeSets<kGroups>& s) {
+template <NormRopeTo kTo>
+std::vector<Variant> norm_rope_variants(const NormRopeSets<kTo>& s) {
   switch (s[0].dim) {
     case 5120:
-      return {{"rows_160x4", rows_variant<4, 160, 8, NA, WB, kGroups>(s)},
-              {"rows_160x4_cs", rows_variant<4, 160, 8, NA, CS, kGroups>(s)},
-              {"rows_320x2", rows_variant<2, 320, 4, NA, WB, kGroups>(s)},
-              {"rows_320x2_cs", rows_variant<2, 320, 4, NA, CS, kGroups>(s)},
-              {"rows_128x5_cs", rows_variant<5, 128, 8, NA, CS, kGroups>(s)}};
+      return {{"rows_160x4", rows_variant<4, 160, 8, NA, WB, kTo>(s)},
+              {"rows_160x4_cs", rows_variant<4, 160, 8, NA, CS, kTo>(s)},
+              {"rows_320x2", rows_variant<2, 320, 4, NA, WB, kTo>(s)},
+              {"rows_320x2_cs", rows_variant<2, 320, 4, NA, CS, kTo>(s)},
+              {"rows_128x5_cs", rows_variant<5, 128, 8, NA, CS, kTo>(s)}};
     case 3072:
-      return {{"rows_192x2", rows_variant<2, 192, 6, NA, WB, kGroups>(s)},
-              {"rows_192x2_cs", rows_variant<2, 192, 6, NA, CS, kGroups>(s)},
-              {"rows_128x3_cs", rows_variant<3, 128, 8, NA, CS, kGroups>(s)},
-              {"rows_96x4", rows_variant<4, 96, 1, NA, WB, kGroups>(s)},
-              {"rows_96x4_cs", rows_variant<4, 96, 1, NA, CS, kGroups>(s)}};
+      return {{"rows_192x2", rows_variant<2, 192, 6, NA, WB, kTo>(s)},
+              {"rows_192x2_cs", rows_variant<2, 192, 6, NA, CS, kTo>(s)},
+              {"rows_128x3_cs", rows_variant<3, 128, 8, NA, CS, kTo>(s)},
+              {"rows_96x4", rows_variant<4, 96, 1, NA, WB, kTo>(s)},
+              {"rows_96x4_cs", rows_variant<4, 96, 1, NA, CS, kTo>(s)}};
     case 1536:
-      return {{"rows_96x2", rows_variant<2, 96, 1, NA, WB, kGroups>(s)},
-              {"rows_96x2_cs", rows_variant<2, 96, 1, NA, CS, kGroups>(s)},
-              {"rows_64x3_cs", rows_variant<3, 64, 1, NA, CS, kGroups>(s)}};
+      return {{"rows_96x2", rows_variant<2, 96, 1, NA, WB, kTo>(s)},
+              {"rows_96x2_cs", rows_variant<2, 96, 1, NA, CS, kTo>(s)},
+              {"rows_64x3_cs", rows_variant<3, 64, 1, NA, CS, kTo>(s)}};
   }
   return {};
 }
@@ -125,12 +126,12 @@ void time_norm_rope(int64_t tokens, int64_t dim, bool q) {
   const CopyTimes copy = copy_times(*arena, bytes, stream);
   const int sets = sets_for(bytes);
   NormRopeProblem<B> problem(*arena, c, sets, 1000);
-  NormRopeSets<false> params;
+  NormRopeSets<NormRopeTo::kRows> params;
   for (const auto& a : problem.write) params.push_back(kernel_params(a));
   std::vector<Variant> variants = {{"shipped", [&](int set, cudaStream_t s) {
                                       return lingbot::cuda::qk_norm_rope_kv_write(problem.write[set], s);
                                     }}};
-  for (const Variant& v : norm_rope_variants<false>(params)) variants.push_back(v);
+  for (const Variant& v : norm_rope_variants<NormRopeTo::kRows>(params)) variants.push_back(v);
   time_variants(q ? "qk_norm_rope_kv_write" : "k_norm_rope_kv_write", shape_name(tokens, dim), problem, sets, copy,
                 variants);
 }
@@ -143,12 +144,12 @@ void time_pack(int64_t tokens, int64_t dim) {
   const CopyTimes copy = copy_times(*arena, bytes, stream);
   const int sets = sets_for(bytes);
   NormRopeProblem<B> problem(*arena, c, sets, 2000);
-  NormRopeSets<true> params;
+  NormRopeSets<NormRopeTo::kGroups> params;
   for (const auto& a : problem.pack) params.push_back(kernel_params(a));
   std::vector<Variant> variants = {{"shipped", [&](int set, cudaStream_t s) {
                                       return lingbot::cuda::qk_norm_rope_pack(problem.pack[set], s);
                                     }}};
-  for (const Variant& v : norm_rope_variants<true>(params)) variants.push_back(v);
+  for (const Variant& v : norm_rope_variants<NormRopeTo::kGroups>(params)) variants.push_back(v);
   time_variants("qk_norm_rope_pack", shape_name(tokens, dim), problem, sets, copy, variants);
 }
 
