@@ -30,7 +30,7 @@ def _heads(name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dty
         raise ValueError(f"{name}: got {_check.describe(x)}, must be [{wanted}]")
     if x.dtype != dtype:
         raise TypeError(f"{name}: got {x.dtype}, must be {dtype}")
-    if x.numel() and (x.stride(3) != 1 or x.stride(2) != x.shape[3]):
+    if x.numel() and (x.stride(3) != 1 or (x.shape[2] > 1 and x.stride(2) != x.shape[3])):
         raise ValueError(f"{name}: got strides {x.stride()}, a token's heads must be contiguous")
     elements = 16 // x.element_size()
     if any(x.stride(i) % elements for i in (0, 1) if x.shape[i] > 1) or x.storage_offset() % elements:
