@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,7 +35,9 @@ from lingbot_kernels.benchmarks.scene import Scene
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.ops._dispatch import OPS, requested_backend
+from lingbot_kernels.quantization import product_shapes
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.reference.rotate_quantize import padded_width
 from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 
 LEFT_TO_LIBRARIES = ("windowed_attention", "linear_gelu")
@@ -120,13 +123,50 @@ def _bytes_of_a_call(
         "gated_residual": whole * (2 * wide + width),
         "linear_gelu": (tokens * (cfg.dim + cfg.ffn_dim) + cfg.dim * cfg.ffn_dim) * width,
     }
+    codes = tokens * (padded_width(cfg.dim) + 4)  # of a row's channels, and its scale
+    for name in ("layer_norm_modulate", "residual_norm_modulate", "gated_residual_camera_norm"):
+        table[f"{name}_quantize"] = table[name] - whole * width + codes
+    heads = cfg.dim + 4 * cfg.num_heads  # bytes of a token's codes with a scale for each head
+    table["qk_norm_rope_quantize_kv_write"] = tokens * 2 * heads + 4 * whole * width
+    table["k_norm_rope_quantize_kv_write"] = tokens * heads + 3 * whole * width
+    table["int8_attention"] = (tokens + visible) * (heads + cfg.dim * width)
 
     def of(op: str, phase: str) -> int:
         if op == "windowed_attention":
             return 2 * (tokens + (cfg.text_len if phase == "cross_attn" else visible)) * cfg.dim * width
+        if op in ("int8_linear", "rotate_quantize"):
+            return _bytes_of_a_product(model, tokens, op, phase)
         return table[op]
 
     return of
+
+
+# Phase -> the products in it; what is outside of a block's phases is the camera's.
+_PRODUCTS_OF = {
+    "self_attn": ("qkv", "self_o"),
+    "cross_attn": ("cross_q", "cross_o"),
+    "ffn": ("ffn_up", "ffn_down"),
+}
+_FROM_A_PASS = ("qkv", "cross_q", "ffn_up")  # their rows leave the pass before them as codes
+
+
+def _bytes_of_a_product(model: CausalLingBotTransformer, tokens: int, op: str, phase: str) -> int:
+    """Mean over the phase's calls: its int8 products, weights included, or the rows that no pass made codes of."""
+    cfg, recipe, width = model.config, model.recipe, model.dtype.itemsize
+    assert recipe is not None
+    moved = []
+    for product in _PRODUCTS_OF.get(phase, ("camera",)):
+        if op == "rotate_quantize" and product in _FROM_A_PASS:
+            continue
+        count = sum(recipe.has(block, product) for block in range(cfg.num_layers))
+        for rows, columns in product_shapes(cfg)[product]:
+            codes = tokens * (padded_width(columns) + 4)
+            if op == "rotate_quantize":
+                each = tokens * columns * width + codes
+            else:
+                each = codes + rows * (padded_width(columns) + 4) + tokens * rows * width
+            moved += [each] * count
+    return round(statistics.mean(moved))
 
 
 def op_subject(name: str, case: KernelCase, device: torch.device, dtype: torch.dtype, count: int, seed: int) -> Subject:

@@ -162,6 +162,23 @@ def test_a_rollout_s_profile(invoke, tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("precision", ["int8", "int8_qk"])
+def test_a_quantised_rollout_s_profile(invoke, tmp_path, precision):
+    own = ["--precision", precision, "--dtype", "bfloat16"]
+    invoke("profile", "rollout", *SMALL, *own, "--trace", "t.json", "--json", "p.json")
+    report = json.loads((tmp_path / "p.json").read_text())
+    ops = {(row["op"], row["phase"]): row for row in report["ops"]}
+    tokens, dim, ffn, width = 3 * 2 * 2, 128, 256, 2
+    codes = tokens * (dim + 4)
+    qkv, out = ((codes + rows * (dim + 4) + tokens * rows * width) for rows in (3 * dim, dim))
+    assert ops["int8_linear", "self_attn"]["bytes"] == (qkv + out) // 2
+    assert ops["int8_linear", "cross_attn"]["bytes"] == out
+    assert ops["rotate_quantize", "ffn"]["bytes"] == tokens * ffn * width + tokens * (ffn + 4)
+    assert ops["gated_residual_camera_norm_quantize", "camera"]["bytes"] == 5 * tokens * dim * width + codes
+    write = "qk_norm_rope_quantize_kv_write" if precision == "int8_qk" else "qk_norm_rope_kv_write"
+    assert ops[write, "self_attn"]["bytes"] > 0 and all(row["bytes"] > 0 for row in report["ops"])
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_every_op_can_be_profiled(name, invoke, tmp_path):
     invoke("profile", "op", name, "--case", "s192-d512", "--calls", 3, "--device", "cpu", "--json", "p.json")
