@@ -133,7 +133,12 @@ def test_ctrl_c_leaves_a_file_that_plays(diffusers_layout, tmp_path):
         "--device", "cpu", "--chunks", "100000", "--out", str(out),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    # A test run in the background ignores Ctrl-C, and its children with it: this one is to hear it.
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     try:
         deadline = time.monotonic() + 100
         while not (out.exists() and out.stat().st_size > 20_000):
