@@ -136,7 +136,7 @@ class Explorer:
             world = World(data, self.suites)
             if first:
                 self.warm(data)
-                self.slow = max(2.0, 10 * (time.monotonic() - began))
+                self.slow = max(2.0, left / 4, 10 * (time.monotonic() - began))
             if data["prefix"]:
                 data["trace"] = self.run(values).data["trace"][: data["prefix"]] + data["trace"]
             for key, kind, value, default, where, site in data["trace"]:
