@@ -12,6 +12,12 @@ POISONED = ("ops", "models", "realtime", "stages")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers must collect the same names: no name is made of an object's address or of a tensor's values."""
+    if drawn := [item.nodeid for item in items if " at 0x" in item.nodeid or "tensor(" in item.nodeid]:
+        raise pytest.UsageError(f"parametrize: got {drawn[0][:120]!r}, must be a name that every process makes alike")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """Memory that torch hands out uninitialised (torch.empty and its kin, and what kernels allocate) holds NaN, or the

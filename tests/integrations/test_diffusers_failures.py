@@ -131,21 +131,35 @@ def test_a_forward_that_evicted_must_be_done_again_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("timestep", "message"),
     [
-        ({"timestep": torch.tensor([1, 2])}, r"timestep: got shape \[2\], must be \[1\]"),
-        ({"timestep": torch.tensor(1.0)}, r"timestep: got shape \[\], must be \[1\]"),
-        ({"timestep": torch.tensor([float("nan")])}, r"timestep: got \[nan\], must be finite"),
-        ({"timestep": torch.tensor([float("inf")])}, r"timestep: got \[inf\], must be finite"),
-        ({"encoder_hidden_states": torch.randn(2, 5, TEXT)}, "encoder_hidden_states: got shape .* must be .1, L"),
-        ({"encoder_hidden_states": torch.randn(1, 0, TEXT)}, "encoder_hidden_states: got shape"),
-        ({"encoder_hidden_states": torch.randn(5, TEXT)}, "encoder_hidden_states: got shape"),
-        ({"encoder_hidden_states": torch.randn(1, 5, TEXT + 1)}, f"must be .1, L >= 1, {TEXT}"),
+        ([1, 2], r"timestep: got shape \[2\], must be \[1\]"),
+        (1.0, r"timestep: got shape \[\], must be \[1\]"),
+        ([float("nan")], r"timestep: got \[nan\], must be finite"),
+        ([float("inf")], r"timestep: got \[inf\], must be finite"),
+    ],
+)
+@pytest.mark.parametrize("forwards", [0, 6])
+def test_timesteps_are_refused_before_anything_changes(timestep: Any, message: str, forwards: int) -> None:
+    refuse(forwards, message, timestep=torch.tensor(timestep))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 5, TEXT), "encoder_hidden_states: got shape .* must be .1, L"),
+        ((1, 0, TEXT), "encoder_hidden_states: got shape"),
+        ((5, TEXT), "encoder_hidden_states: got shape"),
+        ((1, 5, TEXT + 1), f"must be .1, L >= 1, {TEXT}"),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("forwards", [0, 6])
-def test_arguments_are_refused_before_anything_changes(change: dict[str, Any], message: str, forwards: int) -> None:
+def test_texts_are_refused_before_anything_changes(shape: tuple[int, ...], message: str, forwards: int) -> None:
+    refuse(forwards, message, encoder_hidden_states=torch.randn(shape))
+
+
+def refuse(forwards: int, message: str, **change: torch.Tensor) -> None:
     twins = Twins(forwards)
     before = twins.states[0].stats()
     with pytest.raises(ValueError, match=message):
