@@ -6,17 +6,15 @@ A chunk of frames attends to the sink, the recent window and itself through a K/
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lingbot_kernels import nvtx, ops
 from lingbot_kernels.config import LingBotConfig
-from lingbot_kernels.models import checkpoint, session_forward
+from lingbot_kernels.models import unfused
 from lingbot_kernels.models._inputs import Dtype, as_dtype
 from lingbot_kernels.models.embeddings import (
     PatchEmbedding,
@@ -29,18 +27,12 @@ from lingbot_kernels.models.embeddings import (
     unpatchify,
 )
 from lingbot_kernels.models.fused_linear import FusedLinear, FusedLinearOwner
-from lingbot_kernels.models.quantize import quantize
-from lingbot_kernels.models.unfused import rope_kv_write
+from lingbot_kernels.models.realtime_model import RealtimeModel
 from lingbot_kernels.parallel.sequence_shard import SequenceShard
-from lingbot_kernels.parallel.shard_group import ShardGroup
 from lingbot_kernels.plain import is_plain, untouched
-from lingbot_kernels.quantization import PLAIN, Int8Recipe, Rows, Taken, recipe_of, rows_for
-from lingbot_kernels.realtime import memory
-from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+from lingbot_kernels.quantization import PLAIN, Rows, Taken, rows_for
 from lingbot_kernels.realtime.chunk_inputs import ChunkInputs, TimeEmbeddings
-from lingbot_kernels.realtime.kv_cache import CacheLayout, Int8KeyValue, KeyValue, RingLayer, RingMemory
-from lingbot_kernels.realtime.saved_session import SessionOwner
-from lingbot_kernels.realtime.weights import WeightsIdentity, fingerprint
+from lingbot_kernels.realtime.kv_cache import Int8KeyValue, KeyValue, RingLayer
 from lingbot_kernels.ring import ChunkPosition
 
 WHOLE = SequenceShard()
@@ -90,7 +82,7 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
             return self._forward_int8(x, cos_sin, kv, position, update_cache_only)
         norm_q, norm_k = self.norm_q, self.norm_k
         if not (is_plain(norm_q, RMSNorm) and is_plain(norm_k, RMSNorm)):
-            return self._by_module(x, cos_sin, kv, position, update_cache_only, shard)
+            return unfused.self_attention(self, x, cos_sin, kv, position, update_cache_only, shard)
         if update_cache_only:
             k, v = self.qkv("k", "v", x=x)
             shard.k_norm_rope_kv_write(k, v, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps)
@@ -100,21 +92,6 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
             q, k, v, norm_q.weight, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps
         )  # K and V now lie in the ring
         return self.o(shard.exchange_output(ops.windowed_attention(q, *kv, position.num_visible)))
-
-    def _by_module(
-        self, x: Taken, cos_sin: Tensor, kv: KeyValue, position: ChunkPosition, update_cache_only: bool,
-        shard: SequenceShard,
-    ) -> Tensor | None:  # fmt: skip
-        """`forward` where a norm has hooks or is of another class: norms are called, and RoPE is a pass of its own."""
-        if shard.ranks > 1:
-            raise ValueError(
-                "norm_q, norm_k: got hooks or another class than RMSNorm, must be plain where the sequence is sharded"
-            )
-        *first, k, v = self.qkv(*("k", "v") if update_cache_only else ("q", "k", "v"), x=x)
-        q = rope_kv_write(
-            self.norm_q(first[0]) if first else None, self.norm_k(k), v, cos_sin, *kv, position.ring
-        )  # fmt: skip
-        return None if q is None else self.o(ops.windowed_attention(q, *kv, position.num_visible))
 
     def _forward_int8(
         self, x: Taken, cos_sin: Tensor, kv: Int8KeyValue, position: ChunkPosition, update_cache_only: bool
@@ -274,7 +251,7 @@ class Head(nn.Module):
         return self.head(y)
 
 
-class CausalLingBotTransformer(nn.Module):
+class CausalLingBotTransformer(RealtimeModel):
     """The causal video DiT. `state_dict()` has the official checkpoint's keys; sessions live in
     `RealtimeCausalDiTState`.
 
@@ -282,25 +259,13 @@ class CausalLingBotTransformer(nn.Module):
     """
 
     def __init__(
-        self,
-        cfg: LingBotConfig,
-        *,
-        device: torch.device | str | None = None,
-        dtype: Dtype | None = None,
+        self, cfg: LingBotConfig, *, device: torch.device | str | None = None, dtype: Dtype | None = None
     ) -> None:
         """Random weights in `dtype`, also given by name (torch's default where None), on `device`; NotEnoughMemory
         where they can't fit.
         """
-        dtype = as_dtype("dtype", dtype)
-        memory.check_weights(cfg, dtype, device)
-        super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.config = cfg
-        self.recipe: Int8Recipe | None = None
-        self.cuda_graphs = True
-        self.shard_group = ShardGroup()
-        self._weights = WeightsIdentity()
-        self._disown_sessions()
+        super().__init__(cfg, device=device, dtype=dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": as_dtype("dtype", dtype)}
         d = cfg.dim
         self.patch_embedding = PatchEmbedding(cfg.in_channels, d, cfg.patch_size, **factory)
         self.text_embedding = TextEmbedding(cfg.text_dim, d, cfg.text_len, **factory)
@@ -316,174 +281,6 @@ class CausalLingBotTransformer(nn.Module):
             LingBotTransformerBlock(cfg, **factory) for _ in range(cfg.num_layers)
         )
         self.head = Head(cfg, **factory)
-        self.register_load_state_dict_post_hook(CausalLingBotTransformer._disown_sessions)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        dtype: Dtype | None = None,
-        device: torch.device | str = "cpu",
-        cfg: LingBotConfig | None = None,
-        precision: str | Int8Recipe | None = None,
-    ) -> CausalLingBotTransformer:
-        """The model of a checkpoint folder (safetensors shards in any of the three namings), in `dtype` on `device`.
-
-        The configuration is `cfg`, or the folder's config.json, or read off the shapes. Weights go from the mapped file
-        straight into the parameters: memory stays near one copy, of the int8 weights where they are quantised.
-
-        Args:
-            dtype: also by name, such as "bfloat16", "bf16" or "torch.bfloat16"; bfloat16 where None.
-            precision: "bfloat16": the products in `dtype`; "int8", "int8_qk" or an Int8Recipe: quantised while loading.
-                None: as `save_pretrained` wrote the folder, which is "bfloat16" for every other checkpoint.
-
-        Raises:
-            CheckpointError: naming every missing, unexpected, wrongly shaped or unreadable entry, in one message.
-            NotEnoughMemory: the weights can't fit on `device`; nothing has been allocated there.
-            ValueError: no such dtype or precision, or another precision than the folder's weights are quantised in.
-        """
-        dtype = as_dtype("dtype", dtype)
-        stored = checkpoint.stored_recipe(folder)
-        recipe = stored if precision is None else recipe_of(precision)
-        cfg, dtype = cfg or checkpoint.infer_config(folder), dtype or torch.bfloat16
-        memory.check_weights(cfg, dtype, device, recipe)
-        with torch.device("meta"):
-            model = cls(cfg, dtype=dtype)
-        checkpoint.load_checkpoint(model, folder, device=device, recipe=recipe)
-        return model
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the weights under their official names as safetensors shards with an index, and config.json.
-
-        Quantised weights are written as they are: int8 with float32 scales, and the recipe in config.json.
-        """
-        checkpoint.save_checkpoint(self, folder)
-
-    def quantize(self, recipe: Int8Recipe | None = None) -> None:
-        """Run the recipe's products (the default one's where None) in int8 from now on: each weight is replaced by its
-        codes, in place and one after the other. Sessions begun before must start again.
-
-        Raises:
-            ValueError: the recipe names what this network has not, or attention in int8 where that can't be (the model
-                is not bfloat16, its heads are not of 64 or 128, or ranks share its chunks), a weight can't be
-                quantised, or they already are; the model is then as it was.
-        """
-        quantize(self, recipe or Int8Recipe())
-        self._disown_sessions()
-
-    def shard_sequence(self, group: dist.ProcessGroup | None = None, layout: str = "ulysses") -> None:
-        """Share every later chunk among the ranks of `group`, the default process group where None.
-
-        Called on every rank, with the same weights; from then on each rank calls forward with the same arguments and
-        gets the same result. Sessions begun before must start again. GPUs of one host that reach each other's memory
-        write to it; otherwise the exchanges are all-to-all collectives, and `shard_group.exchange` says why.
-
-        Raises:
-            ValueError, RuntimeError: on every rank alike, as `ShardGroup.join` says. A model whose self-attention has Q
-                and K in int8 is refused by more than one rank.
-        """
-        self.shard_group = ShardGroup.join(group, layout, self)
-        self._disown_sessions()
-
-    def weights_changed(self) -> None:
-        """Say that weights were written where it can't be seen: sessions then drop what the old ones made, their text
-        K/V, time embeddings, camera modulation and CUDA graphs, and go on with their window's keys and values.
-
-        Needed after writes through `parameter.data` (`parameter.data += delta`) and to weights made in inference mode.
-        Everything else is noticed: parameters or modules replaced, writes in place, adapters merged or switched. After
-        `load_state_dict` of the whole model a session that has begun is refused.
-        """
-        self._weights.renew()
-
-    def _disown_sessions(self, _: object = None) -> None:
-        """Refuse sessions that have begun: all of the weights, or the ranks, are others."""
-        self._owner = SessionOwner(self)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.head.modulation.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.modulation.device
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy of a model has sessions of its own."""
-        super().__setstate__(state)
-        self._disown_sessions()
-
-    @property
-    def session_owner(self) -> object:
-        """What sessions of this model belong to; another one once it was loaded or shared anew."""
-        return self._owner
-
-    def session_facts(self) -> dict[str, Any]:
-        """What must be the same in a model that is to go on with a saved session, the weights apart."""
-        recipe = None if self.recipe is None else repr(self.recipe)
-        return {**self.config.to_dict(), "dtype": str(self.dtype), "recipe": recipe, "ranks": self.shard_group.ranks}
-
-    def weights_fingerprint(self) -> str:
-        """What stands for the values of the parameters; reads all of them."""
-        return fingerprint(self)
-
-    def session_memory(self, state: RealtimeCausalDiTState, layout: CacheLayout) -> RingMemory | None:
-        """What the rings of a session that begins lie in; NotEnoughMemory where it can't fit."""
-        return session_forward.ring_memory(self, state, layout, self.config.frames_per_chunk, self.config.camera)
-
-    @property
-    def precision(self) -> str:
-        """What the blocks' products run in: the dtype's name, or "int8" or "int8_qk" where they are quantised."""
-        return str(self.dtype).removeprefix("torch.") if self.recipe is None else self.recipe.precision
-
-    @property
-    def int8_qk(self) -> bool:
-        """Whether self-attention has Q and K in int8."""
-        return self.recipe is not None and self.recipe.attention == "int8_qk"
-
-    @property
-    def residual_dtype(self) -> torch.dtype:
-        """Dtype of the residual stream: the configured one, or the model's own where that is wider."""
-        return torch.promote_types(self.dtype, getattr(torch, self.config.residual_dtype))
-
-    @torch.inference_mode(False)  # what a session keeps may be written again outside the caller's inference mode
-    @torch.no_grad()
-    def forward(
-        self,
-        latents: Tensor,
-        text: Tensor,
-        timestep: float,
-        *,
-        state: RealtimeCausalDiTState,
-        start_frame: int,
-        camera: Tensor | None = None,
-        step_index: int = 0,
-        update_cache_only: bool = False,
-    ) -> Tensor | None:
-        """One forward of a chunk: a denoise step, or the context update. It waits, on the device, for a context update
-        of the session that still runs on another stream.
-
-        Args:
-            latents: [B, in_channels, F, H, W]: noisy latents, then mask and image condition.
-            text: [B, L <= text_len, text_dim] text embeddings; zero-padded to text_len inside.
-            timestep: one value for the chunk, a Python float; a tensor is refused, since reading it would wait.
-            state: the session; its ring takes the chunk's K and V.
-            start_frame: absolute index of the chunk's first latent frame; the next one, or the current chunk's.
-            camera: [B, 384, F, H, W] Pluecker embedding, 8 x 8 pixels folded into channels; None: no camera.
-            step_index: index in the denoising loop; -1 in the context update.
-            update_cache_only: write K/V, skip all that only the output needs, and return None.
-
-        Returns:
-            Flow prediction, float32 [B, out_channels, F, H, W] (float64 from a float64 model), or None.
-
-        Raises:
-            ValueError, TypeError: naming the argument; the session is then as it was.
-            NotEnoughMemory: a session begins and can't fit; nothing has been allocated for it.
-        """
-        return session_forward.forward(
-            self, latents, text, timestep, state=state, start_frame=start_frame, camera=camera, step_index=step_index,
-            update_cache_only=update_cache_only,
-        )  # fmt: skip
 
     def _run(
         self,
@@ -500,10 +297,7 @@ class CausalLingBotTransformer(nn.Module):
         time = inputs.time
         x = self.patch_embedding(inputs.latents, shard.tokens).to(self.residual_dtype)
         shift, scale = time.blocks[0, :2]
-        taken = [
-            *(rows_for(block.self_attn.qkv, block.self_attn) for block in self.blocks),
-            PLAIN,
-        ]  # the last is the head's
+        taken = [*(rows_for(block.self_attn.qkv, block.self_attn) for block in self.blocks), PLAIN]  # the head's last
         y = taken[0].layer_norm_modulate(x, shift, scale, self.config.eps, self.dtype)
         last = len(self.blocks) - 1
         ends_early = update_cache_only and untouched(self.blocks[last]) and untouched(self.blocks[last].self_attn)
@@ -534,24 +328,6 @@ class CausalLingBotTransformer(nn.Module):
             out = shard.gather(self.head(y))
             out = unpatchify(out, self.config.patch_size, frames, height, width)
         return out.to(torch.promote_types(self.dtype, torch.float32))
-
-    def cache_layout(self, batch: int, grid: tuple[int, int]) -> CacheLayout:
-        """The K/V ring of a session of `batch` videos with `grid` (rows, columns) tokens a frame, on this rank."""
-        cfg = self.config
-        return CacheLayout(
-            cfg.num_layers, batch, cfg.num_heads // self.shard_group.ranks, cfg.head_dim, grid, cfg.window_frames,
-            cfg.sink_frames, self.dtype, self.device, torch.int8 if self.int8_qk else None,
-        )  # fmt: skip
-
-    def _prepare_cached_rope_for_sequence_shard(
-        self, state: RealtimeCausalDiTState, num_tokens: int, token_start: int
-    ) -> Tensor:
-        return session_forward.rope(self, state, num_tokens, token_start)
-
-    def _prepare_cached_time_embeddings(
-        self, state: RealtimeCausalDiTState, timestep: float, step_index: int
-    ) -> TimeEmbeddings:
-        return session_forward.time_embeddings(self, state, timestep, step_index)
 
     def _embed_time(self, timestep: float) -> TimeEmbeddings:
         dtype = torch.promote_types(self.dtype, torch.float32)

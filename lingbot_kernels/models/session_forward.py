@@ -27,11 +27,11 @@ from lingbot_kernels.ring import ChunkPlan, ChunkPosition
 from lingbot_kernels.scalars import as_count
 
 if TYPE_CHECKING:
-    from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
+    from lingbot_kernels.models.realtime_model import RealtimeModel
 
 
 def forward(
-    model: CausalLingBotTransformer,
+    model: RealtimeModel,
     latents: Tensor,
     text: Tensor,
     timestep: float,
@@ -42,7 +42,7 @@ def forward(
     step_index: int,
     update_cache_only: bool,
 ) -> Tensor | None:
-    """`CausalLingBotTransformer.forward`, which documents it. Where it raises, the session is as it was."""
+    """`RealtimeModel.forward`, which documents it. Where it raises, the session is as it was."""
     device = model.device.type
     # Every dtype here is chosen; what a session keeps must not depend on autocast. The meta device has none.
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -87,7 +87,7 @@ def forward(
 
 
 def _run(
-    model: CausalLingBotTransformer,
+    model: RealtimeModel,
     state: RealtimeCausalDiTState,
     inputs: ChunkInputs,
     plan: ChunkPlan,
@@ -112,13 +112,13 @@ def _run(
     return network(inputs, kv_cache.layers, position, update_cache_only)
 
 
-def _graphs(model: CausalLingBotTransformer, state: RealtimeCausalDiTState) -> SessionGraphs | None:
+def _graphs(model: RealtimeModel, state: RealtimeCausalDiTState) -> SessionGraphs | None:
     """Where a graph can serve: a replay would run no hook."""
     return state.graphs if model.cuda_graphs and model.device.type == "cuda" and not model._weights.hooked else None
 
 
 def ring_memory(
-    model: CausalLingBotTransformer, state: RealtimeCausalDiTState, layout: CacheLayout, frames: int, camera: bool
+    model: RealtimeModel, state: RealtimeCausalDiTState, layout: CacheLayout, frames: int, camera: bool
 ) -> RingMemory | None:
     """What the rings of a session that begins lie in, once all of the session is known to fit.
 
@@ -137,7 +137,7 @@ def ring_memory(
     return model.shard_group.ring_memory(layout)
 
 
-def rope(model: CausalLingBotTransformer, state: RealtimeCausalDiTState, num_tokens: int, token_start: int) -> Tensor:
+def rope(model: RealtimeModel, state: RealtimeCausalDiTState, num_tokens: int, token_start: int) -> Tensor:
     """cos‖sin [num_tokens, head_dim] of this rank's tokens, from absolute index `token_start`; once per chunk."""
     assert state.kv_cache is not None
     grid, device, cfg = state.kv_cache.layout.grid, model.device, model.config
@@ -150,16 +150,14 @@ def rope(model: CausalLingBotTransformer, state: RealtimeCausalDiTState, num_tok
 
 
 def time_embeddings(
-    model: CausalLingBotTransformer, state: RealtimeCausalDiTState, timestep: float, step_index: int
+    model: RealtimeModel, state: RealtimeCausalDiTState, timestep: float, step_index: int
 ) -> TimeEmbeddings:
     """What `timestep` adds to every block's modulation and the head's; made once a step of the schedule."""
     key = (step_index, timestep, (model.config.num_layers, model.config.dim), model.dtype, model.device)
     return state.runtime_cache["time_embeddings"].get_or_compute(key, lambda: model._embed_time(timestep))
 
 
-def text_kv(
-    model: CausalLingBotTransformer, state: RealtimeCausalDiTState, text: Tensor
-) -> Sequence[KeyValue] | PerBlock:
+def text_kv(model: RealtimeModel, state: RealtimeCausalDiTState, text: Tensor) -> Sequence[KeyValue] | PerBlock:
     """Every block's text K and V; made once per prompt. Every rank of a shard has all of it, since its tokens attend to
     the whole text with all heads.
     """
@@ -183,7 +181,7 @@ def text_kv(
 
 
 def camera_modulation(
-    model: CausalLingBotTransformer, state: RealtimeCausalDiTState, camera: Tensor, shard: SequenceShard
+    model: RealtimeModel, state: RealtimeCausalDiTState, camera: Tensor, shard: SequenceShard
 ) -> Sequence[KeyValue] | PerBlock:
     """Every block's camera (scale, shift) of this rank's tokens; made once per chunk and reused by its forwards."""
     store = state.runtime_cache["camera_modulation"]
