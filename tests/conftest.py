@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,11 @@ import torch
 POISONED = ("ops", "models", "realtime", "stages")
 
 torch.set_num_threads(1)
+with contextlib.suppress(ImportError):  # tests/gpu does without
+    import hypothesis
+
+    hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one may take a second for an example
+    hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

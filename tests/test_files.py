@@ -121,9 +121,9 @@ def test_standard_output_gets_the_text_where_it_stands(name, folder):
         f"print('table')\ncheck_output(Path({name!r}))\nwrite_text(Path({name!r}), 'report\\n')\nprint('end')"
     )
     with Path("out.txt").open("w") as out:
-        subprocess.run([sys.executable, "-c", program], stdout=out, check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", program], stdout=out, check=True, timeout=300)
     assert Path("out.txt").read_text() == "table\nreport\nend\n"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout == "table\nreport\nend\n"
 
 
@@ -134,6 +134,6 @@ def test_a_line_is_appended_whole_or_not_at_all(folder):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (25, 25))\n"
         "for _ in range(3):\n    append_text(Path('rows'), '0123456789'[:9] + '\\n')"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
     assert "File too large" in done.stderr
     assert Path("rows").read_text() == "012345678\n" * 2

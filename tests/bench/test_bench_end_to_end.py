@@ -111,7 +111,7 @@ def test_two_ranks(tmp_path):
         "bench", "end-to-end", *SMALL, "--layers", "1", "--chunks", "2", "--no-decoder", "--json", str(path),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     rows = read_rows(path)
     assert len(rows) == 7 and all(row["gate"] == "green" and "2gpu" in row["case"] for row in rows)

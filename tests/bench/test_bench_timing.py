@@ -17,7 +17,7 @@ SHORT = Effort(budget_us=10_000.0, min_samples=6, max_samples=10)
 def test_a_call_takes_as_long_as_it_takes():
     timed = measure([lambda: time.sleep(0.002)] * 2, CPU, SHORT)
     assert 2000 <= timed.p20_us <= timed.p50_us <= timed.p80_us
-    assert timed.p20_us < 20_000
+    assert timed.p20_us < 1_000_000  # seconds are not taken for microseconds, on a busy machine either
     assert (timed.method, timed.calls) == ("clock", 1)
     assert SHORT.min_samples <= timed.samples <= SHORT.max_samples
 
@@ -58,4 +58,4 @@ def test_copy_ceiling_moves_the_bytes_asked_for():
 
 
 def test_wall_time_is_the_hosts():
-    assert 1000 <= wall_us([lambda: time.sleep(0.001)], CPU, 1000.0, batches=3) < 20_000
+    assert 1000 <= wall_us([lambda: time.sleep(0.001)], CPU, 1000.0, batches=3) < 500_000

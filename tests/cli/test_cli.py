@@ -16,7 +16,7 @@ from lingbot_kernels.commands.cases import command as cases_command
 
 
 def in_new_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False)
 
 
 HELP = [

@@ -179,7 +179,7 @@ def test_no_option_takes_a_list_in_a_way_of_its_own():
 
 
 @given(st.text(max_size=30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_is_a_number_or_refused(text):
     kind = _types.Number(above=0, most=1000)
     try:
@@ -191,7 +191,7 @@ def test_any_text_is_a_number_or_refused(text):
 
 
 @given(st.one_of(st.text(max_size=12), st.from_regex(r"cuda:[0-9]{0,4}", fullmatch=True)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_is_a_device_or_refused(text):
     try:
         device = _types.Device().convert(text, None, None)

@@ -94,7 +94,7 @@ def test_it_builds_without_a_warning(tmp_path):
         [*command, str(DOCS), str(tmp_path / "html")],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=400,
         check=False,
         cwd=ROOT,
     )

@@ -23,7 +23,7 @@ def start(program: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     root = str(EXAMPLES.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(program, capture_output=True, text=True, timeout=110, cwd=cwd, env=env, check=False)
+    return subprocess.run(program, capture_output=True, text=True, timeout=300, cwd=cwd, env=env, check=False)
 
 
 def run(name: str, *arguments: object, cwd: Path) -> str:
@@ -84,7 +84,7 @@ def test_keyboard_rollout_reads_keys_from_a_terminal_and_gives_it_back(tmp_path)
             break
         time.sleep(0)
     os.write(master, b"q")
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=300)
     guard.cancel()
     assert process.returncode == 0, errors
     assert first.startswith("chunk    0  key .") and "key d" in line and re.search(r"\d+ chunks", rest)

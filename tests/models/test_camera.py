@@ -230,7 +230,7 @@ def test_interpolation_hits_the_given_poses():
     assert np.allclose(interpolate_poses(poses, np.arange(5)), poses, atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.tuples(*[st.floats(-1, 1)] * 3).filter(lambda axis: np.linalg.norm(axis) > 0.1),
     st.floats(0, 179.5),

@@ -13,6 +13,8 @@ def pool() -> Iterator[Callable[[int], Ranks]]:
     pools: dict[int, Ranks] = {}
 
     def get(size: int) -> Ranks:
+        if size in pools and pools[size].lost:
+            pools.pop(size).close()
         if size not in pools:
             pools[size] = Ranks(size)
         return pools[size]

@@ -13,7 +13,7 @@ from lingbot_kernels.parallel import launch
 
 def main(way: str) -> None:
     rank = int(os.environ.get("RANK", 0))
-    start_timeout_s = 2 if way == "alone" else 120
+    start_timeout_s = 2 if way == "alone" else 240
     with launch.process_group("cpu", start_timeout_s=start_timeout_s, grace_s=1) as group:
         assert group is not None
         if way in ("rank 0 raises", "rank 1 raises"):

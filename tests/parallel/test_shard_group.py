@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import PerRank, Ranks
+from ranks import PerRank, Ranks, lose_patience
 from rollouts import Case, session, small_model
 
 from lingbot_kernels import CausalDenoisingStage, Int8Recipe, RealtimeCausalDiTState
@@ -252,9 +251,10 @@ def test_no_process_group() -> None:
 
 def silent(missing: int) -> None:
     """The rank `missing` never answers; the others' group gives up."""
-    short = dist.new_group(timeout=timedelta(seconds=2))
+    group = dist.new_group()
+    lose_patience(group)
     if dist.get_rank() != missing:
-        small_model().shard_sequence(short)
+        small_model().shard_sequence(group)
 
 
 def test_a_rank_that_does_not_answer(pool: Callable[[int], Ranks]) -> None:

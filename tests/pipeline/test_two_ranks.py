@@ -19,7 +19,7 @@ def test_two_ranks_make_the_frames_of_one(diffusers_layout, pipeline, tmp_path):
         str(HERE / "rank_program.py"), str(diffusers_layout), str(out),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     first, second = (torch.load(f"{out}.{rank}") for rank in range(2))
     assert torch.equal(first, second)

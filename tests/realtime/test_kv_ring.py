@@ -98,11 +98,11 @@ class RingAgainstList(RuleBasedStateMachine):
         assert seen[: len(sink)].tolist() == [[float(t), float(tag)] for t, tag in sink]
 
 
-RingAgainstList.TestCase.settings = settings(max_examples=60, stateful_step_count=14, deadline=None)
+RingAgainstList.TestCase.settings = settings(max_examples=60, stateful_step_count=14)
 TestRingAgainstList = RingAgainstList.TestCase
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_slots_and_segments_of_a_plan_equal_the_list_however_long_the_rollout(data: Any) -> None:
     """Positions far beyond 2**31 tokens: reached by one jump of the bookkeeping, since a rollout can't be run that
