@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from small_video import SMALL
 
+from lingbot_kernels.ops import _native
 from lingbot_kernels.ops._dispatch import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +53,45 @@ def test_readme_s_commands_run(line, invoke, tmp_path):
     for option in ("--json", "--plot", "--save-latents"):
         if option in arguments:
             assert (tmp_path / arguments[arguments.index(option) + 1]).stat().st_size > 0
+
+
+def shown_output(command: str) -> str:
+    """What README.md shows below a command."""
+    found = re.search(rf"^```bash\n{command}.*?^```\n.*?^```\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert found, command
+    return found[1]
+
+
+def test_readme_shows_what_doctor_says(invoke):
+    """Of CPU tensors and of networks: the machine's own lines, and what its compilers lack, are not compared."""
+    core = _native.core()
+    if core is None or not core.cuda_architectures or importlib.util.find_spec("triton") is None:
+        pytest.skip("the reasons in README.md are of a build with CUDA, beside Triton")
+    said, shown = (
+        [line.rstrip() for line in text[text.index("cpu tensors") :].splitlines()]
+        for text in (invoke("doctor").output.partition("cuda tensors")[0], shown_output("lingbot-kernels doctor"))
+    )
+    end = len(said) if torch.cuda.is_available() else None  # with a GPU, its tensors follow
+    assert shown[:end] == said
+
+
+def test_readme_shows_every_row_of_quality(invoke):
+    said = invoke("quality", *SMALL, "--chunks", 2, "--quiet").output
+    first_cells = [
+        [re.split(r"  +|: ", line)[0] for line in text.splitlines()[1:-1]]
+        for text in (said, shown_output("lingbot-kernels quality"))
+    ]
+    assert first_cells[0] == first_cells[1]
+
+
+def test_readme_s_first_figures_are_of_committed_rows():
+    """Milliseconds of chunks and steps on H100s, each the median of a row as it is rounded there."""
+    rows = [json.loads(line) for path in (ROOT / "bench/results").glob("*-h100-*.jsonl") for line in path.open()]
+    measured = {f"{row['p50_us'] / 1e3:.0f}" for row in rows if row.get("p50_us") and row["bench"] != "kernels"}
+    figures = [
+        each for a, b in re.findall(r"(\d+)(?: to (\d+))? ms", README.read_text().split("## Use")[0]) for each in (a, b)
+    ]
+    assert len(figures) > 10 and {figure for figure in figures if figure} <= measured
 
 
 def test_readme_shows_every_command_and_make_knows_its_targets():
