@@ -91,10 +91,15 @@ def visible_segments(
 
 @dataclass(frozen=True)
 class ChunkPosition:
-    """Where the blocks write a chunk and how much of the ring they see."""
+    """Where the blocks write a chunk and how much of the ring they see.
+
+    Attributes:
+        slots: the chunk's slots, int64 [S], once for all blocks; None where no block copies by them.
+    """
 
     ring: RingPosition
     num_visible: int
+    slots: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from lingbot_kernels.benchmarks import timeline
 from lingbot_kernels.benchmarks.gate import relative_error
 from lingbot_kernels.benchmarks.model import BenchSession, ModelBench, free, timed
 from lingbot_kernels.benchmarks.rows import GREEN, RED
-from lingbot_kernels.ring import RingPosition
+from lingbot_kernels.realtime.kv_cache import Int8KeyValue
+from lingbot_kernels.ring import ChunkPosition, RingPosition
 
 
 class ShardedModelBench(ModelBench):
@@ -36,6 +37,7 @@ class ShardedModelBench(ModelBench):
         session = BenchSession(self, model)
         session.fill()
         replay, shared, floor = self._shard_floor(session), [], []
+        torch.manual_seed(2)  # what the floor has drawn depends on a rank's tokens
         for _ in range(self.plan.chunks):  # in turns, so that clocks and temperature are the same for both
             shared.append(session.chunk())
             for _ in range(5):
@@ -90,12 +92,12 @@ class ShardedModelBench(ModelBench):
             session, state.kv_cache.layers, state.crossattn_cache.layers, shard.num_tokens, own_heads
         )
 
-    def _exchange_ms(self, session: BenchSession) -> float:
-        """Milliseconds of a step's norms, ring writes and exchanges when nothing else runs."""
-        cfg, state = self.config, session.state
-        assert state.kv_cache is not None
-        shard = session.model.shard_group.shard(self.tokens, state.kv_cache)
-        rings, ring = state.kv_cache.layers, RingPosition(0, state.kv_cache.ring.sink)
+    def exchanges(self, session: BenchSession) -> Callable[[], None]:
+        """A step's norms, ring writes and exchanges, and nothing else."""
+        cfg, model, cache = self.config, session.model, session.state.kv_cache
+        assert cache is not None
+        shard = model.shard_group.shard(self.tokens, cache)
+        at = ChunkPosition(RingPosition(0, cache.ring.sink), cache.layout.shape[1])
         like: dict[str, Any] = {"device": self.device, "dtype": torch.bfloat16}
         q, k, v = torch.randn(1, shard.num_tokens, 3 * cfg.dim, **like).chunk(3, dim=-1)
         attended = torch.randn(1, self.tokens, cfg.dim // shard.ranks, **like)
@@ -103,10 +105,19 @@ class ShardedModelBench(ModelBench):
         cos_sin = torch.randn(shard.num_tokens, cfg.head_dim, device=self.device)
 
         def run() -> None:
-            for k_cache, v_cache, *_ in rings:  # ranks share no int8 rings
-                shard.qk_norm_rope_kv_write(q, k, v, weight, weight, cos_sin, k_cache, v_cache, ring, cfg.eps)
+            position = cache.with_slots(at, self.tokens) if model.int8_qk else at
+            for kv in cache.layers:
+                if isinstance(kv, Int8KeyValue):
+                    shard.qk_norm_rope_quantize_kv_write(q, k, v, weight, weight, cos_sin, kv, position, cfg.eps)
+                else:
+                    shard.qk_norm_rope_kv_write(q, k, v, weight, weight, cos_sin, *kv, at.ring, cfg.eps)
                 shard.exchange_output(attended)
 
+        return run
+
+    def _exchange_ms(self, session: BenchSession) -> float:
+        """Milliseconds of `exchanges` when nothing else runs."""
+        run = self.exchanges(session)
         run()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()

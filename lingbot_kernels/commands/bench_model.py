@@ -95,8 +95,6 @@ def command(
 
     from lingbot_kernels.parallel import launch
 
-    if gpus > 1 and "int8_qk" in precisions:
-        raise click.BadParameter(f"int8_qk is of one GPU, not of {gpus}.", param_hint="--precision")
     if gpus > 1 and not launch.launched():
         if torch.cuda.device_count() < gpus:
             raise click.BadParameter(f"{gpus}, but torch sees {torch.cuda.device_count()}.", param_hint="--gpus")

@@ -79,7 +79,7 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
         With `update_cache_only` K and V are projected and written, and nothing else: returns None.
         """
         if isinstance(kv, Int8KeyValue):
-            return self._forward_int8(x, cos_sin, kv, position, update_cache_only)
+            return self._forward_int8(x, cos_sin, kv, position, update_cache_only, shard)
         norm_q, norm_k = self.norm_q, self.norm_k
         if not (is_plain(norm_q, RMSNorm) and is_plain(norm_k, RMSNorm)):
             return unfused.self_attention(self, x, cos_sin, kv, position, update_cache_only, shard)
@@ -94,8 +94,9 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
         return self.o(shard.exchange_output(ops.windowed_attention(q, *kv, position.num_visible)))
 
     def _forward_int8(
-        self, x: Taken, cos_sin: Tensor, kv: Int8KeyValue, position: ChunkPosition, update_cache_only: bool
-    ) -> Tensor | None:
+        self, x: Taken, cos_sin: Tensor, kv: Int8KeyValue, position: ChunkPosition, update_cache_only: bool,
+        shard: SequenceShard,
+    ) -> Tensor | None:  # fmt: skip
         """The same over a ring whose K is in int8: Q and K leave the norm and RoPE in int8 with their scales."""
         norm_q, norm_k = self.norm_q, self.norm_k
         if not (is_plain(norm_q, RMSNorm) and is_plain(norm_k, RMSNorm)):
@@ -105,13 +106,13 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
             )
         if update_cache_only:
             k, v = self.qkv("k", "v", x=x)
-            ops.k_norm_rope_quantize_kv_write(k, v, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps)
+            shard.k_norm_rope_quantize_kv_write(k, v, norm_k.weight, cos_sin, kv, position, norm_k.eps)
             return None
         q, k, v = self.qkv("q", "k", "v", x=x)
-        codes, scale = ops.qk_norm_rope_quantize_kv_write(
-            q, k, v, norm_q.weight, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps
+        codes, scale = shard.qk_norm_rope_quantize_kv_write(
+            q, k, v, norm_q.weight, norm_k.weight, cos_sin, kv, position, norm_k.eps
         )  # K and V now lie in the ring
-        return self.o(ops.int8_attention(codes, scale, *kv, position.num_visible)[0])
+        return self.o(shard.exchange_output(ops.int8_attention(codes, scale, *kv, position.num_visible)[0]))
 
 
 class LingBotCrossAttention(nn.Module):

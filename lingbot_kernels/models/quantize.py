@@ -102,6 +102,8 @@ def quantize(model: Any, recipe: Int8Recipe) -> None:
         setattr(model.get_submodule(owner), attribute, int8_layer(found.pop(name), recipe))
     for block in model.blocks:
         block.self_attn.int8_qk = int8_qk
+    if int8_qk:
+        model.shard_group.exchange_int8()
     model.recipe = recipe
 
 
@@ -112,8 +114,6 @@ def why_not_int8_qk(model: Any) -> str | None:
             f"{model.dtype} and heads of {model.config.head_dim}, must be torch.bfloat16 and heads of "
             f"{' or '.join(map(str, HEAD_DIMS))}"
         )
-    if model.shard_group.ranks > 1:
-        return f"chunks shared by {model.shard_group.ranks} ranks, must be for a single one"
     return None
 
 

@@ -145,8 +145,8 @@ class RealtimeModel(nn.Module):
 
         Raises:
             ValueError: the recipe names what this network has not, or attention in int8 where that can't be (the model
-                is not bfloat16, its heads are not of 64 or 128, or ranks share its chunks), a weight can't be
-                quantised, or they already are; the model is then as it was.
+                is not bfloat16, or its heads are not of 64 or 128), a weight can't be quantised, or they already are;
+                the model is then as it was.
         """
         quantize(self, recipe or Int8Recipe())
         self._disown_sessions()
@@ -156,11 +156,11 @@ class RealtimeModel(nn.Module):
 
         Called on every rank, with the same weights; from then on each rank calls forward with the same arguments and
         gets the same result. Sessions begun before must start again. GPUs of one host that reach each other's memory
-        write to it; otherwise the exchanges are all-to-all collectives, and `shard_group.exchange` says why.
+        write to it; otherwise, and where self-attention has Q and K in int8, the exchanges are all-to-all collectives,
+        and `shard_group.exchange` says why.
 
         Raises:
-            ValueError, RuntimeError: on every rank alike, as `ShardGroup.join` says. A model whose self-attention has Q
-                and K in int8 is refused by more than one rank.
+            ValueError, RuntimeError: on every rank alike, as `ShardGroup.join` says.
         """
         self.shard_group = ShardGroup.join(group, layout, self)
         self._disown_sessions()

@@ -95,14 +95,17 @@ def _run(
     shard: SequenceShard,
 ) -> Tensor | None:
     """The network over the session's ring, by a graph of this backend choice where there can be one."""
+    assert state.kv_cache is not None
+    kv_cache = state.kv_cache
 
     def network(
         inputs: ChunkInputs, layers: Sequence[RingLayer], position: ChunkPosition, update_cache_only: bool
     ) -> Tensor | None:
+        if shard.ranks > 1 and kv_cache.layout.k_dtype is not None:  # what arrives is copied by slots
+            position = kv_cache.with_slots(position, plan.tokens)
         return model._run(inputs, layers, position, update_cache_only, shard)
 
-    kv_cache, backend = state.kv_cache, requested_backend()
-    assert kv_cache is not None
+    backend = requested_backend()
     graphs = _graphs(model, state)
     if graphs is not None and graphs.ready(inputs, kv_cache, plan, update_cache_only, backend):
         return graphs.run(network, inputs, kv_cache, plan, update_cache_only, backend)

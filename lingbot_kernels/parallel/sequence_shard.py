@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lingbot_kernels import ops
-from lingbot_kernels.ring import RingPosition
+from lingbot_kernels.parallel import int8_exchange
+from lingbot_kernels.parallel.int8_exchange import Quantized
+from lingbot_kernels.realtime.kv_cache import Int8KeyValue
+from lingbot_kernels.ring import ChunkPosition, RingPosition
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # named anew in torch 2.13
 
@@ -118,8 +121,70 @@ class SequenceShard:
         packed = ops.qk_norm_rope_pack(None, k, v, None, k_weight, cos_sin, self.ranks, eps)
         ops.qkv_unpack_kv_write(self.exchange_qkv(packed), k_cache, v_cache, ring)
 
+    def qk_norm_rope_quantize_kv_write(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos_sin: Tensor,
+        kv: Int8KeyValue,
+        position: ChunkPosition,
+        eps: float,
+    ) -> Quantized:
+        """`ops.qk_norm_rope_quantize_kv_write` of the chunk, likewise. Over ranks `position` has the chunk's slots.
+
+        Returns:
+            Q of all the chunk's tokens for this rank's heads: codes int8 [B, S, heads / ranks, head_dim] and scales
+            float32 [B, S, heads / ranks], strided.
+        """
+        if self.ranks == 1:
+            return ops.qk_norm_rope_quantize_kv_write(
+                q, k, v, q_weight, k_weight, cos_sin, *kv, position.ring, eps
+            )  # fmt: skip
+        own = self._own_codes(k, cos_sin)
+        own_q = ops.qk_norm_rope_quantize_kv_write(q, k, None, q_weight, k_weight, cos_sin, *own, RingPosition(), eps)
+        all_q = self._exchange_int8(own_q, (own.k, own.k_scale), v, kv, position)
+        assert all_q is not None
+        return all_q
+
+    def k_norm_rope_quantize_kv_write(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_weight: Tensor,
+        cos_sin: Tensor,
+        kv: Int8KeyValue,
+        position: ChunkPosition,
+        eps: float,
+    ) -> None:
+        """The same without Q anywhere: only K and V are exchanged."""
+        if self.ranks == 1:
+            ops.k_norm_rope_quantize_kv_write(k, v, k_weight, cos_sin, *kv, position.ring, eps)
+            return
+        own = self._own_codes(k, cos_sin)
+        ops.k_norm_rope_quantize_kv_write(k, None, k_weight, cos_sin, *own, RingPosition(), eps)
+        self._exchange_int8(None, (own.k, own.k_scale), v, kv, position)
+
+    def _own_codes(self, k: Tensor, cos_sin: Tensor) -> Int8KeyValue:
+        """What takes the codes and scales of this rank's K [B, S, D], all heads; its V is never read or written."""
+        shape = (*k.shape[:2], k.shape[2] // cos_sin.shape[1], cos_sin.shape[1])
+        codes, scale = k.new_empty(shape, dtype=torch.int8), k.new_empty(shape[:3], dtype=torch.float32)
+        return Int8KeyValue(codes, scale, k.new_empty(shape))
+
+    def _exchange_int8(
+        self, q: Quantized | None, k: Quantized, v: Tensor, kv: Int8KeyValue, position: ChunkPosition
+    ) -> Quantized | None:
+        """One all-to-all of this rank's tokens for its heads; K and V into the ring. Returns Q, where there is one."""
+        arrived = self.exchange_qkv(int8_exchange.pack(q, k, v, self.ranks))
+        all_q, all_k, all_v = int8_exchange.unpack(arrived, kv.k.shape[2], kv.k.shape[3], q is not None)
+        assert position.slots is not None
+        int8_exchange.write(kv, position.slots, all_k, all_v)
+        return all_q
+
     def exchange_qkv(self, packed: Tensor) -> Tensor:
-        """[ranks, S of this rank, B, parts, h, head_dim] -> [S, B, parts, h, head_dim]: one all-to-all, no other pass.
+        """[ranks, S of this rank, B, ...] -> [S, B, ...], such as (parts, h, head_dim): one all-to-all, no other pass.
 
         Tokens lead, so what arrives from the ranks in turn is the chunk in order, whatever the splits.
         """

@@ -80,14 +80,12 @@ class ShardGroup:
                 f"group: got one for {', '.join(facts['backends'])} tensors, must be able to exchange the model's, on "
                 f"{model.device.type}"
             )
-        if joined.ranks > 1 and model.int8_qk:
-            raise ValueError(
-                f"model: got {model.recipe}, must have attention='bfloat16': ranks exchange no int8 Q and K"
-            )
         if joined.ranks > 1:
             assert joined._control is not None
             reason = peer_memory.why_not(group, joined._control, model.device)
             joined.exchange = PEER_MEMORY if reason is None else f"all-to-all ({reason})"
+        if model.int8_qk:
+            joined.exchange_int8()
         return joined
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardGroup:
@@ -103,6 +101,11 @@ class ShardGroup:
                 "shard_sequence shares the model that is read from there"
             )
         return ShardGroup, ()
+
+    def exchange_int8(self) -> None:
+        """Say that Q and K are exchanged in int8, for which no kernel writes to the other ranks' memory."""
+        if self.exchange == PEER_MEMORY:
+            self.exchange = "all-to-all (Q and K are in int8)"
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -120,7 +123,7 @@ class ShardGroup:
 
     def ring_memory(self, layout: CacheLayout) -> PeerSession | None:
         """What a new session's rings lie in: memory shared with the other ranks where they exchange through it."""
-        if self.exchange != PEER_MEMORY or layout.dtype not in peer_memory.DTYPES:
+        if self.exchange != PEER_MEMORY or layout.dtype not in peer_memory.DTYPES or layout.k_dtype is not None:
             return None
         assert self._group is not None
         return PeerSession(self._group, layout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -97,7 +97,7 @@ class KVCache:
         self.memory = memory
         self.ring = layout.empty_ring()
         if layout.k_dtype is not None and memory is not None:
-            raise ValueError("memory: got some for an int8 ring, must be None: ranks share no int8 rings")
+            raise ValueError("memory: got some for an int8 ring, must be None: ranks write to no int8 ring of another")
         self.layers: list[RingLayer] = [self._layer() for _ in range(layout.num_layers)]
         self._cursor: Tensor | None = None
 
@@ -113,6 +113,11 @@ class KVCache:
             self._cursor = torch.empty(1, dtype=torch.int32, device=self.layout.device)
         self._cursor.fill_(plan.first_slot)
         return ChunkPosition(RingPosition(0, self.ring.sink, self._cursor), plan.num_visible)
+
+    def with_slots(self, position: ChunkPosition, num_tokens: int) -> ChunkPosition:
+        """The position with its slots in device memory, computed there: for a chunk of `num_tokens` tokens."""
+        slots = position.ring.slots(num_tokens, self.layout.shape[1], self.layout.device)
+        return replace(position, slots=slots)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every buffer on the device, the cursor's included."""

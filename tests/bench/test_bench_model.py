@@ -4,19 +4,18 @@ real.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from cuda_stand_ins import stand_in
 from torch.utils.flop_counter import FlopCounterMode
 
 from lingbot_kernels.benchmarks import model, model_compiled, model_plot, timeline
@@ -25,25 +24,6 @@ from lingbot_kernels.cli import main
 from lingbot_kernels.commands import bench_model
 
 LAYERS = 2
-
-
-class ClockEvent:
-    def __init__(self, enable_timing: bool = False) -> None:
-        self.at = 0.0
-
-    def record(self, stream: Any = None) -> None:
-        self.at = time.perf_counter()
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end: ClockEvent) -> float:
-        return 1e3 * (end.at - self.at)
-
-
-class Replayed:
-    def replay(self) -> None:
-        time.sleep(1e-4)
 
 
 def recorded(call: Callable[[], Any], times: int) -> list[timeline.Kernel]:
@@ -62,19 +42,7 @@ def recorded(call: Callable[[], Any], times: int) -> list[timeline.Kernel]:
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def capture(graph: Replayed, **options: Any) -> Iterator[None]:
-        yield
-
-    cuda = {
-        "synchronize": lambda device=None: None, "Event": ClockEvent, "CUDAGraph": Replayed, "graph": capture,
-        "memory_allocated": lambda device=None: 3 * 2**30, "max_memory_allocated": lambda device=None: 5 * 2**30,
-        "reset_peak_memory_stats": lambda device=None: None,
-        "mem_get_info": lambda device=None: (20 * 2**30, 80 * 2**30),
-        "get_device_properties": lambda device: type("Properties", (), {"uuid": "0"}),
-    }  # fmt: skip
-    for name, stand_in in cuda.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+    stand_in(monkeypatch)
     monkeypatch.setattr(timeline, "record", recorded)
 
 

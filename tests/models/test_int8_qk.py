@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from cpu_graphs import graphs_on_cpu
 from helpers import INT8_QK, make_inputs, make_model, ring_bits, same_bits, same_ring, small_config
 from oracle import relative_error
@@ -21,7 +20,6 @@ from lingbot_kernels import (
     RealtimeCausalDiTState,
     use_backend,
 )
-from lingbot_kernels.cli import main
 from lingbot_kernels.realtime.kv_cache import CacheLayout, Int8KeyValue, KVCache, ring_parts
 from lingbot_kernels.realtime.memory import GIB, session_memory
 
@@ -169,12 +167,6 @@ def test_networks_that_can_not_have_it(dtype: torch.dtype, dim: int, message: st
     with pytest.raises(ValueError, match=message):
         model.quantize(INT8_QK)
     assert model.recipe is None and not model.int8_qk and model.precision == str(dtype).removeprefix("torch.")
-
-
-@pytest.mark.parametrize("bench", ["model", "end-to-end"])
-def test_benches_of_several_gpus_refuse_it_by_name(bench: str) -> None:
-    result = CliRunner().invoke(main, ["bench", bench, "--gpus", "2", "--precision", "int8_qk"])
-    assert result.exit_code == 2 and "--precision: int8_qk is of one GPU, not of 2." in result.output
 
 
 def test_a_ring_of_another_dtype_is_refused() -> None:

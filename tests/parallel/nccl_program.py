@@ -8,18 +8,26 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lingbot_kernels import CausalDenoisingStage, CausalLingBotTransformer, LingBotConfig, RealtimeCausalDiTState
+from lingbot_kernels import (
+    CausalDenoisingStage,
+    CausalLingBotTransformer,
+    Int8Recipe,
+    LingBotConfig,
+    RealtimeCausalDiTState,
+)
 from lingbot_kernels.ops import RingPosition
 from lingbot_kernels.parallel import launch, peer_memory
 from lingbot_kernels.parallel.peer_exchange import PeerSession, PeerShard
 from lingbot_kernels.parallel.sequence_shard import SequenceShard, sequence_splits
-from lingbot_kernels.realtime.kv_cache import CacheLayout
+from lingbot_kernels.realtime.kv_cache import CacheLayout, KVCache
+from lingbot_kernels.ring import ChunkPosition
 
 GRIDS = {"even": (8, 12), "uneven": (6, 10)}  # 72 and 45 tokens per chunk
 CHUNKS = 9
@@ -93,6 +101,13 @@ def time_exchanges(group: torch.distributed.ProcessGroup, tokens: int = 4524, he
             "kv": microseconds(partial(shard.k_norm_rope_kv_write, k, v, weight, *rest)),
             "output": microseconds(partial(shard.exchange_output, attended)),
         }
+    cache = KVCache(replace(layout, k_dtype=torch.int8))
+    position = cache.with_slots(ChunkPosition(RingPosition(0, tokens // 3), capacity), tokens)
+    rest = (cos_sin, cache.layers[0], position, 1e-6)
+    found["all-to-all, int8"] = {
+        "qkv": microseconds(partial(kinds[0].qk_norm_rope_quantize_kv_write, q, k, v, weight, weight, *rest)),
+        "kv": microseconds(partial(kinds[0].k_norm_rope_quantize_kv_write, k, v, weight, *rest)),
+    }
     return found
 
 
@@ -122,6 +137,15 @@ def main(folder: str | None) -> None:
         model.shard_sequence(group)
         model.cuda_graphs = False
         found["eager"] = {name: run(model, grid)[0] for name, grid in GRIDS.items()}
+        del model
+        model = make_model(torch.bfloat16)
+        model.quantize(Int8Recipe(attention="int8_qk"))
+        found["int8_qk one"] = {name: run(model, grid)[0] for name, grid in GRIDS.items()}
+        model.shard_sequence(group)
+        found["int8_qk exchange"] = model.shard_group.exchange
+        found["int8_qk graphs"] = {name: run(model, grid) for name, grid in GRIDS.items()}
+        model.cuda_graphs = False
+        found["int8_qk eager"] = {name: run(model, grid)[0] for name, grid in GRIDS.items()}
         torch.save(found, os.path.join(folder, f"{os.environ['RANK']}.pt"))
 
 

@@ -15,6 +15,7 @@ from lingbot_kernels import (
     LingBotConfig,
     RealtimeCausalDiTState,
 )
+from lingbot_kernels.quantization import PRODUCTS
 
 SMALL = {
     "dim": 192, "num_heads": 12, "num_layers": 2, "ffn_dim": 256, "text_dim": 32, "text_len": 8, "freq_dim": 32,
@@ -39,6 +40,14 @@ def small_model(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: 
     torch.manual_seed(seed)
     model = CausalLingBotTransformer(LingBotConfig(**{**SMALL, **overrides}), dtype=torch.float64)
     return model.to(dtype)
+
+
+def small_int8_qk_model(ranks: int = 2, seed: int = 0) -> CausalLingBotTransformer:
+    """With Q and K in int8 too, and heads of 64 for so many ranks: four for two, one for each of more."""
+    heads = 4 if ranks == 2 else ranks
+    model = small_model(torch.bfloat16, seed, dim=64 * heads, num_heads=heads, residual_dtype="bfloat16")
+    model.quantize(Int8Recipe(products=PRODUCTS, attention="int8_qk"))
+    return model
 
 
 def session(model: CausalLingBotTransformer, case: Case, seed: int, state: RealtimeCausalDiTState) -> Any:

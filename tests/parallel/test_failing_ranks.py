@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from failures import failing
 from ranks import Ranks, lose_patience
-from rollouts import small_model
+from rollouts import small_int8_qk_model, small_model
 from torch import Tensor
 
 from lingbot_kernels import CausalDenoisingStage, CausalLingBotTransformer, RealtimeCausalDiTState
@@ -31,8 +31,8 @@ def failing_at(place: str, nth: int, here: bool = True) -> contextlib.AbstractCo
 class Session:
     """Chunk after chunk of two steps; noise and the noise between the steps are drawn."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.model: CausalLingBotTransformer = small_model()
+    def __init__(self, group: dist.ProcessGroup | None = None, int8_qk: bool = False) -> None:
+        self.model: CausalLingBotTransformer = small_int8_qk_model() if int8_qk else small_model()
         self.model.shard_sequence(group)
         self.stage = CausalDenoisingStage(self.model, timesteps=(1000, 500))
         self.generator = torch.Generator().manual_seed(4)
@@ -43,10 +43,10 @@ class Session:
         return next(self.stage.rollout(self.state, 1, text=self.text, latent_size=(6, 10), generator=self.generator))
 
 
-def with_failures(place: str, nth: int) -> bool:
+def with_failures(place: str, nth: int, int8_qk: bool = False, chunks: int = CHUNKS) -> bool:
     """Every chunk but one fails on every rank and is done again; whether all of it has the bits of a run without."""
-    plain, failed = Session(), Session()
-    for index in range(CHUNKS):
+    plain, failed = Session(int8_qk=int8_qk), Session(int8_qk=int8_qk)
+    for index in range(chunks):
         if index:
             before = failed.state.stats()
             with failing_at(place, nth), pytest.raises(torch.OutOfMemoryError, match="injected"):
@@ -62,6 +62,10 @@ def with_failures(place: str, nth: int) -> bool:
 @pytest.mark.parametrize(("place", "nth"), [("block", 1), ("exchange", 2), ("gather", 1), ("commit", 0), ("commit", 2)])
 def test_a_chunk_that_fails_on_every_rank_is_done_again(pool: Callable[[int], Ranks], place: str, nth: int) -> None:
     assert pool(2).run(with_failures, place, nth) == [True, True]
+
+
+def test_a_chunk_with_int8_attention_is_done_again(pool: Callable[[int], Ranks]) -> None:
+    assert pool(2).run(with_failures, "exchange", 2, True, 4) == [True, True]
 
 
 def on_one_rank(nth: int) -> list[str]:

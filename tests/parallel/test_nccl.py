@@ -55,3 +55,20 @@ def test_ranks(found: list[dict[str, Any]], splits: str) -> None:
     for i, (chunk, plain, truth) in enumerate(zip(first, one, exact, strict=True)):
         error, allowed = relative_error(chunk, truth), 1.25 * relative_error(plain, truth)
         assert error <= allowed, f"chunk {i}: {error:.3e}, allowed {allowed:.3e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", ["even", "uneven"])
+def test_ranks_with_int8_attention(found: list[dict[str, Any]], splits: str) -> None:
+    """Q and K in int8: what one GPU has but for attention's rounding, alike on every rank, with graphs as without."""
+    one, exact = found[0]["int8_qk one"][splits], found[0]["exact"][splits]
+    first, counts = found[0]["int8_qk graphs"][splits]
+    assert counts["captures"] == 2 and counts["replays"] > 4 * 4
+    assert found[0]["int8_qk exchange"].startswith("all-to-all (")
+    for i, (chunk, plain, truth) in enumerate(zip(first, one, exact, strict=True)):
+        for rank, each in enumerate(found):
+            assert torch.equal(chunk, each["int8_qk graphs"][splits][0][i]), f"chunk {i}: rank {rank} has another"
+            assert torch.equal(chunk, each["int8_qk eager"][splits][i]), (
+                f"chunk {i}, rank {rank}: graphs change the bits"
+            )
+        assert relative_error(chunk, truth) <= 1.25 * relative_error(plain, truth), f"chunk {i}"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from rollouts import small_model
+from rollouts import small_int8_qk_model, small_model
 
 from lingbot_kernels import CausalDenoisingStage, RealtimeCausalDiTState
 
@@ -26,20 +26,20 @@ def roll(model: Any, state: RealtimeCausalDiTState, first: int, last: int) -> to
     return torch.cat(chunks, dim=2)
 
 
-def shared_model(seed: int = 0) -> Any:
-    model = small_model(seed=seed)
+def shared_model(seed: int = 0, int8_qk: bool = False) -> Any:
+    model = small_int8_qk_model(seed=seed) if int8_qk else small_model(seed=seed)
     model.shard_sequence()
     return model
 
 
-def save_and_resume(folder: str, chunks: int) -> tuple[bool, bool]:
+def save_and_resume(folder: str, chunks: int, int8_qk: bool = False) -> tuple[bool, bool]:
     """Whether a session that was resumed, and a copy of it, go on with the bits of the one that was saved."""
-    model, state = shared_model(), RealtimeCausalDiTState()
+    model, state = shared_model(int8_qk=int8_qk), RealtimeCausalDiTState()
     roll(model, state, 0, chunks)
     state.save(folder)
     copied = copy.deepcopy(state)
     want = roll(model, state, chunks, chunks + 2)
-    other = shared_model()
+    other = shared_model(int8_qk=int8_qk)
     resumed = RealtimeCausalDiTState.load(folder, other)
     same = torch.equal(roll(other, resumed, chunks, chunks + 2), want)
     return same, torch.equal(roll(model, copied, chunks, chunks + 2), want)
@@ -69,10 +69,10 @@ def load(folder: str, seed: int = 0) -> int:
     return RealtimeCausalDiTState.load(folder, shared_model(seed)).next_frame
 
 
-@pytest.mark.parametrize("chunks", [1, 5])
-def test_every_rank_goes_on(chunks, pool: Callable[[int], Ranks], tmp_path):
+@pytest.mark.parametrize(("chunks", "int8_qk"), [(1, False), (5, False), (4, True)], ids=["1", "5", "int8_qk"])
+def test_every_rank_goes_on(chunks, int8_qk, pool: Callable[[int], Ranks], tmp_path):
     ranks = pool(2)
-    assert ranks.run(save_and_resume, str(tmp_path), chunks) == [(True, True)] * 2
+    assert ranks.run(save_and_resume, str(tmp_path), chunks, int8_qk) == [(True, True)] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank-0-of-2", "rank-1-of-2"]
 
 

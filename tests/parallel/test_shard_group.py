@@ -118,27 +118,6 @@ def test_precisions_that_differ(ranks: Ranks) -> None:
     all_name(ranks.refusals(quantized_on_one_rank, last_differs(ranks, False, True)), "precision", "Int8Recipe()")
 
 
-INT8_QK = Int8Recipe(attention="int8_qk")
-HEADS_OF_64 = {"dim": 768}  # 12 of them
-
-
-def attention_in_int8_when_shared() -> None:
-    model = small_model(torch.bfloat16, **HEADS_OF_64)
-    model.shard_sequence()
-    try:
-        model.quantize(INT8_QK)
-    finally:
-        assert model.recipe is None and not model.int8_qk
-
-
-def test_attention_in_int8_is_for_one_rank(pool: Callable[[int], Ranks]) -> None:
-    ranks = pool(2)
-    refusals = ranks.refusals(join, HEADS_OF_64, 0, "ulysses", torch.bfloat16, INT8_QK)
-    all_name(refusals, "model: got Int8Recipe(attention='int8_qk'), must have attention='bfloat16'")
-    refusals = ranks.refusals(attention_in_int8_when_shared)
-    all_name(refusals, "got attention='int8_qk' for chunks shared by 2 ranks, must be for a single one")
-
-
 def test_heads_that_the_ranks_do_not_divide(ranks: Ranks) -> None:
     refusals = ranks.refusals(join, {"dim": 80, "num_heads": 5})
     all_name(refusals, f"ranks: got {ranks.size}, must divide num_heads = 5")
