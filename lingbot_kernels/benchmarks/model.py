@@ -58,6 +58,8 @@ class ModelPlan:
         compiled: also time the step with its blocks compiled by torch.compile.
         precision: "bfloat16", or of `quantization.recipe_of`: the blocks' products in int8, with "int8_qk"
             self-attention's Q and K as well.
+        prompt_tokens: of the prompt, whose padding is then one key (`RealtimeModel.weighted_padding`); None: the prompt
+            has no padding.
     """
 
     preset: str = "lingbot-world-14b"
@@ -70,6 +72,7 @@ class ModelPlan:
     timeline_path: Path | None = None
     compiled: bool = False
     precision: str = "bfloat16"
+    prompt_tokens: int | None = None
 
     def config(self, **overrides: Any) -> LingBotConfig:
         if self.layers is not None:
@@ -98,7 +101,8 @@ class ModelBench:
         layers = "" if plan.layers is None else f"-{plan.layers}layers"
         camera = "" if plan.camera_cache else "-no-camera-cache"
         residual = "" if plan.residual_dtype is None else f"-{plan.residual_dtype}-residual"
-        self.case = f"{plan.preset}{layers}-s{self.tokens}-kv{self.window}{camera}{residual}-1gpu"
+        prompt = "" if plan.prompt_tokens is None else f"-prompt{plan.prompt_tokens}"
+        self.case = f"{plan.preset}{layers}-s{self.tokens}-kv{self.window}{camera}{residual}{prompt}-1gpu"
         self.memory: dict[str, int] = {}
         self.timeline_error: OSError | None = None  # why the timeline's file could not be written
         self.recipe = recipe_of(plan.precision)
@@ -110,6 +114,7 @@ class ModelBench:
         if self.recipe is not None:
             model.quantize(self.recipe)
             free()
+        model.weighted_padding = self.plan.prompt_tokens is not None
         return model
 
     @torch.no_grad()
@@ -228,13 +233,15 @@ class ModelBench:
         exact.load_state_dict(model.state_dict())
         if self.recipe is not None:
             model.quantize(self.recipe)
+        model.weighted_padding = self.plan.prompt_tokens is not None
         got = _small_rollout(model)
         with use_backend("reference"):
+            model.weighted_padding = False
             plain, truth = _small_rollout(model), _small_rollout(exact)
         error, plain_error = relative_error(got, truth), relative_error(plain, truth)
         compiled_error = None
         if self.plan.compiled:
-            model.cuda_graphs = False
+            model.cuda_graphs, model.weighted_padding = False, self.plan.prompt_tokens is not None
             with model_compiled.compiled(model.blocks):
                 compiled_error = relative_error(_small_rollout(model), truth)
         del model, exact
@@ -411,7 +418,7 @@ class BenchSession:
         self.state = RealtimeCausalDiTState(camera_cache=bench.plan.camera_cache)
         self.timer = ChunkTimer(device)
         self.stage = CausalDenoisingStage(model, STEPS, observe=self.timer.observe)
-        self.text = torch.randn(1, cfg.text_len, cfg.text_dim, device=device)
+        self.text = torch.randn(1, bench.plan.prompt_tokens or cfg.text_len, cfg.text_dim, device=device)
         self.first: Tensor | None = None
         self.latents = (1, cfg.out_channels, cfg.frames_per_chunk, *bench.plan.latent_size)
 

@@ -42,6 +42,10 @@ _output = option_group("Output")
     "--precision", "precisions", item=click.Choice(PRECISIONS), metavar="NAMES", default="bfloat16", show_default=True,
     help="Of the blocks' products: bfloat16, int8, int8_qk; several are measured one after the other, in one process.",
 )  # fmt: skip
+@_bench(
+    "--prompt-tokens", type=Count(most=512),
+    help="Tokens of the prompt, whose padding is then one weighted key; without a peer.  [default: no padding]",
+)  # fmt: skip
 @_bench("--residual-dtype", type=click.Choice(["bfloat16", "float32"]), help="Of the residual stream.")
 @_bench("--gpus", type=Count(most=1024), default=1, show_default=True, help="Share the sequence over so many.")
 @_bench("--device", type=Device("cuda", "cuda:N"), default="cuda", show_default=True, help="cuda or cuda:N.")
@@ -65,6 +69,7 @@ def command(
     compiled: bool,
     camera_cache: bool,
     precisions: tuple[str, ...],
+    prompt_tokens: int | None,
     residual_dtype: str | None,
     gpus: int,
     device: str,
@@ -114,10 +119,12 @@ def command(
         raise click.ClickException("bench model needs a CUDA device, and torch sees none")
     if not launch.launched():
         torch.cuda.set_device(torch.device(device).index or 0)
+    if no_peer or prompt_tokens:
+        peers = ()
     plans = [
         ModelPlan(
-            preset, layers, (height // 8, width // 8), chunks, () if no_peer else peers, camera_cache, residual_dtype,
-            timeline_path, compiled, precision,
+            preset, layers, (height // 8, width // 8), chunks, peers, camera_cache, residual_dtype,
+            timeline_path, compiled, precision, prompt_tokens,
         )
         for precision in precisions
     ]  # fmt: skip

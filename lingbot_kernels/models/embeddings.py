@@ -58,7 +58,10 @@ class PatchEmbedding(nn.Module):
 
 
 class TextEmbedding(nn.Sequential):
-    """Linear, GELU(tanh), Linear over text embeddings that are zero-padded to `text_len`; the padding is attended."""
+    """Linear, GELU(tanh), Linear over text embeddings that are zero-padded to `text_len`; the padding is attended.
+
+    Its rows are all the same after every layer, so one of them can stand for all (`length` of `forward`).
+    """
 
     def __init__(
         self,
@@ -76,11 +79,11 @@ class TextEmbedding(nn.Sequential):
         )
         self.text_len = text_len
 
-    def forward(self, text: Tensor) -> Tensor:
-        """[B, L <= text_len, text_dim] -> [B, text_len, dim]."""
+    def forward(self, text: Tensor, length: int | None = None) -> Tensor:
+        """[B, L, text_dim] -> [B, length, dim] with L <= length <= text_len, which is the length where None."""
         first, activation, last = self
         dtype = next(self.parameters()).dtype
-        padded = F.pad(text.to(dtype), (0, 0, 0, self.text_len - text.shape[1]))
+        padded = F.pad(text.to(dtype), (0, 0, 0, (length or self.text_len) - text.shape[1]))
         return last(linear_gelu(first, padded, activation))
 
 

@@ -120,7 +120,7 @@ class LingBotCrossAttention(nn.Module):
 
     def __init__(self, cfg: LingBotConfig, **factory: Any) -> None:
         super().__init__()
-        self.num_heads = cfg.num_heads
+        self.num_heads, self.text_len = cfg.num_heads, cfg.text_len
         self.q = nn.Linear(cfg.dim, cfg.dim, **factory)
         self.k = nn.Linear(cfg.dim, cfg.dim, **factory)
         self.v = nn.Linear(cfg.dim, cfg.dim, **factory)
@@ -129,14 +129,17 @@ class LingBotCrossAttention(nn.Module):
         self.norm_k = RMSNorm(cfg.dim, cfg.eps, **factory)
 
     def project_text(self, context: Tensor) -> KeyValue:
-        """context [B, text_len, d] -> K (normalised) and V, [B, text_len, heads, head_dim] each."""
+        """context [B, keys, d] -> K (normalised) and V, [B, keys, heads, head_dim] each."""
         k, v = self.norm_k(self.k(context)), self.v(context)
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
     def forward(self, x: Taken, text_kv: KeyValue) -> Tensor:
-        """x [B, S, d], or its int8 codes -> [B, S, d]."""
-        q = self.norm_q(self.q(x))
-        return self.o(ops.windowed_attention(q, *text_kv, text_kv[0].shape[1]))
+        """x [B, S, d], or its int8 codes -> [B, S, d].
+
+        Where there are fewer keys than text_len, the last one is the padding's and stands for all of its rows.
+        """
+        q, keys = self.norm_q(self.q(x)), text_kv[0].shape[1]
+        return self.o(ops.windowed_attention(q, *text_kv, keys, last_key_count=1 + self.text_len - keys))
 
 
 class FeedForward(nn.Sequential):

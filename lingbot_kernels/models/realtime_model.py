@@ -35,11 +35,17 @@ class RealtimeModel(nn.Module):
 
     A network adds its modules, the pass over tokens `_run`, and what its inputs become, `_embed_time` and
     `_embed_camera`.
+
+    Attributes:
+        cuda_graphs: whether steady forwards may replay CUDA graphs.
+        weighted_padding: whether cross-attention sees a text's zero padding as one key that counts for all of its rows,
+            which they equal: the same attention but for its rounding, at the cost of the prompt's own length. False
+            keeps the bits of the padded form. It may be set between forwards.
     """
 
     blocks: Sequence[Any]  # each with `camera_modulation`, and `project_text` in its `cross_attn`
     head: Any
-    text_embedding: Callable[[Tensor], Tensor]
+    text_embedding: Callable[[Tensor, int], Tensor]
     _run: Callable[..., Tensor | None]
     _embed_time: Callable[[float], TimeEmbeddings]
     _embed_camera: Callable[[Tensor, SequenceShard], Tensor]
@@ -53,6 +59,7 @@ class RealtimeModel(nn.Module):
         self.config = cfg
         self.recipe: Int8Recipe | None = None
         self.cuda_graphs = True
+        self.weighted_padding = False
         self.shard_group = ShardGroup()
         self._weights = WeightsIdentity()
         self._disown_sessions()
@@ -77,7 +84,7 @@ class RealtimeModel(nn.Module):
 
         Args:
             latents: [B, in_channels, F, H, W]: noisy latents, then mask and image condition.
-            text: [B, L <= text_len, text_dim] text embeddings; zero-padded to text_len inside.
+            text: [B, L <= text_len, text_dim] text embeddings; zero-padded to text_len inside (`weighted_padding`).
             timestep: one value for the chunk, a Python float; a tensor is refused, since reading it would wait.
             state: the session; its ring takes the chunk's K and V.
             start_frame: absolute index of the chunk's first latent frame; the next one, or the current chunk's.

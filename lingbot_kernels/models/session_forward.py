@@ -162,24 +162,28 @@ def time_embeddings(
 
 def text_kv(model: RealtimeModel, state: RealtimeCausalDiTState, text: Tensor) -> Sequence[KeyValue] | PerBlock:
     """Every block's text K and V; made once per prompt. Every rank of a shard has all of it, since its tokens attend to
-    the whole text with all heads.
+    the whole text with all heads. With `weighted_padding` one key is there for all of the padding.
     """
-    store = state.runtime_cache["text"]
+    store, keys = state.runtime_cache["text"], model.config.text_len
+    if model.weighted_padding:
+        keys = min(text.shape[1] + 1, keys)
 
     def compute() -> CrossAttentionCache | PerBlock:
-        context = model.text_embedding(text)
+        context = model.text_embedding(text, keys)
         if not store.enabled:
             return PerBlock(lambda i: model.blocks[i].cross_attn.project_text(context))
         return CrossAttentionCache([block.cross_attn.project_text(context) for block in model.blocks])
 
-    def refill(cache: CrossAttentionCache) -> CrossAttentionCache:
-        context = model.text_embedding(text)
+    def refill(cache: CrossAttentionCache) -> CrossAttentionCache | None:
+        if cache.layers[0][0].shape[1] != keys:
+            return None
+        context = model.text_embedding(text, keys)
         for block, held in zip(model.blocks, cache.layers, strict=True):
             for old, new in zip(held, block.cross_attn.project_text(context), strict=True):
                 old.copy_(new)
         return cache
 
-    found = store.get_or_compute(TensorIdentity(text), compute, refill)
+    found = store.get_or_compute((TensorIdentity(text), keys), compute, refill)
     return found.layers if isinstance(found, CrossAttentionCache) else found
 
 

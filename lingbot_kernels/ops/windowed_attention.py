@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -119,12 +120,20 @@ def merge_by_lse(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return merge_segments(segments, lse, backend="auto").unflatten(-1, segments.shape[-2:])
 
 
-def _run(q: Tensor, k_cache: Tensor, v_cache: Tensor, segments: Sequence[int], library: str) -> Tensor:
+def _run(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, segments: Sequence[int], library: str, last_key_count: float
+) -> Tensor:
     heads, head_dim = k_cache.shape[2:]
     ranges = list(zip(segments[::2], segments[1::2], strict=True))
     queries = q if q.dim() == 4 else q.unflatten(-1, (heads, head_dim))
     if library == "reference":
-        return reference.windowed_attention(queries, k_cache, v_cache, max(b for _, b in ranges), segments=ranges)
+        return reference.windowed_attention(
+            queries, k_cache, v_cache, max(b for _, b in ranges), segments=ranges, last_key_count=last_key_count
+        )
+    weighted = last_key_count != 1.0 and ranges[0][1] > 1
+    if weighted:  # no library takes weights: the key is attended to apart, and counts in the merge
+        start, stop = ranges.pop()
+        ranges += [(start, stop - 1), (stop - 1, stop)]
     if library == "fa4" and len(ranges) == 1:
         (start, stop) = ranges[0]
         cuts = _segments(queries, stop - start, k_cache.shape[1])
@@ -134,11 +143,17 @@ def _run(q: Tensor, k_cache: Tensor, v_cache: Tensor, segments: Sequence[int], l
         _attend(queries, k_cache[:, start:stop], v_cache[:, start:stop], library, len(ranges) > 1)
         for start, stop in ranges
     ]
+    if weighted:
+        alone, lse = parts[-1]
+        assert lse is not None
+        parts[-1] = (alone, lse + math.log(last_key_count))
     out = parts[0][0] if len(parts) == 1 else merge_by_lse(parts)  # type: ignore[arg-type]
     return out.contiguous().flatten(-2)
 
 
-def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, segments: Sequence[int], library: str) -> Tensor:
+def _fake(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, segments: Sequence[int], library: str, last_key_count: float
+) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], k_cache.shape[2] * k_cache.shape[3]))
 
 
@@ -153,6 +168,7 @@ def windowed_attention(
     *,
     ring: RingPosition | None = None,
     recent: int | None = None,
+    last_key_count: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v over slots 0 .. num_visible of the ring, without a mask or a copy: [B, S, D].
@@ -166,6 +182,8 @@ def windowed_attention(
         ring, recent: where `recent` is given, only the sink and the `recent` latest tokens are seen, the chunk's own
             included: up to three slot ranges, attended apart and merged by log-sum-exp. `ring` then says where the
             chunk is.
+        last_key_count: how many equal keys slot num_visible - 1 stands for, with `recent` 1 alone. Where it isn't 1, a
+            library attends to that key apart and the two are merged by log-sum-exp; 1 gives the bits of no count.
         backend: "fa4" (flash-attn-4), "cudnn", "sdpa", "reference" or "auto", which takes the first that can serve.
 
     Raises:
@@ -184,6 +202,10 @@ def windowed_attention(
             raise TypeError(f"{name}: got {_check.describe(cache)}, must be {q.dtype} on {q.device}")
     if not 0 < num_visible <= capacity:
         raise ValueError(f"num_visible: got {num_visible}, must be from 1 to the capacity, {capacity}")
+    if not 0 < last_key_count < math.inf:
+        raise ValueError(f"last_key_count: got {last_key_count}, must be positive and finite")
+    if recent is not None and last_key_count != 1:
+        raise ValueError(f"last_key_count: got {last_key_count}, must be 1 where `recent` is given")
     if recent is None:
         segments = [(0, num_visible)]
     elif ring is None:
@@ -193,4 +215,5 @@ def windowed_attention(
     if backend is None and _dispatch.requested_backend() == "reference":
         backend = "reference"
     library = resolve_library(backend, q.device.type, q.dtype, head_dim)
-    return _op(q, k_cache, v_cache, [bound for segment in segments for bound in segment], library)
+    bounds = [bound for segment in segments for bound in segment]
+    return _op(q, k_cache, v_cache, bounds, library, float(last_key_count))

@@ -167,6 +167,7 @@ class ShardGroup:
             return
         facts: dict[str, object] = {name: _describe(value) for name, value in arguments.items()}
         facts["precision"] = model.recipe or "as the dtype"
+        facts["weighted_padding"] = model.weighted_padding
         facts["weights"] = self._weights_digest(model, weights)
         facts |= {f"state.{name}": getattr(state, name) for name in ("next_frame", "chunk_start_frame")}
         this_chunk = (arguments["start_frame"], *getattr(arguments["latents"], "shape", ())[2:3])

@@ -37,6 +37,8 @@ class _Captured:
 class SessionGraphs:
     """The graphs of one session, by kind (denoise step, context update), shape of the latents and backend choice.
 
+    A prompt with another number of keys warms up anew, and its graph takes the place of the one before.
+
     All share one private memory pool: about the activations of one forward, held until `clear`. They must not be
     replayed concurrently: a forward waits for a context update that still runs on another stream.
 
@@ -61,7 +63,7 @@ class SessionGraphs:
     def drop(self) -> None:
         """Drop every graph; the counts go on."""
         self._captured: dict[_Key, _Captured] = {}
-        self._warm: set[_Key] = set()
+        self._warm: set[tuple[_Key, int]] = set()  # and the text's keys
         self._new: set[_Key] = set()  # captured since the mark
         self._pool: Any = None
 
@@ -98,9 +100,9 @@ class SessionGraphs:
             self.reason = "the camera cache is off, so its addresses change"
         elif torch.cuda.is_current_stream_capturing() or torch.compiler.is_compiling():
             self.reason = "the caller is capturing or compiling"
-        elif key not in self._warm:
+        elif (key, text_keys := inputs.text_kv[0][0].shape[1] if inputs.text_kv else 0) not in self._warm:
             self.warming = True
-            self._warm.add(key)  # libraries compile and pick their kernels in this eager forward
+            self._warm.add((key, text_keys))  # libraries compile and pick their kernels in this eager forward
             self.reason = "the first forward with a full window warms up"
         else:
             self.reason = ""

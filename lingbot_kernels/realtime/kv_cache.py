@@ -148,7 +148,9 @@ class KVCache:
 
 
 class CrossAttentionCache:
-    """Text keys (after their norm) and values of every layer, [B, text_len, heads, head_dim] each."""
+    """Text keys (after their norm) and values of every layer, [B, keys, heads, head_dim] each: of text_len
+    keys, or of one more than the prompt where one key stands for its padding.
+    """
 
     def __init__(self, layers: list[KeyValue]) -> None:
         self.layers = layers

@@ -35,7 +35,7 @@ class MemoryPlan:
     Attributes:
         weights: the model's parameters.
         kv_cache, camera_modulation, text, time_embeddings, rope: what the session keeps, exactly; the names are those
-            of `RealtimeCausalDiTState.stats`.
+            of `RealtimeCausalDiTState.stats`; text at most, where a key stands for the prompt's padding.
         exchange: where Q and attention's output arrive from the other ranks, where these write to each other's memory.
         forward: what comes and goes within a chunk, at most: its inputs, a forward's activations, library workspaces.
         cuda_graphs: the graphs' private pool, at most: one forward's activations, held until the session ends.

@@ -84,6 +84,15 @@ def test_rows_of_a_run(no_gpu: None, tmp_path: Path) -> None:
     assert "self_attn.qkv" in said[0] and "unprofiled" in said[0]
 
 
+def test_a_prompt_with_padding_is_measured_with_one_key_for_it(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: set[int] = set()
+    attend = model._attend
+    monkeypatch.setattr(model, "_attend", lambda q, k, *rest: (keys.add(k.shape[1]), attend(q, k, *rest)))
+    green, rows, _ = run(small_plan(prompt_tokens=5))
+    assert green and keys == {6, 432}  # of the text and of the window, in the floor
+    assert {row.case for row in rows.values()} == {"tiny-2layers-s72-kv432-prompt5-1gpu"}
+
+
 def test_a_trace_that_does_not_fit_leaves_the_rest(
     no_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

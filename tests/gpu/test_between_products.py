@@ -144,6 +144,24 @@ def test_windowed_attention(library: str, visible: int, recent: int | None) -> N
     assert error <= 3 * (plain.double() - exact).norm() / exact.norm() + 2.0**-9
 
 
+@pytest.mark.parametrize("library", ["fa4", "cudnn", "sdpa"])
+@pytest.mark.parametrize("keys", [2, 41, 130])
+def test_a_key_that_counts_for_several(library: str, keys: int) -> None:
+    """As near to float64 as the same library over the repeated key."""
+    from lingbot_kernels.ops.windowed_attention import why_not
+
+    if (reason := why_not(library, "cuda", torch.bfloat16, 128)) is not None:
+        pytest.skip(reason)
+    q = torch.randn(2, 300, 5, 128, device="cuda").bfloat16()
+    k, v = (torch.randn(2, keys, 5, 128, device="cuda").bfloat16() for _ in range(2))
+    long_k, long_v = (torch.cat([x, x[:, -1:].expand(-1, 511 - keys, -1, -1)], dim=1) for x in (k, v))
+    exact = ops.windowed_attention(q.double(), long_k.double(), long_v.double(), 511, backend="reference")
+    plain = ops.windowed_attention(q, long_k, long_v, 511, backend=library)
+    got = ops.windowed_attention(q, k, v, keys, last_key_count=512 - keys, backend=library)
+    errors = [float((x.double() - exact).norm() / exact.norm()) for x in (got, plain)]
+    assert errors[0] <= 1.5 * errors[1], errors
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("segments", [2, 3, 4])
 def test_attention_in_segments_of_keys(segments: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,47 @@ def test_merging_keeps_its_own_choice_as_attention_does(backend: str) -> None:
         assert torch.equal(ops.windowed_attention(q, k, v, 13, **options), want)
 
 
+def padded(cache: Tensor, visible: int, count: int) -> Tensor:
+    """The visible slots, the last one `count` times."""
+    return torch.cat([cache[:, : visible - 1], cache[:, visible - 1 : visible].expand(-1, count, -1, -1)], dim=1)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(("visible", "count"), [(9, 5), (2, 511), (1, 7), (13, 1)])
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_a_key_that_counts_for_several_equals_them(library: str, visible: int, count: int, spread: float) -> None:
+    """Also where that key outweighs the others by far, or they outweigh it."""
+    a = arguments(torch.float64, visible)
+    a["q"] = spread * a["q"]
+    want = reference.windowed_attention(
+        a["q"], padded(a["k_cache"], visible, count), padded(a["v_cache"], visible, count), visible - 1 + count
+    )
+    got = ops.windowed_attention(**a, last_key_count=count, backend=library)
+    assert (got - want).norm() <= 1e-12 * want.norm()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_error_of_a_counted_key(dtype: torch.dtype, library: str) -> None:
+    """Against float64: at most 1.25 times that of the same library over the repeated key."""
+    a = arguments(dtype, 9, tokens=40)
+    keys, values = (padded(a[name], 9, 30) for name in ("k_cache", "v_cache"))
+    exact = reference.windowed_attention(a["q"].double(), keys.double(), values.double(), 38)
+    plain = ops.windowed_attention(a["q"], keys, values, 38, backend=library)
+    got = ops.windowed_attention(**a, last_key_count=30, backend=library)
+    assert got.dtype == dtype and got.is_contiguous()
+    assert (got.double() - exact).norm() <= 1.25 * (plain.double() - exact).norm() + 1e-300
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("library", (*LIBRARIES, "auto"))
+def test_a_count_of_one_has_the_bits_of_none(library: str, dtype: torch.dtype) -> None:
+    a = arguments(dtype)
+    want = ops.windowed_attention(**a, backend=library)
+    assert same_bits(ops.windowed_attention(**a, last_key_count=1, backend=library), want)
+    assert not same_bits(ops.windowed_attention(**a, last_key_count=2, backend=library), want)
+
+
 REFUSALS: dict[str, tuple[Callable[[Arguments], Arguments], Errors, str]] = {
     "q dims": (lambda a: {"q": a["q"][0]}, ValueError, r"q: got shape \[4, 48\], must be \[2, S, 48\]"),
     "q one dim": (lambda a: {"q": a["q"][0, 0]}, ValueError, r"q: got shape \[48\]"),
@@ -139,6 +180,12 @@ REFUSALS: dict[str, tuple[Callable[[Arguments], Arguments], Errors, str]] = {
     "no ring": (lambda a: {"recent": 5}, ValueError, "ring: got None, must say where the chunk is"),
     "recent": (
         lambda a: {"recent": 3, "ring": ops.RingPosition(5, 2)}, ValueError, "recent: got 3, must be at least .* 4"
+    ),
+    "count of 0": (lambda a: {"last_key_count": 0}, ValueError, "last_key_count: got 0, must be positive and finite"),
+    "count": (lambda a: {"last_key_count": float("nan")}, ValueError, "last_key_count: got nan, must be positive"),
+    "count of recent": (
+        lambda a: {"last_key_count": 2, "recent": 5, "ring": ops.RingPosition(5, 2)}, ValueError,
+        "last_key_count: got 2, must be 1 where `recent` is given",
     ),
     "cursor": (
         lambda a: {"recent": 5, "ring": ops.RingPosition(0, 2, torch.zeros(1, dtype=torch.int32))},
@@ -168,5 +215,6 @@ def test_libraries_that_cannot_serve_say_why() -> None:
 @pytest.mark.unpoisoned
 def test_registration() -> None:
     a = arguments(torch.float32, visible=13)
-    samples = [(a["q"], a["k_cache"], a["v_cache"], ranges, "sdpa") for ranges in ([0, 9], [0, 2, 5, 9])]
-    check_registration("windowed_attention", [*samples, (*samples[0][:-1], "reference")])
+    samples = [(a["q"], a["k_cache"], a["v_cache"], ranges, "sdpa", 1.0) for ranges in ([0, 9], [0, 2, 5, 9])]
+    weighted = [(*samples[0][:-2], library, 3.0) for library in LIBRARIES]
+    check_registration("windowed_attention", [*samples, (*samples[0][:-2], "reference", 1.0), *weighted])

@@ -155,6 +155,20 @@ def test_values_that_differ_when_a_session_begins(pool: Callable[[int], Ranks], 
     all_name(refusals, f"the values of {name} (rank 0: ")
 
 
+def padding_as_one_key(here: bool) -> torch.Tensor:
+    model = small_model()
+    model.shard_sequence()
+    model.weighted_padding = here
+    return next(session(model, Case(grid=(4, 8)), 1, RealtimeCausalDiTState()))
+
+
+def test_padding_that_differs(pool: Callable[[int], Ranks]) -> None:
+    all_name(pool(2).refusals(padding_as_one_key, PerRank([True, False])), "differ in weighted_padding (rank 0: True")
+    exact = next(session(small_model(torch.float64), Case(grid=(4, 8)), 1, RealtimeCausalDiTState()))
+    for got in pool(2).run(padding_as_one_key, True):
+        assert (got - exact).norm() <= 1e-5 * exact.norm()
+
+
 def test_a_bad_argument_that_all_ranks_have(pool: Callable[[int], Ranks]) -> None:
     for later, start in ((False, -1), (True, 7)):
         all_name(pool(3).refusals(forward, {"start_frame": start}, later), "start")
