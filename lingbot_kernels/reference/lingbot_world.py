@@ -73,13 +73,19 @@ class PlainLingBotWorld:
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.cfg.num_heads, self.cfg.head_dim))
 
-    def time(self, timestep: float, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(e [d], e0 [6, d]) of cat[cos, sin](t * 10000^(-i / half)), made in float64."""
+    def time(self, timestep: float | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(e [d], e0 [6, d]) of cat[cos, sin](t * 10000^(-i / half)), made in float64; of times [B, 1], one for each
+        element of a batch, (e [B, d], e0 [B, 6, d]).
+        """
         half = self.cfg.freq_dim // 2
         angles = timestep * 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
-        embedding = torch.cat([angles.cos(), angles.sin()]).to(self.wide)
+        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.wide)
         e = self.mlp("time_embedding.0", "time_embedding.2", embedding)
-        return e, self.linear("time_projection.1", F.silu(e)).view(6, -1)
+        return e, self.linear("time_projection.1", F.silu(e)).unflatten(-1, (6, -1))
+
+    def modulation(self, name: str, e: Tensor) -> tuple[Tensor, ...]:
+        """The rows of the modulation `name` [1, n, d] with e [n or 1, d], or [B, n or 1, d]: n of [d], or of [B, d]."""
+        return (self.weights[f"{name}.modulation"][0].to(self.wide) + e).unbind(-2)
 
     def text(self, text: Tensor) -> Tensor:
         """[B, L, text_dim] -> [B, text_len, d], zero-padded first."""
@@ -109,6 +115,18 @@ class PlainLingBotWorld:
             rms_norm(self.linear(f"{name}.{part}", x), self.weights[f"{name}.norm_{part}.weight"], self.cfg.eps)
         )
 
+    def self_attend(
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, past: KeyValue | tuple[None, None], frame_tokens: int
+    ) -> tuple[Tensor, KeyValue]:
+        """(what a chunk gets from its window [B, S, d], the K and V of the window) of the chunk's own q, k, v."""
+        keys, values = (self.window(old, new, frame_tokens) for old, new in zip(past, (k, v), strict=True))
+        return self.attend(name, q, keys, values), (keys, values)
+
+    def camera_modulation(self, name: str, camera: Tensor) -> KeyValue:
+        """Camera embedding [B, S, d] -> the block's (scale, shift), [B, S, d] each."""
+        h = self.mlp(f"{name}.cam_injector_layer1", f"{name}.cam_injector_layer2", camera) + camera
+        return self.linear(f"{name}.cam_scale_layer", h), self.linear(f"{name}.cam_shift_layer", h)
+
     def block(
         self,
         i: int,
@@ -122,23 +140,31 @@ class PlainLingBotWorld:
     ) -> tuple[Tensor, KeyValue]:
         """(x, the layer's K and V in the window) after block i."""
         b, w, eps = f"blocks.{i}", self.weights, self.cfg.eps
-        modulation = w[f"{b}.modulation"][0].to(self.wide) + e0
-        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = self.modulation(b, e0)
         y = layer_norm_modulate(x, shift_sa, scale_sa, eps, out_dtype=self.dtype)
         q, k = (apply_rope(self.normed(f"{b}.self_attn", part, y), cos_sin) for part in ("q", "k"))
         v = self.heads(self.linear(f"{b}.self_attn.v", y))
-        keys, values = (self.window(old, new, frame_tokens) for old, new in zip(past, (k, v), strict=True))
-        attended = self.attend(f"{b}.self_attn", q, keys, values)
-        cam_scale = cam_shift = None
-        if camera is not None:
-            h = self.mlp(f"{b}.cam_injector_layer1", f"{b}.cam_injector_layer2", camera) + camera
-            cam_scale, cam_shift = self.linear(f"{b}.cam_scale_layer", h), self.linear(f"{b}.cam_shift_layer", h)
+        attended, window = self.self_attend(f"{b}.self_attn", q, k, v, past, frame_tokens)
+        cam_scale, cam_shift = (None, None) if camera is None else self.camera_modulation(b, camera)
         norm3 = (w[f"{b}.norm3.weight"], w[f"{b}.norm3.bias"])
         x, y = gated_residual_camera_norm(x, attended, gate_sa, cam_scale, cam_shift, *norm3, eps)
         q, text_k = self.normed(f"{b}.cross_attn", "q", y), self.normed(f"{b}.cross_attn", "k", text)
         text_v = self.heads(self.linear(f"{b}.cross_attn.v", text))
         x, y = residual_norm_modulate(x, self.attend(f"{b}.cross_attn", q, text_k, text_v), shift_ffn, scale_ffn, eps)
-        return gated_residual(x, self.gelu_mlp(f"{b}.ffn.0", f"{b}.ffn.2", y), gate_ffn), (keys, values)
+        return gated_residual(x, self.gelu_mlp(f"{b}.ffn.0", f"{b}.ffn.2", y), gate_ffn), window
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """[B, in_channels, F, H, W] -> the residual stream [B, S, d]."""
+        weight, bias = self.weights["patch_embedding.weight"].flatten(1), self.weights["patch_embedding.bias"]
+        return F.linear(self.tokens(latents), weight, bias).to(self.residual_dtype)
+
+    def head(self, x: Tensor, e: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Residual stream [B, S, d] -> flow [B, out_channels, F, H, W] for `grid` (frames, rows, columns) of tokens."""
+        shift, scale = self.modulation("head", e.unsqueeze(-2))
+        out = self.linear("head.head", layer_norm_modulate(x, shift, scale, self.cfg.eps, out_dtype=self.dtype))
+        _, ph, pw = self.cfg.patch_size
+        out = out.unflatten(1, grid).unflatten(-1, (ph, pw, self.cfg.out_channels)).permute(0, 6, 1, 2, 4, 3, 5)
+        return out.flatten(5).flatten(3, 4).to(self.wide)
 
     @torch.no_grad()
     def forward(
@@ -152,7 +178,7 @@ class PlainLingBotWorld:
     ) -> tuple[Tensor, list[KeyValue]]:
         """(flow [B, out_channels, F, H, W], context with this chunk in it) of latents [B, in_channels, F, H, W]."""
         cfg = self.cfg
-        batch, _, frames, height, width = latents.shape
+        _, _, frames, height, width = latents.shape
         _, ph, pw = cfg.patch_size
         rows, columns = height // ph, width // pw
         frame_tokens = rows * columns
@@ -160,17 +186,13 @@ class PlainLingBotWorld:
         cos_sin = rope_cos_sin(*table, latents.device, dtype=self.wide)
         e, e0 = self.time(timestep, latents.device)
         text, cameras = self.text(text), None if camera is None else self.camera(camera)
-        patch = self.weights["patch_embedding.weight"].flatten(1)
-        x = F.linear(self.tokens(latents), patch, self.weights["patch_embedding.bias"]).to(self.residual_dtype)
+        x = self.embed(latents)
         updated: list[KeyValue] = []
         for i in range(cfg.num_layers):
             past = (None, None) if context is None else context[i]
             x, layer = self.block(i, x, e0, cos_sin, past, frame_tokens, text, cameras)
             updated.append(layer)
-        shift, scale = self.weights["head.modulation"][0].to(self.wide) + e
-        out = self.linear("head.head", layer_norm_modulate(x, shift, scale, cfg.eps, out_dtype=self.dtype))
-        out = out.view(batch, frames, rows, columns, ph, pw, cfg.out_channels).permute(0, 6, 1, 2, 4, 3, 5)
-        return out.reshape(batch, cfg.out_channels, frames, height, width).to(self.wide), updated
+        return self.head(x, e, (frames, rows, columns)), updated
 
     @torch.no_grad()
     def denoise_chunk(
@@ -182,11 +204,13 @@ class PlainLingBotWorld:
         start_frame: int,
         camera: Tensor | None = None,
         context: list[KeyValue] | None = None,
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """(clean latents, context after the context update) without an image condition; noise and renoise as
+        """(clean latents, context after the context update); noise, renoise and condition as
         `CausalDenoisingStage.denoise_chunk` takes them.
         """
-        condition = noise.new_zeros(noise.shape[0], self.cfg.in_channels - noise.shape[1], *noise.shape[2:])
+        if condition is None:
+            condition = noise.new_zeros(noise.shape[0], self.cfg.in_channels - noise.shape[1], *noise.shape[2:])
         x = noise
         for step, (time, sigma) in enumerate(zip(schedule.times, schedule.sigmas, strict=True)):
             if step:

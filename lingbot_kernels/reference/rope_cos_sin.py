@@ -53,8 +53,10 @@ def rope_cos_sin(
 
 
 def apply_rope(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (2i, 2i + 1) of x [B, S, H, head_dim] by cos_sin [S, head_dim]; one rounding to x's dtype."""
+    """Rotate the pairs (2i, 2i + 1) of x [B, S, H, head_dim] by cos_sin [S, head_dim] or [B, S, head_dim]; one rounding
+    to x's dtype.
+    """
     accumulate = accumulation_dtype(x.dtype)
-    cos, sin = cos_sin.to(accumulate)[:, None].chunk(2, dim=-1)
+    cos, sin = cos_sin.to(accumulate).unsqueeze(-2).chunk(2, dim=-1)
     a, b = x.to(accumulate).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
