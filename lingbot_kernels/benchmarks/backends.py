@@ -21,10 +21,12 @@ _MATRIX_PRODUCTS = "torch"
 GRID_480P = (30, 52)  # rows and columns of tokens of a frame of 480x832 pixels
 
 
-def _chosen(op: str, device_type: str, dtype: torch.dtype, tokens: int, dim: int, head_dim: int) -> str:
+def _chosen(op: str, device_type: str, dtype: torch.dtype, tokens: int, dim: int, head_dim: int, keys: int) -> str:
+    """`keys`: that attention sees."""
     forced_reference = _dispatch.requested_backend() == "reference"
     if op == "windowed_attention":
-        return resolve_library("reference" if forced_reference else None, device_type, dtype, head_dim)
+        requested = "reference" if forced_reference else None
+        return resolve_library(requested, device_type, dtype, head_dim, tokens, keys, dim)
     if op == "linear_gelu":
         return "reference" if forced_reference else _MATRIX_PRODUCTS
     return _dispatch.resolve(op, None, device_type, dtype, tokens, dim)
@@ -40,19 +42,21 @@ def serving(
         BackendUnavailable: the backend asked for by name can't serve an op.
     """
     residual = torch.promote_types(dtype, getattr(torch, cfg.residual_dtype))
+    keys = tokens * cfg.window_frames // cfg.frames_per_chunk
     of_residual = ("layer_norm_modulate", "gated_residual_camera_norm", "residual_norm_modulate")
-    served = {"rope_cos_sin": _chosen("rope_cos_sin", device_type, torch.float32, tokens, cfg.head_dim, cfg.head_dim)}
+    width = cfg.head_dim
+    served = {"rope_cos_sin": _chosen("rope_cos_sin", device_type, torch.float32, tokens, width, width, keys)}
     int8_qk = recipe is not None and recipe.attention == "int8_qk"
     write = "norm_rope_quantize_kv_write" if int8_qk else "norm_rope_kv_write"
     for op in (f"qk_{write}", f"k_{write}", *(("int8_attention",) if int8_qk else ()), "rms_norm", *of_residual):
         op_dtype = residual if op in of_residual else dtype
-        served[op] = _chosen(op, device_type, op_dtype, tokens, cfg.dim, cfg.head_dim)
+        served[op] = _chosen(op, device_type, op_dtype, tokens, cfg.dim, cfg.head_dim, keys)
     if recipe is not None:
         for op in (*(f"{name}_quantize" for name in of_residual), "rotate_quantize", "int8_linear"):
             op_dtype = residual if op.removesuffix("_quantize") in of_residual else dtype
-            served[op] = _chosen(op, device_type, op_dtype, tokens, cfg.dim, cfg.head_dim)
+            served[op] = _chosen(op, device_type, op_dtype, tokens, cfg.dim, cfg.head_dim, keys)
     for op in ("windowed_attention", "linear_gelu"):
-        served[op] = _chosen(op, device_type, dtype, tokens, cfg.dim, cfg.head_dim)
+        served[op] = _chosen(op, device_type, dtype, tokens, cfg.dim, cfg.head_dim, keys)
     return served
 
 
@@ -64,7 +68,7 @@ def survey(device_type: str, dtype: torch.dtype, tokens: int = 4680, dim: int = 
     for op in _dispatch.OPS:
         row: dict[str, Any] = {"backend": None, "error": None}
         try:
-            row["backend"] = _chosen(op, device_type, dtype, tokens, dim, head_dim)
+            row["backend"] = _chosen(op, device_type, dtype, tokens, dim, head_dim, 6 * tokens)
         except BackendUnavailable as error:
             row["error"] = str(error)
         if op == "windowed_attention":

@@ -24,8 +24,9 @@ def collect() -> dict[str, Any]:
     """The environment of a report, plain data.
 
     Keys: lingbot_kernels, commit (as `commit_of` tells it), python, platform, cpu, cpu_cores (that this process may
-    use), torch, torch_threads, torch_cuda, cudnn, triton, flash_attn_4, matplotlib, driver, gpus (name, compute
-    capability, bytes), core (None, or version, cpu_isa, cuda, cuda_architectures), core_missing (why there is none).
+    use), torch, torch_threads, torch_cuda, cudnn, triton, flash_attn_4, fa3_fwd, matplotlib, driver, gpus (name,
+    compute capability, bytes), core (None, or version, cpu_isa, cuda, cuda_architectures), core_missing (why there is
+    none).
     """
     cuda = torch.cuda.is_available()
     core = _native.core()
@@ -42,6 +43,7 @@ def collect() -> dict[str, Any]:
         "cudnn": _cudnn(),
         "triton": _triton(),
         "flash_attn_4": _version("flash-attn-4"),
+        "fa3_fwd": _version("fa3-fwd"),
         "matplotlib": _version("matplotlib"),
         "driver": driver_version(),
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if cuda else [],

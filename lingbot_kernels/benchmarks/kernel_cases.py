@@ -8,6 +8,7 @@ from typing import Any
 FRAMES_PER_CHUNK = 3
 WINDOW_FRAMES = 18
 SINK_FRAMES = 3
+TEXT_KEYS = 512
 
 
 @dataclass(frozen=True)

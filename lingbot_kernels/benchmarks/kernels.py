@@ -93,7 +93,7 @@ class KernelBench:
         if self.plan.backends:
             return [name for name in self.plan.backends if name in problem.backends]
         unused = ("cuda", "triton") if self.device.type == "cpu" else ("cpu",)
-        libraries = ("fa4", "cudnn") if self.device.type == "cpu" else ()
+        libraries = ("fa4", "fa3", "cudnn") if self.device.type == "cpu" else ()
         return [name for name in problem.backends if name not in (*unused, *libraries)]
 
     def _add(self, row: Row) -> None:
@@ -186,8 +186,7 @@ def _bare_product(inputs: Inputs) -> timing.Thunk:
 def _why_not(problem: Problem, backend: str, device: torch.device) -> str | None:
     """None where this backend can serve the problem on this device, else what is missing."""
     if problem.op == "windowed_attention":
-        head_dim = problem.shape[-1]
-        return attention_why_not(backend, device.type, problem.dtype, head_dim)
+        return attention_why_not(backend, device.type, problem.dtype, problem.shape[-1])
     return None if backend == "auto" else _dispatch.why_not(problem.op, backend, device.type, problem.dtype)
 
 

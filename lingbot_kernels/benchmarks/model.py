@@ -269,6 +269,8 @@ class ModelBench:
         With `epilogues` the products add their bias and apply the MLP's activation, as the model's do.
         """
         cfg, library = self.config, session.library
+        keys = texts[0][0].shape[1]
+        of_text = resolve_library(None, self.device.type, torch.bfloat16, cfg.head_dim, own_tokens, keys, cfg.dim)
         factory: dict[str, Any] = {"device": self.device, "dtype": torch.bfloat16}
         x, hidden = torch.randn(own_tokens, cfg.dim, **factory), torch.randn(own_tokens, cfg.ffn_dim, **factory)
         q = torch.randn(1, self.tokens, own_heads, cfg.head_dim, **factory)
@@ -300,7 +302,7 @@ class ModelBench:
                 attend(ring)
                 product(x, block.self_attn.o)
                 product(x, block.cross_attn.q)
-                _attend(q_text, *text, library, False)
+                _attend(q_text, *text, of_text, False)
                 product(x, block.cross_attn.o)
                 product(x, block.ffn[0], activated=True)
                 product(hidden, block.ffn[2])
@@ -414,7 +416,9 @@ class BenchSession:
     def __init__(self, bench: ModelBench, model: CausalLingBotTransformer) -> None:
         self.bench, self.model = bench, model
         cfg, device = model.config, bench.device
-        self.library = resolve_library(None, device.type, model.dtype, cfg.head_dim)
+        heads = cfg.num_heads // model.shard_group.ranks
+        shape = (bench.tokens, bench.window, heads * cfg.head_dim)
+        self.library = resolve_library(None, device.type, model.dtype, cfg.head_dim, *shape)
         self.state = RealtimeCausalDiTState(camera_cache=bench.plan.camera_cache)
         self.timer = ChunkTimer(device)
         self.stage = CausalDenoisingStage(model, STEPS, observe=self.timer.observe)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lingbot_kernels import ops, reference
 from lingbot_kernels.benchmarks.frame_problems import frame_problems
 from lingbot_kernels.benchmarks.int8_problems import attention_problem, norm_problems, product_problems, rotate_problems
-from lingbot_kernels.benchmarks.kernel_cases import SINK_FRAMES, WINDOW_FRAMES, KernelCase
+from lingbot_kernels.benchmarks.kernel_cases import SINK_FRAMES, TEXT_KEYS, WINDOW_FRAMES, KernelCase
 from lingbot_kernels.benchmarks.problem import (
     CACHES,
     EPS,
@@ -276,23 +276,26 @@ def _plain_attention(inputs: Inputs) -> Outputs:
     return ((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(-2),)
 
 
-def _library_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
-    tokens, heads, head_dim = case.ranks * case.tokens, case.heads // case.ranks, case.head_dim
-    visible = WINDOW_FRAMES * case.frame_tokens
-
-    def make_attention(device: torch.device) -> Inputs:
-        shape = (1, visible, heads, head_dim)
+def _windowed_attention(name: str, dtype: torch.dtype, tokens: int, keys: int, heads: int, head_dim: int) -> Problem:
+    def make(device: torch.device) -> Inputs:
+        shape = (1, keys, heads, head_dim)
         caches = {name: randn(*shape, device=device, dtype=dtype) for name in CACHES}
         q = randn(1, tokens, heads * head_dim, device=device, dtype=dtype)
         return {"q": q, **caches, "rows": spread_rows(tokens)}
 
-    yield Problem(
-        "windowed_attention", case.name, (1, tokens, visible, heads, head_dim), dtype, tokens, heads * head_dim,
-        make_attention, _op(ops.windowed_attention, ("q", *CACHES), visible), _plain_attention,
-        bytes=2 * (tokens + visible) * heads * head_dim * dtype.itemsize,
-        flops=4 * tokens * visible * heads * head_dim,
+    return Problem(
+        "windowed_attention", name, (1, tokens, keys, heads, head_dim), dtype, tokens, heads * head_dim,
+        make, _op(ops.windowed_attention, ("q", *CACHES), keys), _plain_attention,
+        bytes=2 * (tokens + keys) * heads * head_dim * dtype.itemsize, flops=4 * tokens * keys * heads * head_dim,
         backends=tuple(name for name in LIBRARIES if name != "reference"), judged=judged_rows, ceiling="",
     )  # fmt: skip
+
+
+def _library_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
+    tokens, heads, head_dim = case.ranks * case.tokens, case.heads // case.ranks, case.head_dim
+    visible = WINDOW_FRAMES * case.frame_tokens
+    yield _windowed_attention(case.name, dtype, tokens, visible, heads, head_dim)
+    yield _windowed_attention(f"{case.name}-text", dtype, case.tokens, TEXT_KEYS, case.heads, head_dim)
     yield attention_problem(case, visible)
     count = 4
 

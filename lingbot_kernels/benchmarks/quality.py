@@ -6,7 +6,8 @@ The report (`--json`) is one object:
   "checkpoint").
 - settings: dtype and residual_dtype (of the model), chunks, tokens_per_chunk, window_frames, recipe, min_psnr.
 - teacher_forced: precision ("bfloat16", "int8", "int8_plain": without the rotation, "fp8": e4m3 with a scale a row, on
-  the same products, "int8_qk": int8, and self-attention's Q and K, where the network can) -> psnr_db (one a chunk),
+  the same products, "int8_qk": int8, and self-attention's Q and K, where the network can, "int8_fp8_attention": int8,
+  and self-attention by FlashAttention-3 in fp8 with V's mean taken out, where fa3-fwd can) -> psnr_db (one a chunk),
   error (the worst chunk's relative error). The history is the float32 rollout's: every chunk is denoised after its
   clean chunks.
 - free_rollout: precision -> psnr_db and error where each rollout goes on from its own chunks: how far it drifts.
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels.benchmarks import environment
+from lingbot_kernels.benchmarks.fp8_attention import in_fp8_attention, why_not_fp8
 from lingbot_kernels.benchmarks.gate import relative_error
 from lingbot_kernels.benchmarks.replaced_layers import (
     Fp8Linear,
@@ -55,7 +57,8 @@ from lingbot_kernels.realtime.memory import session_memory, weights_memory
 from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 
 BELOW_BFLOAT16 = {"plain": 6.0, "loud": 7.0, "checkpoint": 7.0}  # dB that it may lie below bfloat16
-OWN_ROLLOUTS = ("bfloat16", "int8", "int8_qk")  # precisions that also go on from their own chunks, and are timed
+FP8_ATTENTION = "int8_fp8_attention"
+OWN_ROLLOUTS = ("bfloat16", "int8", "int8_qk", FP8_ATTENTION)  # these go on from their own chunks too, and are timed
 TIMED_STEPS = 10
 
 
@@ -151,6 +154,7 @@ class QualityBench:
             "int8_plain": lambda: self.in_int8(dataclasses.replace(recipe, rotate=False)),
             "fp8": lambda: replaced(self.model, layer_names(self.layers, recipe), Fp8Linear),
             **({"int8_qk": lambda: self.in_int8_qk(recipe)} if why_not_int8_qk(self.model) is None else {}),
+            **({FP8_ATTENTION: lambda: self.in_fp8_attention(recipe)} if why_not_fp8(self.model) is None else {}),
         }
 
     @contextmanager
@@ -171,6 +175,12 @@ class QualityBench:
                 yield
             finally:
                 self.model.recipe = None
+
+    @contextmanager
+    def in_fp8_attention(self, recipe: Int8Recipe) -> Iterator[None]:
+        """The products in int8, and self-attention in fp8, of the sessions that begin within."""
+        with self.in_int8(recipe), in_fp8_attention(self.model):
+            yield
 
     @contextmanager
     def widened(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ NAMES = {
     "int8_plain": "int8, not rotated",
     "fp8": "fp8, a scale a row",
     "int8_qk": "int8, Q and K too",
+    "int8_fp8_attention": "int8, attention in fp8 (FA3)",
 }
 MOST_BLOCKS = 5  # the loudest, on the screen; the JSON has all
 

@@ -163,6 +163,7 @@ def _environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("cuDNN", found["cudnn"] or "none"),
         ("triton", found["triton"] or "not installed"),
         ("flash-attn-4", found["flash_attn_4"] or "not installed (extra fa4)"),
+        ("fa3-fwd", found["fa3_fwd"] or "not installed (extra fa3)"),
         ("matplotlib", found["matplotlib"] or "not installed (extra plot)"),
         ("compiled core", core_text),
     ]

@@ -13,9 +13,11 @@ from typing import Any
 from lingbot_kernels.benchmarks.rows import GREEN, latest
 from lingbot_kernels.files import write_text
 from lingbot_kernels.ops import _winners
-from lingbot_kernels.ops._winners import Winners
+from lingbot_kernels.ops._winners import AttentionWinners, Winners
+from lingbot_kernels.ops.windowed_attention import USUAL
 
 KERNELS = ("cuda", "triton")
+ATTENTION = ("fa4", "fa3", "cudnn", "sdpa")
 MARGIN = 1.02  # a backend has to be this much faster for a rule of its own
 BEGIN, END = "# Begin of the measured table.", "# End of the measured table."
 
@@ -69,8 +71,34 @@ def decide(measured: dict[Shape, float]) -> Winners:
     return Winners(default, tuple(rules))
 
 
-def render(winners: Winners, source: str) -> str:
-    """The table's lines as they stand in the file, markers included."""
+def attention_times(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, int, int], dict[str, float]]:
+    """(Queries, keys, dim) -> library -> microseconds, of bfloat16 attention that several serve with a green gate."""
+    times: dict[tuple[int, int, int], dict[str, float]] = {}
+    for row in latest(rows):
+        if row["op"] == "windowed_attention" and row.get("dtype") == "bfloat16" and row["backend"] in ATTENTION:
+            _, queries, keys, heads, head_dim = row["shape"]
+            if row["gate"] == GREEN and row["p50_us"]:
+                times.setdefault((queries, keys, heads * head_dim), {})[row["backend"]] = row["p50_us"]
+    return {shape: by_library for shape, by_library in sorted(times.items()) if len(by_library) > 1}
+
+
+def decide_attention(times: dict[tuple[int, int, int], dict[str, float]]) -> AttentionWinners:
+    """A rule for each shape at which what would be taken is more than the margin slower than the fastest.
+
+    In ascending order: a rule that starts at a shape changes no shape before it.
+    """
+    rules: list[tuple[int, int, int, str]] = []
+    for shape, by_library in sorted(times.items()):
+        best = min(by_library, key=lambda name: by_library[name])
+        usual = next((name for name in USUAL if name in by_library), best)
+        taken = AttentionWinners(tuple(rules)).pick(*shape) or usual
+        if by_library.get(taken, math.inf) > MARGIN * by_library[best]:
+            rules.append((*shape, best))
+    return AttentionWinners(tuple(rules))
+
+
+def render(winners: Winners, attention: AttentionWinners, source: str) -> str:
+    """The tables' lines as they stand in the file, markers included."""
     rules = "()"
     if winners.rules:
         lines = "".join(
@@ -80,11 +108,17 @@ def render(winners: Winners, source: str) -> str:
     table = f'CUDA_WINNERS = Winners(default="{winners.default}", rules=())'
     if winners.rules:
         table = f'CUDA_WINNERS = Winners(\n    default="{winners.default}",\n    rules={rules},\n)'
-    return f"{BEGIN}\n# {source}\n{table}\n{END}"
+    libraries = "ATTENTION_WINNERS = AttentionWinners()"
+    if attention.rules:
+        of_attention = "".join(
+            f'        ({queries}, {keys}, {dim}, "{library}"),\n' for queries, keys, dim, library in attention.rules
+        )
+        libraries = f"ATTENTION_WINNERS = AttentionWinners(\n    rules=(\n{of_attention}    ),\n)"
+    return f"{BEGIN}\n# {source}\n{table}\n{libraries}\n{END}"
 
 
-def update(rows: Iterable[dict[str, Any]], path: Path | None = None) -> Winners:
-    """Rewrite the table between its markers from `rows`, and return it.
+def update(rows: Iterable[dict[str, Any]], path: Path | None = None) -> tuple[Winners, AttentionWinners]:
+    """Rewrite the tables between their markers from `rows`, and return them.
 
     Args:
         path: of the file; the package's own where None.
@@ -93,7 +127,7 @@ def update(rows: Iterable[dict[str, Any]], path: Path | None = None) -> Winners:
         ValueError: no row pair to decide by, rows of several GPUs, or a file without markers; nothing is written then.
     """
     path = Path(_winners.__file__) if path is None else path
-    rows = [row for row in latest(rows) if row["backend"] in KERNELS and row["gate"] == GREEN]
+    rows = [row for row in latest(rows) if row["backend"] in (*KERNELS, *ATTENTION) and row["gate"] == GREEN]
     measured = ratios(rows)
     if not measured:
         raise ValueError("no op has green rows of both cuda and triton for one shape: there is nothing to decide by")
@@ -105,7 +139,7 @@ def update(rows: Iterable[dict[str, Any]], path: Path | None = None) -> Winners:
         raise ValueError(f"{path}: must hold the lines {BEGIN!r} and {END!r} once each")
     newest = max(rows, key=lambda row: row.get("date", ""))
     source = f"{gpus[0]}, torch {newest['torch']}, triton {newest['triton']}, commit {newest['commit']}."
-    winners = decide(measured)
+    winners, attention = decide(measured), decide_attention(attention_times(rows))
     before, rest = text.split(BEGIN)
-    write_text(path, before + render(winners, source) + rest.split(END)[1])
-    return winners
+    write_text(path, before + render(winners, attention, source) + rest.split(END)[1])
+    return winners, attention

@@ -35,7 +35,7 @@ def _known(option: str, names: Iterable[str], known: Iterable[str]) -> None:
     "--backends",
     item=Name(),
     metavar="NAMES",
-    help="cuda, triton, cpu, reference; fa4, cudnn, sdpa; auto (linear_gelu).",
+    help="cuda, triton, cpu, reference; fa4, fa3, cudnn, sdpa; auto (linear_gelu).",
 )
 @_bench("--device", type=Device(), default="auto", show_default=True, help="auto, cuda, cuda:N or cpu.")
 @_bench("--peers/--no-peers", default=True, show_default=True, help="Measure what people use today as well.")
@@ -151,8 +151,10 @@ def _conclude(
         from lingbot_kernels.benchmarks import winners
 
         try:
-            table = winners.update(known)
+            table, libraries = winners.update(known)
         except (ValueError, OSError) as error:
             outputs.failures.append(f"--update-winners: {error}")
         else:
-            click.echo(f"winners: default {table.default}, {len(table.rules)} rules")
+            click.echo(
+                f"winners: default {table.default}, {len(table.rules)} rules; attention {len(libraries.rules)} rules"
+            )

@@ -188,7 +188,7 @@ def attend(
     """Attention of the chunk's Q over everything the ring holds, without a mask, a roll or a copy: [B, S, D].
 
     q [B, S, D] or [B, S, heads, head_dim]; the caches and `position` as in `norm_rope_write`. The library is the best
-    one at hand, or `backend`: "fa4", "cudnn", "sdpa" or "reference".
+    one at hand, or `backend`: "fa4", "fa3", "cudnn", "sdpa" or "reference".
     """
     keys, values = token_major(k_cache, layout), token_major(v_cache, layout)
     return ops.windowed_attention(q, keys, values, position.num_visible, backend=backend)

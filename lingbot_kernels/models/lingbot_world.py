@@ -91,7 +91,11 @@ class CausalLingBotSelfAttention(FusedLinearOwner):
         q = shard.qk_norm_rope_kv_write(
             q, k, v, norm_q.weight, norm_k.weight, cos_sin, *kv, position.ring, norm_k.eps
         )  # K and V now lie in the ring
-        return self.o(shard.exchange_output(ops.windowed_attention(q, *kv, position.num_visible)))
+        return self.o(shard.exchange_output(self.attend(q, *kv, position.num_visible)))
+
+    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, num_visible: int) -> Tensor:
+        """Attention of q over the ring, whose K is not in int8: `ops.windowed_attention`."""
+        return ops.windowed_attention(q, k_cache, v_cache, num_visible)
 
     def _forward_int8(
         self, x: Taken, cos_sin: Tensor, kv: Int8KeyValue, position: ChunkPosition, update_cache_only: bool,

@@ -1,4 +1,4 @@
-"""Measured winners on CUDA: which of the two kernel backends `auto` takes for an op and shape.
+"""Measured winners on CUDA: which of the two kernel backends, or attention libraries, `auto` takes for a shape.
 
 `lingbot-kernels bench kernels --update-winners` regenerates the table below from its rows.
 """
@@ -25,6 +25,23 @@ class Winners:
         return chosen
 
 
+@dataclass(frozen=True)
+class AttentionWinners:
+    """The library of a rule (least queries, least keys, least dim, library) that applies; of several the last one
+    counts.
+    """
+
+    rules: tuple[tuple[int, int, int, str], ...] = ()
+
+    def pick(self, queries: int, keys: int, dim: int) -> str | None:
+        """None where nothing was measured that says otherwise than the usual order."""
+        chosen = None
+        for least_queries, least_keys, least_dim, library in self.rules:
+            if queries >= least_queries and keys >= least_keys and dim >= least_dim:
+                chosen = library
+        return chosen
+
+
 # Begin of the measured table.
 # NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0, commit a01237aa9532.
 CUDA_WINNERS = Winners(
@@ -37,4 +54,5 @@ CUDA_WINNERS = Winners(
         ("rms_norm", 0, 0, "triton"),
     ),
 )
+ATTENTION_WINNERS = AttentionWinners()
 # End of the measured table.

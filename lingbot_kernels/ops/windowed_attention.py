@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,12 @@ from lingbot_kernels import reference
 from lingbot_kernels.ops import _check, _dispatch, _native
 from lingbot_kernels.ops._even_segments import TILE, even_segments, hopper_multiprocessors
 from lingbot_kernels.ops._library import register
+from lingbot_kernels.ops._winners import ATTENTION_WINNERS
 from lingbot_kernels.ops.merge_segments import merge_segments
 from lingbot_kernels.ring import RingPosition, visible_segments
 
-LIBRARIES = ("fa4", "cudnn", "sdpa", "reference")
+LIBRARIES = ("fa4", "fa3", "cudnn", "sdpa", "reference")
+USUAL = ("fa4", "cudnn", "sdpa", "reference")  # what `auto` takes the first of, where no winner was measured
 
 
 @functools.cache
@@ -30,11 +33,32 @@ def _flash_attention_4() -> Callable[..., tuple[Tensor, Tensor]] | str:
     return flash_attn_func
 
 
+@functools.cache
+def _fa3_missing() -> str | None:
+    try:
+        import fa3_fwd_interface  # noqa: F401
+    except ImportError as error:
+        return f"fa3-fwd is not importable ({error}); install lingbot-kernels[fa3]"
+    return None
+
+
+def flash_attention_3() -> Callable[..., Any]:
+    """FlashAttention-3's forward."""
+    from fa3_fwd_interface import flash_attn_func
+
+    return flash_attn_func  # type: ignore[no-any-return]
+
+
 @torch.compiler.assume_constant_result  # torch.compile can trace neither an import that fails nor cuDNN's question
 def _not_installed(library: str) -> str | None:
-    """What this machine lacks for "cudnn" or "fa4"."""
+    """What this machine lacks for "cudnn", "fa3" or "fa4"."""
     if library == "cudnn":
         return None if torch.backends.cudnn.is_available() else "torch was built without cuDNN"
+    if library == "fa3":
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) != (9, 0):
+            return f"fa3-fwd serves GPUs of compute capability 9.0, not {major}.{minor}"
+        return _fa3_missing()
     if torch.cuda.get_device_capability()[0] < 9:
         return "flash-attn-4 needs compute capability 9.0 or more"
     found = _flash_attention_4()
@@ -49,19 +73,27 @@ def why_not(library: str, device_type: str, dtype: torch.dtype, head_dim: int) -
         return f"serves CUDA tensors, not {device_type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"serves bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if library == "fa3" and dtype != torch.bfloat16:
+        return "serves bfloat16, not float16: fa3-fwd is built without it"
     if head_dim % 8 or head_dim > 128:
         return f"serves head_dim up to 128, a multiple of 8, not {head_dim}"
     return _not_installed(library)
 
 
-@functools.lru_cache(maxsize=256)
-def resolve_library(requested: str | None, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """The attention library for these tensors: the one asked for, else the first of fa4, cudnn, sdpa that can serve.
+@functools.lru_cache(maxsize=4096)
+def resolve_library(
+    requested: str | None, device_type: str, dtype: torch.dtype, head_dim: int, queries: int = 0, keys: int = 0,
+    dim: int = 0,
+) -> str:  # fmt: skip
+    """The attention library for these tensors: the one asked for, else the measured winner of this shape where there is
+    one and it can serve, else the first of fa4, cudnn, sdpa that can.
 
     Raises ValueError for an unknown name, BackendUnavailable where the one asked for can't serve.
     """
     if requested in (None, "auto"):
-        return next(name for name in LIBRARIES if why_not(name, device_type, dtype, head_dim) is None)
+        winner = ATTENTION_WINNERS.pick(queries, keys, dim) if device_type == "cuda" else None
+        order = USUAL if winner is None else (winner, *USUAL)
+        return next(name for name in order if why_not(name, device_type, dtype, head_dim) is None)
     if requested not in LIBRARIES:
         if requested in _dispatch.BACKENDS:
             _dispatch.resolve("windowed_attention", requested, device_type, dtype)
@@ -75,6 +107,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, library: str, with_lse: bool) -> tu
     if library == "fa4":
         out, lse = _flash_attention_4()(q, k, v, return_lse=with_lse)[:2]  # type: ignore[operator]
         return out, lse
+    if library == "fa3":
+        found = flash_attention_3()(
+            q, k, v, softmax_scale=q.shape[-1] ** -0.5, causal=False, return_attn_probs=with_lse
+        )
+        return found if with_lse else (found, None)
     queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
     if library == "cudnn":
         out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(queries, keys, values, None, with_lse)[:2]
@@ -184,7 +221,8 @@ def windowed_attention(
             chunk is.
         last_key_count: how many equal keys slot num_visible - 1 stands for, with `recent` 1 alone. Where it isn't 1, a
             library attends to that key apart and the two are merged by log-sum-exp; 1 gives the bits of no count.
-        backend: "fa4" (flash-attn-4), "cudnn", "sdpa", "reference" or "auto", which takes the first that can serve.
+        backend: "fa4" (flash-attn-4), "fa3" (fa3-fwd), "cudnn", "sdpa", "reference" or "auto": the winner measured at
+            such a shape, or else the first of fa4, cudnn and sdpa that can serve.
 
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the library asked for by name can't serve.
@@ -214,6 +252,7 @@ def windowed_attention(
         segments = visible_segments(ring, q.shape[1], capacity, num_visible, recent)
     if backend is None and _dispatch.requested_backend() == "reference":
         backend = "reference"
-    library = resolve_library(backend, q.device.type, q.dtype, head_dim)
+    keys = sum(stop - start for start, stop in segments)
+    library = resolve_library(backend, q.device.type, q.dtype, head_dim, q.shape[1], keys, heads * head_dim)
     bounds = [bound for segment in segments for bound in segment]
     return _op(q, k_cache, v_cache, bounds, library, float(last_key_count))

@@ -11,7 +11,7 @@ import pytest
 
 from lingbot_kernels.benchmarks import winners
 from lingbot_kernels.ops import _winners
-from lingbot_kernels.ops._winners import Winners
+from lingbot_kernels.ops._winners import AttentionWinners, Winners
 
 
 def row(op, tokens, dim, backend, p50_us, case=None, **more):
@@ -34,8 +34,8 @@ def table(tmp_path) -> Path:
     return path
 
 
-def loaded(path: Path) -> Winners:
-    """The table that a file holds."""
+def loaded(path: Path, name: str = "CUDA_WINNERS"):
+    """A table that a file holds."""
     spec = importlib.util.spec_from_file_location("regenerated_winners", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -43,7 +43,7 @@ def loaded(path: Path) -> Winners:
         spec.loader.exec_module(module)
     finally:
         del sys.modules[spec.name]
-    return module.CUDA_WINNERS
+    return getattr(module, name)
 
 
 def test_default_is_the_backend_that_wins_most():
@@ -79,7 +79,7 @@ def test_update_rewrites_the_table_and_nothing_else(table):
     before = table.read_text()
     rows = both("rms_norm", 4524, 5120, 10.0, 8.0) + both("gated_residual", 4524, 5120, 10.0, 20.0) * 2
     rows += both("layer_norm_modulate", 4524, 5120, 10.0, 12.0)
-    assert winners.update(rows, table) == Winners("cuda", (("rms_norm", 0, 0, "triton"),))
+    assert winners.update(rows, table) == (Winners("cuda", (("rms_norm", 0, 0, "triton"),)), AttentionWinners())
     after = table.read_text()
     assert loaded(table).pick("rms_norm", 7, 7) == "triton"
     assert loaded(table).pick("gated_residual", 4524, 5120) == "cuda"
@@ -108,6 +108,39 @@ def test_rows_that_decide_nothing_are_left_out():
 def test_the_last_measurement_counts_and_variants_enter_as_a_mean():
     rows = both("a", 1, 1, 1.0, 9.0) + both("a", 1, 1, 1.0, 2.0) + both("a", 1, 1, 1.0, 8.0, case="s1-d1-wrap")
     assert winners.ratios(rows) == pytest.approx({("a", 1, 1): 4.0})
+
+
+def attention(queries, keys, heads, library, p50_us, **more):
+    shape = (1, queries, keys, heads, 128)
+    return row(
+        "windowed_attention", queries, 128 * heads, library, p50_us, f"s{queries}-k{keys}-{heads}", shape=shape,
+        dtype="bfloat16", **more,
+    )  # fmt: skip
+
+
+def test_attention_is_decided_by_queries_keys_and_width(table):
+    rows = [attention(4524, 512, 40, name, us) for name, us in (("fa4", 115), ("fa3", 124), ("cudnn", 88))]
+    rows += [attention(4524, 27144, 40, name, us) for name, us in (("fa4", 3315), ("fa3", 3220), ("cudnn", 4600))]
+    rows += [attention(4680, 28080, 12, "fa4", 1123), attention(4680, 28080, 12, "fa3", 1110)]  # within the margin
+    rows += [attention(9000, 900, 40, "fa3", 1.0), attention(9000, 900, 40, "fa4", 9.0, gate="red")]  # of one alone
+    decided = winners.decide_attention(winners.attention_times(rows))
+    assert decided.rules == ((4524, 512, 5120, "cudnn"), (4524, 27144, 5120, "fa3"))
+    assert decided.pick(4524, 512, 5120) == "cudnn" and decided.pick(4524, 27144, 5120) == "fa3"
+    assert decided.pick(4680, 28080, 1536) is None and decided.pick(1131, 27144, 5120) is None
+    assert winners.update([*rows, *both("a", 1, 1, 1.0, 2.0)], table)[1] == decided
+    assert loaded(table, "ATTENTION_WINNERS").rules == decided.rules
+
+
+def test_every_measured_shape_of_attention_gets_a_winner():
+    shapes = [(queries, keys, dim) for queries in (1131, 4524) for keys in (512, 27144) for dim in (1536, 5120)]
+    for pattern in itertools.product(("fa4", "fa3", "cudnn"), repeat=len(shapes)):
+        times = {
+            shape: {name: 1.0 if name == best else 2.0 for name in ("fa4", "fa3", "cudnn")}
+            for shape, best in zip(shapes, pattern, strict=True)
+        }
+        decided = winners.decide_attention(times)
+        for shape, best in zip(shapes, pattern, strict=True):
+            assert (decided.pick(*shape) or "fa4") == best
 
 
 def test_refusals_leave_the_file_alone(table):

@@ -120,7 +120,7 @@ def test_linear_gelu() -> None:
     assert_as_good(ops.linear_gelu(*args), plain, reference.linear_gelu(*(a.double() for a in args)))
 
 
-@pytest.mark.parametrize("library", ["fa4", "cudnn", "sdpa"])
+@pytest.mark.parametrize("library", ["fa4", "fa3", "cudnn", "sdpa"])
 @pytest.mark.parametrize("visible", [200, 333, 512])
 @pytest.mark.parametrize("recent", [None, 100, 250])
 def test_windowed_attention(library: str, visible: int, recent: int | None) -> None:
@@ -144,7 +144,7 @@ def test_windowed_attention(library: str, visible: int, recent: int | None) -> N
     assert error <= 3 * (plain.double() - exact).norm() / exact.norm() + 2.0**-9
 
 
-@pytest.mark.parametrize("library", ["fa4", "cudnn", "sdpa"])
+@pytest.mark.parametrize("library", ["fa4", "fa3", "cudnn", "sdpa"])
 @pytest.mark.parametrize("keys", [2, 41, 130])
 def test_a_key_that_counts_for_several(library: str, keys: int) -> None:
     """As near to float64 as the same library over the repeated key."""

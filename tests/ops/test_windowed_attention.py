@@ -203,12 +203,14 @@ def test_refusals(case: str) -> None:
 
 def test_libraries_that_cannot_serve_say_why() -> None:
     a = arguments(torch.bfloat16)
-    for name in ("fa4", "cudnn"):
+    for name in ("fa4", "fa3", "cudnn"):
         with pytest.raises(ops.BackendUnavailable, match=f"backend '{name}' can't serve: serves CUDA tensors, not cpu"):
             ops.windowed_attention(**a, backend=name)
     with pytest.raises(ops.BackendUnavailable, match="backend 'cpu' can't serve: attention is left to a library"):
         ops.windowed_attention(**a, backend="cpu")
-    with pytest.raises(ValueError, match="backend: got 'flash', must be auto or one of fa4, cudnn, sdpa, reference"):
+    with pytest.raises(
+        ValueError, match="backend: got 'flash', must be auto or one of fa4, fa3, cudnn, sdpa, reference"
+    ):
         ops.windowed_attention(**a, backend="flash")
 
 
