@@ -7,6 +7,8 @@ noise of flow matching stays white in the pixels, and the loss is the error of t
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -18,14 +20,15 @@ _MEAN = (0.5, 0.5, 0.5, 0.25)
 _STD = (0.21, 0.21, 0.21, 0.17)
 
 
-def _scales(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, dtype=pixels.dtype, device=pixels.device) for values in (_MEAN, _STD))
-    return mean.view(4, 1, 1, 1), std.view(4, 1, 1, 1)
+@functools.lru_cache(maxsize=16)
+def _scales(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, dtype=dtype, device=device).view(4, 1, 1, 1) for values in (_MEAN, _STD))
+    return mean, std
 
 
 def encode(pixels: Tensor) -> Tensor:
     """[B, 4, F, H, W] red, green, blue from 0 to 1 and nearness -> latents [B, 16, F, H / 2, W / 2]."""
-    mean, std = _scales(pixels)
+    mean, std = _scales(pixels.dtype, str(pixels.device))
     batch, planes, frames, height, width = pixels.shape
     if planes != 4 or height % SIDE or width % SIDE:
         raise ValueError(f"pixels: got shape {list(pixels.shape)}, must be [B, 4, F, H, W] with even H and W")
@@ -37,7 +40,7 @@ def decode(latents: Tensor) -> Tensor:
     """The inverse of `encode`."""
     batch, _, frames, rows, columns = latents.shape
     cells = latents.view(batch, 4, SIDE, SIDE, frames, rows, columns).permute(0, 1, 4, 5, 2, 6, 3)
-    mean, std = _scales(latents)
+    mean, std = _scales(latents.dtype, str(latents.device))
     return cells.reshape(batch, 4, frames, rows * SIDE, columns * SIDE) * std + mean
 
 

@@ -7,7 +7,9 @@ a sun, and mountains all around.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,22 +79,32 @@ class Scene:
         distance = torch.hypot(x[..., None] - px, z[..., None] - pz)
         return (x.abs() <= FREE) & (z.abs() <= FREE) & (distance >= radius + CLEARANCE).all(-1)
 
-    def render(self, poses: Tensor, height: int, width: int, samples: int = 2) -> Tensor:
+    def render(
+        self,
+        poses: Tensor,
+        height: int,
+        width: int,
+        samples: int = 2,
+        cast: Callable[..., list[Tensor]] | None = None,
+    ) -> Tensor:
         """Pictures float32 [N, 4, height, width] of poses [N, 4, 4] camera to world: red, green and blue from 0 to 1,
         and nearness 1 / (1 + depth along the camera's axis), 0 for the sky; a pixel is the mean of samples x samples
         rays.
+
+        Args:
+            cast: in place of `self.cast`: a compiled one.
         """
-        rays = camera_rays(height, width, samples, poses.device)
+        rays = camera_rays(height, width, samples, str(poses.device))
         poses = poses.to(torch.float32)
         directions = torch.einsum("nij,jp->nip", poses[:, :3, :3], rays)
         origins = poses[:, :3, 3, None]
-        values = torch.stack(self._cast(*origins.unbind(1), *directions.unbind(1)), 1)  # [N, 4, rays]
+        values = torch.stack((cast or self.cast)(*origins.unbind(1), *directions.unbind(1)), 1)  # [N, 4, rays]
         values = values.view(len(poses), 4, height, samples, width, samples)
         return values.mean((3, 5))
 
-    def _cast(self, ox: Any, oy: Any, oz: Any, dx: Any, dy: Any, dz: Any) -> list[Tensor]:
-        """(red, green, blue, nearness) of the nearest surface; the rays' z is 1 in the camera's axes, so that the
-        distance along a ray is the depth.
+    def cast(self, ox: Any, oy: Any, oz: Any, dx: Any, dy: Any, dz: Any) -> list[Tensor]:
+        """(red, green, blue, nearness) of the nearest surface along rays from (ox, oy, oz) towards (dx, dy, dz). The
+        rays' z is 1 in the camera's axes: the distance along a ray is the depth.
         """
         depth = torch.full_like(dx, _FAR)
         colour = self._sky(dx, dy, dz)
@@ -142,7 +154,8 @@ class Scene:
         return [torch.where(mountain, stone, value) for stone, value in zip(rock, sky, strict=True)]
 
 
-def camera_rays(height: int, width: int, samples: int, device: torch.device | str) -> Tensor:
+@functools.lru_cache(maxsize=16)
+def camera_rays(height: int, width: int, samples: int, device: str) -> Tensor:
     """float32 [3, (height * samples) * (width * samples)]: rays of the default camera through each sample, z = 1."""
     fx, fy, cx, cy = fit_intrinsics(DEFAULT_INTRINSICS, height, width)[0]
     x, y = (

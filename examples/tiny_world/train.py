@@ -30,6 +30,7 @@ from lingbot_kernels.reference.lingbot_world import PlainLingBotWorld
 from lingbot_kernels.stages.schedule import warp
 from tiny_world import latents, pictures
 from tiny_world.journeys import Journeys, Noise, roll_plain
+from tiny_world.muon import Muon
 from tiny_world.network import SCHEDULE, SHIFT, ClipFlow, initial_weights, world_config
 from tiny_world.scene import DEFAULT_SEED, Scene
 from tiny_world.walks import Rays, Walks, random_walks
@@ -48,6 +49,7 @@ class Settings:
         steps: steps in all; 0: as many as the minutes allow.
         minutes: of training in all where `steps` is 0.
         rate: peak of the learning rate.
+        muon: 1: Muon for the blocks' matrices, 0: AdamW for all.
         own_past: share of the training after which steps see predicted pasts.
         repeats: steps on one batch from then on.
     """
@@ -64,7 +66,8 @@ class Settings:
     chunks: int = 8
     steps: int = 0
     minutes: float = 24.0
-    rate: float = 1e-3
+    rate: float = 1.5e-3
+    muon: int = 0
     own_past: float = 0.3
     repeats: int = 3
 
@@ -99,11 +102,17 @@ class Settings:
 def draw_times(clips: int, chunks: int, generator: torch.Generator) -> Tensor:
     """Sigmas float32 [clips, chunks]: nine in ten are those of the sampler's steps, the others anywhere."""
     device = generator.device
-    steps = torch.tensor(SCHEDULE.sigmas, device=device)
+    steps = _sampler_sigmas(str(device))
     picked = steps[torch.randint(len(steps), (clips, chunks), generator=generator, device=device)]
     u = torch.rand(clips, chunks, generator=generator, device=device).clamp_min(0.02)
     elsewhere = torch.rand(clips, chunks, generator=generator, device=device) < 0.1
     return torch.where(elsewhere, warp(u, SHIFT), picked)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=4)
+def _sampler_sigmas(device: str) -> Tensor:
+    """Kept on the device: a copy there waits for all that was launched."""
+    return torch.tensor(SCHEDULE.sigmas, device=device)
 
 
 def flow_loss(
@@ -126,8 +135,26 @@ def flow_loss(
     return error.mean(), (noisy - sigma * predicted).detach()
 
 
+def make_optimizers(
+    weights: dict[str, Tensor], settings: Settings, device: torch.device
+) -> list[torch.optim.Optimizer]:
+    """AdamW; with `settings.muon` the blocks' matrices go to Muon."""
+    matrices = {name for name, x in weights.items() if settings.muon and name.startswith("blocks.") and x.dim() == 2}
+    rest = [x for name, x in weights.items() if name not in matrices]
+    groups = [
+        {"params": [x for x in rest if x.dim() == 2], "weight_decay": 0.01},
+        {"params": [x for x in rest if x.dim() != 2], "weight_decay": 0.0},
+    ]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98), fused=device.type == "cuda")
+    ]
+    if matrices:
+        made.append(Muon([weights[name] for name in sorted(matrices)], lr=settings.rate))
+    return made
+
+
 class Trainer:
-    """A training: its weights, their running mean, the optimizer, and how far it has come."""
+    """A training: its weights, their running mean, the optimizers, and how far it has come."""
 
     def __init__(self, settings: Settings, device: torch.device, compiled: bool = False) -> None:
         settings.check()
@@ -138,17 +165,13 @@ class Trainer:
         first = initial_weights(self.cfg, shapes, settings.seed)
         self.weights = {name: x.to(device).requires_grad_() for name, x in first.items()}
         self.mean = {name: x.detach().clone() for name, x in self.weights.items()}
-        decayed = [x for x in self.weights.values() if x.dim() == 2]
-        others = [x for x in self.weights.values() if x.dim() != 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-            lr=settings.rate, betas=(0.9, 0.98), fused=device.type == "cuda",
-        )  # fmt: skip
+        self.optimizers = make_optimizers(self.weights, settings, device)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.flow = ClipFlow(self.cfg, self.dtype, compiled)
         self.scene = Scene.make(settings.seed, device)
         self.rays = Rays(settings.rows, settings.columns, device)
-        self.render: Callable[..., Tensor] = torch.compile(self.scene.render) if compiled else self.scene.render
+        cast = torch.compile(self.scene.cast, dynamic=False) if compiled else None
+        self.render: Callable[..., Tensor] = functools.partial(self.scene.render, cast=cast)
         self.generator = torch.Generator(device)
         self.step, self.rounds, self.seconds = 0, 0, 0.0
         self.log: list[dict[str, Any]] = []
@@ -203,13 +226,15 @@ class Trainer:
         self.rounds += 1
 
     def _step(self, batch: Journeys, past: Tensor, gap: int, generator: torch.Generator) -> Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate()
         loss, predicted = flow_loss(self.flow, self.weights, batch, past, gap, generator)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_(list(self.weights.values()), 1.0, foreach=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         keep = min(0.999, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -246,7 +271,7 @@ class Trainer:
             "settings": dataclasses.asdict(self.settings), "step": self.step, "rounds": self.rounds,
             "seconds": self.seconds, "log": self.log, "losses": self._losses,
             "weights": {name: x.detach() for name, x in self.weights.items()}, "mean": self.mean,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
@@ -259,7 +284,8 @@ class Trainer:
             for own, stored in ((self.weights, state["weights"]), (self.mean, state["mean"])):
                 for name, x in own.items():
                     x.copy_(stored[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
         self.step, self.rounds, self.seconds = state["step"], state["rounds"], state["seconds"]
         self.log, self._losses = list(state["log"]), list(state["losses"])
 
@@ -298,6 +324,13 @@ class Trainer:
         return report
 
 
+def save_state(trainer: Trainer, path: Path) -> None:
+    """Write what training goes on from: whole, or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(trainer.state(), partial)
+    partial.replace(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Settings):
@@ -324,10 +357,10 @@ def main() -> None:
         parser.error(str(error))
     try:
         trainer.run(options.pause_after)
-    finally:
-        partial = kept.with_suffix(".partial")
-        torch.save(trainer.state(), partial)
-        partial.replace(kept)
+    except KeyboardInterrupt:
+        save_state(trainer, kept)
+        raise
+    save_state(trainer, kept)
     (out / "loss.json").write_text(json.dumps(trainer.log, indent=1) + "\n")
     if trainer.log:
         pictures.save_curve(out / "loss.png", trainer.log)

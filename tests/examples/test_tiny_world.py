@@ -20,7 +20,7 @@ from lingbot_kernels.reference.lingbot_world import PlainLingBotWorld
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from tiny_world import evaluate, journeys, latents, network, pictures, scene, train, walks  # noqa: E402
+from tiny_world import evaluate, journeys, latents, muon, network, pictures, scene, train, walks  # noqa: E402
 
 SMALL = {"dim": 48, "layers": 2, "heads": 2, "ffn": 64, "side": 2, "height": 8, "width": 16, "clips": 2, "chunks": 3}
 
@@ -168,7 +168,7 @@ def test_the_world_is_small_enough_to_ship():
 
 def test_training_learns_and_goes_on_with_the_same_bits(monkeypatch, tmp_path, capsys):
     options = [f"--{name}={value}" for name, value in SMALL.items()]
-    options += ["--steps=24", "--own-past=0.4", "--repeats=2", "--rate=0.003", "--device=cpu"]
+    options += ["--steps=24", "--muon=1", "--own-past=0.4", "--repeats=2", "--rate=0.003", "--device=cpu"]
     monkeypatch.setattr(train.Trainer, "WALKS_AT_ONCE", 4)
 
     def call(*more: object) -> None:
@@ -218,6 +218,35 @@ def test_training_learns_and_goes_on_with_the_same_bits(monkeypatch, tmp_path, c
     same = [values[name][:4] == values["plain"][:4] for name in ("without sink", "without context update")]
     assert same == [True, False]  # the sink is needed no earlier than the window is full
     assert values["without sink"][4] != values["plain"][4]
+
+
+def test_a_loss_that_is_no_number_ends_training_and_leaves_the_last_state(monkeypatch, tmp_path):
+    options = [f"--{name}={value}" for name, value in SMALL.items()]
+    monkeypatch.setattr(sys, "argv", ["train", *options, "--steps=300", "--device=cpu", f"--out={tmp_path}"])
+
+    def diverged(self: train.Trainer) -> None:
+        self.step += 1
+        self._losses.append(torch.tensor(math.nan))
+
+    monkeypatch.setattr(train.Trainer, "round", diverged)
+    train.save_state(train.Trainer(train.Settings(**SMALL, steps=300), torch.device("cpu")), tmp_path / "state.pt")
+    before = (tmp_path / "state.pt").read_bytes()
+    with pytest.raises(RuntimeError, match="loss: got nan after step 100, must be finite"):
+        train.main()
+    assert (tmp_path / "state.pt").read_bytes() == before and not (tmp_path / "weights").exists()
+
+
+def test_muon_takes_steps_of_equal_singular_values():
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((3, 24, 24), (2, 40, 16), (2, 16, 40)):
+        values = torch.linalg.svdvals(muon.orthogonal(torch.randn(shape, generator=generator)))
+        assert values.min() > 0.3 and values.max() < 1.3  # of random ones the smallest is 100 times below the largest
+    weight = torch.nn.Parameter(torch.eye(8))
+    weight.grad = torch.randn(8, 8, generator=generator)
+    muon.Muon([weight], lr=0.1, weight_decay=0.0).step()
+    assert (weight - torch.eye(8)).square().mean().sqrt().item() == pytest.approx(0.02, rel=0.3)
+    with pytest.raises(ValueError, match=r"params: got a tensor of shape \[3\], must be matrices"):
+        muon.Muon([torch.zeros(3)], lr=0.1)
 
 
 def test_the_library_rolls_out_what_the_plain_network_does(courtyard):
