@@ -122,7 +122,7 @@ def flow_loss(
 
     Args:
         past: the history that chunks see [B, 16, F, h, w].
-        gap: see `ClipFlow`; behind it the second chunk can't know where it is, and doesn't count.
+        gap: see `ClipFlow`; the second chunk then goes on from the first, as if it had just been.
     """
     clean, frames = batch.latents, flow.cfg.frames_per_chunk
     clips, chunks = len(clean), clean.shape[2] // frames
