@@ -106,12 +106,12 @@ class RingAttention:
     def __call__(self, x: Tensor, table: Tensor, start_frame: int) -> Tensor:
         weights = self.weights
         q, k, v = weights.qkv(x).chunk(3, dim=-1)  # strided views: never made contiguous
-        position = lingbot.place_chunk(self.ring, start_frame * FRAME, x.shape[1])
-        q = lingbot.norm_rope_write(
-            q, k, v, weights.norm_q.weight, weights.norm_k.weight, table, *self.caches, position, EPS,
-            layout=self.layout,
-        )  # fmt: skip
-        return lingbot.attend(q, *self.caches, position, layout=self.layout)
+        with lingbot.placed_chunk(self.ring, start_frame * FRAME, x.shape[1]) as position:
+            q = lingbot.norm_rope_write(
+                q, k, v, weights.norm_q.weight, weights.norm_k.weight, table, *self.caches, position, EPS,
+                layout=self.layout,
+            )  # fmt: skip
+            return lingbot.attend(q, *self.caches, position, layout=self.layout)
 
 
 @torch.no_grad()

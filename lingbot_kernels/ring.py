@@ -126,6 +126,9 @@ class KVRing:
 
     The first forward of a chunk advances the ring, which evicts exactly the overflow, right after the sink; later
     forwards of the same chunk overwrite its slots in place.
+
+    Attributes:
+        unfinished: (first token, tokens) of a chunk that must be done again before any other, see `failed`; else None.
     """
 
     def __init__(self, capacity: int, sink: int) -> None:
@@ -136,6 +139,7 @@ class KVRing:
         self.reset()
 
     def reset(self) -> None:
+        self.unfinished: tuple[int, int] | None = None
         self._origin: int | None = None  # absolute index of the first token received
         self._end = 0  # absolute index after the last token received
         self._chunk_tokens = 0
@@ -158,6 +162,7 @@ class KVRing:
         if not possible:
             raise ValueError(f"ring: got {dict(state)}, must fit {self.capacity} slots of which {self.sink} are pinned")
         self._origin, self._end, self._chunk_tokens = values
+        self.unfinished = None
 
     @property
     def empty(self) -> bool:
@@ -182,7 +187,7 @@ class KVRing:
 
         Raises:
             ValueError: a gap, a rewind to anything but the current chunk, a chunk of another length at the current
-                position, or one of more than capacity - sink tokens.
+                position, one of more than capacity - sink tokens, or another chunk is `unfinished`.
         """
         if tokens < 1:
             raise ValueError(f"chunk: got {tokens} tokens, must be 1 or more")
@@ -192,6 +197,12 @@ class KVRing:
             )
         if start < 0:
             raise ValueError(f"start: got {start}, must be 0 or more")
+        if self.unfinished not in (None, (start, tokens)):
+            first, count = self.unfinished
+            raise ValueError(
+                f"start: got token {start} for {tokens}, must be {first} for {count}: a forward of that chunk failed "
+                "when it had overwritten keys and values that this one would see; do it again first, or reset the ring"
+            )
         received = 0 if self._origin is None else start - self._origin
         if self.empty or start == self._end:
             num_visible, advances = min(received + tokens, self.capacity), True
@@ -209,8 +220,18 @@ class KVRing:
 
     def commit(self, plan: ChunkPlan) -> None:
         """Take the position of a plan that this ring has just made."""
+        self.unfinished = None
         if plan.advances:
             if self._origin is None:
                 self._origin = plan.first_token
             self._end = plan.first_token + plan.tokens
             self._chunk_tokens = plan.tokens
+
+    def failed(self, plan: ChunkPlan) -> None:
+        """Say that forwards of the plan's chunk, from where this ring stands, failed when they may have written its
+        slots. Where another chunk would see those (they were the current chunk's, or evicted ones), `plan` refuses any
+        other from now on, until this one is committed.
+        """
+        again = self.plan(plan.first_token, plan.tokens)
+        if not again.advances or self.num_visible + plan.tokens > self.capacity:
+            self.unfinished = (plan.first_token, plan.tokens)

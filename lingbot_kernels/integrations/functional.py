@@ -1,13 +1,16 @@
 """Three calls on plain tensors in place of "norm, RoPE, roll the cache, write, attend" in a forward that isn't ours.
 
-    position = place_chunk(ring, token_start, num_tokens)                         # instead of rolling
-    q = norm_rope_write(q, k, v, q_weight, k_weight, table, k_cache, v_cache, position, eps)
-    out = attend(q, k_cache, v_cache, position)
+    with placed_chunk(ring, token_start, num_tokens) as position:                 # instead of rolling
+        q = norm_rope_write(q, k, v, q_weight, k_weight, table, k_cache, v_cache, position, eps)
+        out = attend(q, k_cache, v_cache, position)
 
 `table` comes from one of the `rope_from_*` functions, made once per chunk, or from `ops.rope_cos_sin`.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -104,8 +107,13 @@ def token_major(cache: Tensor, layout: str = "BSHD") -> Tensor:
     return cache if layout == "BSHD" else cache.transpose(1, 2)
 
 
-def place_chunk(ring: KVRing, token_start: int, num_tokens: int) -> ChunkPosition:
-    """Take the chunk's place in the ring, where other caches would be rolled. Once a forward; every layer shares it.
+@contextlib.contextmanager
+def placed_chunk(ring: KVRing, token_start: int, num_tokens: int) -> Iterator[ChunkPosition]:
+    """The chunk's place in the ring, where other caches would be rolled, around a forward; every layer shares it.
+
+    The ring takes the position once the block has succeeded. Where it raises, the ring stands where it stood, and the
+    same chunk again gives the bits of a forward that never failed. Another chunk is refused where it would see slots
+    that the block may have overwritten, until that chunk is done or the ring is reset.
 
     Args:
         ring: `KVRing(capacity, sink)`, in tokens; one a session.
@@ -113,11 +121,27 @@ def place_chunk(ring: KVRing, token_start: int, num_tokens: int) -> ChunkPositio
         num_tokens: tokens of the chunk.
 
     Raises:
-        ValueError: a gap, a step back, or a chunk that is too large; the ring is then as it was.
+        ValueError: a gap, a step back, a chunk that is too large, or another one that must be done first; the ring is
+            then as it was.
     """
     plan = ring.plan(token_start, num_tokens)
+    try:
+        yield ChunkPosition(ops.RingPosition(plan.first_slot, ring.sink), plan.num_visible)
+    except BaseException:
+        ring.failed(plan)
+        raise
     ring.commit(plan)
-    return ChunkPosition(ops.RingPosition(plan.first_slot, ring.sink), plan.num_visible)
+
+
+def place_chunk(ring: KVRing, token_start: int, num_tokens: int) -> ChunkPosition:
+    """The same position, taken by the ring at once: for an engine whose forward does not end within a block.
+
+    The ring can't know whether the forward succeeds. Where it fails, the same chunk has to be placed and done again,
+    with the bits of a forward that never failed, or the ring reset: the next chunk would see slots that are not
+    written, and nothing refuses it. Arguments and errors are those of `placed_chunk`.
+    """
+    with placed_chunk(ring, token_start, num_tokens) as position:
+        return position
 
 
 def norm_rope_write(
@@ -146,7 +170,7 @@ def norm_rope_write(
             Where a token's heads lie next to each other in memory (see `allocate_cache`), one pass does it all. Where
             each head has its own run of tokens, K and V pass through a buffer of the chunk's size and are then copied
             to their slots: right, but two passes over the chunk's K and V more.
-        position: of `place_chunk`.
+        position: of `placed_chunk` or `place_chunk`.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is written.

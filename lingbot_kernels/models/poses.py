@@ -1,4 +1,4 @@
-"""Camera poses: checks, interpolation, relative poses, and a keyboard that makes poses where there is no trajectory.
+"""Camera poses: checks, relative poses, and a keyboard that makes poses where there is no trajectory.
 All of it is float64 on the CPU: a few 4x4 matrices a frame. Axes are OpenCV's: x right, y down, z forward."""
 
 from __future__ import annotations
@@ -112,58 +112,6 @@ def check_count(value: int, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} is {value!r}, must be an integer >= 1")
     return int(value)
-
-
-def interpolate_poses(poses: Any, positions: Any) -> np.ndarray:
-    """Poses [M, 4, 4] at fractional frame indices `positions` [M], each in [0, N - 1].
-
-    Translation is linear; rotation goes at constant speed along the shorter arc (slerp).
-    """
-    poses = check_poses(poses)
-    positions = as_floats(positions, "positions")
-    last = len(poses) - 1
-    if positions.ndim != 1 or not ((positions >= 0) & (positions <= last)).all():
-        raise ValueError(f"positions must be a vector of frame indices in [0, {last}], got {positions.tolist()}")
-    low = np.minimum(positions.astype(np.int64), max(last - 1, 0))
-    high = np.minimum(low + 1, last)
-    share = (positions - low)[:, None]
-    quaternions = _quaternions(poses[:, :3, :3])
-    result = np.tile(np.eye(4), (len(positions), 1, 1))
-    result[:, :3, :3] = rotations(_slerp(quaternions[low], quaternions[high], share))
-    result[:, :3, 3] = (1 - share) * poses[low, :3, 3] + share * poses[high, :3, 3]
-    return result
-
-
-def _slerp(start: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Unit quaternions [M, 4]: sin((1 - u) a) / sin(a) * start + sin(u a) / sin(a) * end, a the angle between them."""
-    cosine = (start * end).sum(1, keepdims=True)
-    end = np.where(cosine < 0, -end, end)  # q and -q are one rotation: take the nearer
-    # atan2 of half chords is exact for small angles, where arccos of the cosine is not.
-    angle = 2 * np.arctan2(np.linalg.norm(end - start, axis=1), np.linalg.norm(end + start, axis=1))[:, None]
-    sine = np.sin(angle)
-    straight = sine < 1e-12
-    sine = np.where(straight, 1.0, sine)
-    weight_start = np.where(straight, 1 - share, np.sin((1 - share) * angle) / sine)
-    weight_end = np.where(straight, share, np.sin(share * angle) / sine)
-    return weight_start * start + weight_end * end
-
-
-def _quaternions(rotations: np.ndarray) -> np.ndarray:
-    """(w, x, y, z) [N, 4] of rotations [N, 3, 3].
-
-    The matrix 4 q q^T is linear in the rotation's entries; its row with the largest diagonal entry is q up to a factor.
-    """
-    r = rotations
-    outer = np.empty((len(r), 4, 4))
-    trace = r[:, 0, 0] + r[:, 1, 1] + r[:, 2, 2]
-    outer[:, 0, 0] = 1 + trace
-    for i, (j, k) in enumerate(((1, 2), (2, 0), (0, 1))):
-        outer[:, i + 1, i + 1] = 1 + 2 * r[:, i, i] - trace
-        outer[:, 0, i + 1] = outer[:, i + 1, 0] = r[:, k, j] - r[:, j, k]
-        outer[:, j + 1, k + 1] = outer[:, k + 1, j + 1] = r[:, j, k] + r[:, k, j]
-    largest = outer.diagonal(axis1=1, axis2=2).argmax(1)
-    rows = outer[np.arange(len(r)), largest]
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def rotations(quaternions: np.ndarray) -> np.ndarray:

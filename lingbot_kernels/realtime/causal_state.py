@@ -16,7 +16,7 @@ from lingbot_kernels.realtime import saved_session
 from lingbot_kernels.realtime.graphs import SessionGraphs
 from lingbot_kernels.realtime.kv_cache import CacheLayout, CrossAttentionCache, KVCache, RingMemory
 from lingbot_kernels.realtime.runtime_cache import RuntimeCache, Store, TensorIdentity, tensors_in
-from lingbot_kernels.ring import ChunkPlan, KVRing
+from lingbot_kernels.ring import ChunkPlan
 from lingbot_kernels.scalars import as_count
 
 _INSTEAD = "state.save(folder) writes it, and RealtimeCausalDiTState.load(folder, model) goes on with it"
@@ -29,7 +29,6 @@ class RealtimeCausalDiTState:
         kv_cache: self-attention's K/V ring; None before the first forward.
         graphs: CUDA graphs of this session's forwards; unused on other devices.
         context_update: recorded at the end of a context update on a side stream; None where nobody waits for one.
-        unfinished: (first frame, frames) of a chunk that must be done again before any other; see `attempt`.
         runtime_cache: stores "rope", "time_embeddings", "camera_modulation" and "text", each with hits, misses, bytes.
 
     Args:
@@ -68,7 +67,6 @@ class RealtimeCausalDiTState:
         self.graphs = SessionGraphs()
         self.agreed_text: tuple[TensorIdentity, str] | None = None  # the prompt that the ranks of a shard compared
         self.context_update: torch.cuda.Event | None = None
-        self.unfinished: tuple[int, int] | None = None
         self._owner: object | None = None
         self._weights: object | None = None
         self._writing: ChunkPlan | None = None
@@ -96,6 +94,15 @@ class RealtimeCausalDiTState:
         """Absolute index of the current chunk's first latent frame; 0 for a fresh session."""
         return 0 if self.kv_cache is None else self.kv_cache.ring.first_token // self.kv_cache.layout.frame_tokens
 
+    @property
+    def unfinished(self) -> tuple[int, int] | None:
+        """(first frame, frames) of a chunk that must be done again before any other, see `attempt`; else None."""
+        if self.kv_cache is None or self.kv_cache.ring.unfinished is None:
+            return None
+        first, tokens = self.kv_cache.ring.unfinished
+        frame_tokens = self.kv_cache.layout.frame_tokens
+        return first // frame_tokens, tokens // frame_tokens
+
     def plan(self, owner: object, layout: CacheLayout, start_frame: int, frames: int) -> ChunkPlan:
         """Check a forward of `frames` latent frames from `start_frame` and say what it does to the ring. Changes
         nothing.
@@ -113,8 +120,6 @@ class RealtimeCausalDiTState:
             differences = self.kv_cache.layout.differences(layout)
             if differences:
                 raise ValueError(f"state: made for another layout: {'; '.join(differences)}")
-        ring = layout.empty_ring() if self.kv_cache is None else self.kv_cache.ring
-        plan = ring.plan(start_frame * layout.frame_tokens, frames * layout.frame_tokens)
         if self.unfinished not in (None, (start_frame, frames)):
             first, count = self.unfinished
             raise ValueError(
@@ -122,7 +127,8 @@ class RealtimeCausalDiTState:
                 "chunk failed when it had overwritten keys and values that this one would see; do that chunk again, or "
                 "call state.dispose() to start again"
             )
-        return plan
+        ring = layout.empty_ring() if self.kv_cache is None else self.kv_cache.ring
+        return ring.plan(start_frame * layout.frame_tokens, frames * layout.frame_tokens)
 
     def begin(self, layout: CacheLayout, memory: RingMemory | None = None, *, owner: object) -> None:
         """Allocate the rings of a session that begins, in `memory` where given, and let it belong to `owner`."""
@@ -147,7 +153,6 @@ class RealtimeCausalDiTState:
         """Take the position of a plan whose forward has done everything that can fail."""
         assert self.kv_cache is not None
         self.kv_cache.ring.commit(plan)
-        self.unfinished = None
 
     @contextlib.contextmanager
     def attempt(self, undo: Callable[[], object] = lambda: None) -> Iterator[None]:
@@ -167,7 +172,7 @@ class RealtimeCausalDiTState:
             yield
             return
         ring = None if self.kv_cache is None else copy.copy(self.kv_cache.ring)
-        unfinished, context_update, self._writing = self.unfinished, self.context_update, None
+        context_update, self._writing = self.context_update, None
         self.runtime_cache.mark()
         self.graphs.mark()
         try:
@@ -176,27 +181,18 @@ class RealtimeCausalDiTState:
         except BaseException:
             for each in reversed(self._undo or ()):
                 each()
+            self.runtime_cache.undo()
             if ring is None or self.kv_cache is None:
-                self.runtime_cache.undo()
                 self.dispose()
             else:
-                self._go_back(ring, unfinished)
+                self.graphs.undo()
+                self.kv_cache.ring = ring
+                if self._writing is not None:
+                    ring.failed(self._writing)
                 self.context_update = self.context_update or context_update
             raise
         finally:
             self._undo = None
-
-    def _go_back(self, ring: KVRing, unfinished: tuple[int, int] | None) -> None:
-        """To the position `ring` of an attempt's begin, after a forward of `_writing` may have written its slots."""
-        assert self.kv_cache is not None
-        self.kv_cache.ring, self.unfinished, failed = ring, unfinished, self._writing
-        if failed is not None:
-            again = ring.plan(failed.first_token, failed.tokens)
-            if not again.advances or ring.num_visible + failed.tokens > ring.capacity:
-                frame_tokens = self.kv_cache.layout.frame_tokens
-                self.unfinished = (failed.first_token // frame_tokens, failed.tokens // frame_tokens)
-        self.runtime_cache.undo()
-        self.graphs.undo()
 
     def wait_for_context(self) -> None:
         """Have the current stream wait for the last context update, where that ran on a side stream."""
@@ -294,7 +290,6 @@ class RealtimeCausalDiTState:
         copied.begin(self.kv_cache.layout, owner=self._owner)
         assert copied.kv_cache is not None
         copied.kv_cache.ring = copy.copy(self.kv_cache.ring)
-        copied.unfinished = self.unfinished
         for held, new in zip(self.kv_cache.tensors_of_layers(), copied.kv_cache.tensors_of_layers(), strict=True):
             new.copy_(held)
         return copied
@@ -325,7 +320,7 @@ class RealtimeCausalDiTState:
         self.graphs.clear()
         self.runtime_cache.clear()
         self.agreed_text = None
-        self.unfinished = self._owner = self._weights = self._writing = None
+        self._owner = self._weights = self._writing = None
 
 
 def check_session(state: object) -> None:

@@ -168,7 +168,9 @@ def load(
     state.begin(saved.layout, model.session_memory(state, saved.layout), owner=model.session_owner)
     assert state.kv_cache is not None
     state.kv_cache.ring.set_state(saved.ring)
-    state.unfinished = saved.unfinished
+    if saved.unfinished is not None:
+        first, tokens = (frames * saved.layout.frame_tokens for frames in saved.unfinished)
+        state.kv_cache.ring.unfinished = first, tokens
     for path, layer in zip(saved.files, state.kv_cache.layers, strict=True):
         with _opened(path) as file:
             for name, held in ring_parts(layer).items():

@@ -8,7 +8,8 @@ so that rows like 5120 = 5 x 1024 leave no lane idle. Kernels that rotate pairs 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +17,7 @@ import triton.language as tl
 from triton import knobs
 
 from lingbot_kernels.ring import slot
+from lingbot_kernels.triton._launch import launch
 
 VECTOR_BYTES = 16
 MAX_DIM = 16384
@@ -286,13 +288,22 @@ def gated_sum(x, delta, gate_ptr, i: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.
 
 
 @triton.jit
+def moved(ptr, offset):
+    """The pointer, `offset` on; None where there is none."""
+    if ptr is None:
+        return None
+    else:
+        return ptr + offset
+
+
+@triton.jit
 def residual_row(
     x_ptr,
     delta_ptr,
-    x_out_ptr,
     gate_ptr,
     cam_scale_ptr,
     cam_shift_ptr,
+    x_out_ptr,
     DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     EVICT: tl.constexpr,
@@ -324,6 +335,15 @@ def modulated_chunk(row, mean, rstd, shift_ptr, scale_ptr, i: tl.constexpr, DIM:
     shift = load_chunk(shift_ptr, i, DIM, CHUNK, "evict_last")
     scale = load_chunk(scale_ptr, i, DIM, CHUNK, "evict_last")
     return (row[i] - mean) * rstd * (1 + scale) + shift
+
+
+@triton.jit
+def modulated_row(row, mean, rstd, shift_ptr, scale_ptr, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """`modulated_chunk` of every chunk of a row, as a tuple."""
+    y = ()
+    for i in tl.static_range((DIM + CHUNK - 1) // CHUNK):
+        y = y + (modulated_chunk(row, mean, rstd, shift_ptr, scale_ptr, i, DIM, CHUNK),)  # type: ignore[assignment]  # noqa: RUF005
+    return y
 
 
 @triton.jit
@@ -392,6 +412,27 @@ class RowConfig:
         """Cache modifier of the row's stores."""
         return ".cs" if self.streaming else ""
 
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """The last constexprs of every kernel of rows."""
+        return {"CHUNK": self.chunk, "ROWS": self.rows, "EVICT": self.evict, "MODIFIER": self.modifier}
+
+
+def launch_rows(
+    kernel: Any, config: RowConfig, tensors: tuple[Any, ...], numbers: tuple[float, ...] = (), **constants: Any
+) -> None:
+    """Launch a pass over the rows of tensors[0] [B, S, D], contiguous, `config.rows` of them a program.
+
+    The kernel takes the tensors, rows (B * S) and tokens (S), `numbers`, then its constexprs: `constants`, DIM, and
+    those of the configuration.
+    """
+    batch, tokens, dim = tensors[0].shape
+    rows = batch * tokens
+    launch(
+        kernel, (-(-rows // config.rows),), tensors, (rows, tokens), numbers,
+        {**constants, "DIM": dim, **config.constants}, config.num_warps,
+    )  # fmt: skip
+
 
 @lru_cache(maxsize=256)
 def row_config(length: int, vector: int, num_warps: int | None = None, streaming: bool = True) -> RowConfig:
@@ -445,9 +486,14 @@ def reduced_position(chunk_start: int, cursor: torch.Tensor | None, sink: int, c
     return slot(chunk_start, sink, capacity)
 
 
-def modulation_stride(vector: torch.Tensor | None) -> int:
-    """Elements between the batches of a per-channel vector [D] or [B, D]; 0 where it is shared or absent."""
-    return vector.stride(0) if vector is not None and vector.dim() == 2 and vector.shape[0] > 1 else 0
+def modulation_strides(**vectors: torch.Tensor | None) -> dict[str, int]:
+    """NAME_STRIDE of each per-channel vector [D] or [B, D]: elements between its batches, 0 where it is shared or
+    absent.
+    """
+    return {
+        f"{name.upper()}_STRIDE": x.stride(0) if x is not None and x.dim() == 2 and x.shape[0] > 1 else 0
+        for name, x in vectors.items()
+    }
 
 
 def why_not_rows(dim: int, **tensors: torch.Tensor | None) -> str | None:

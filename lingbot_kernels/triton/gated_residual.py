@@ -6,12 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._rows import (
     RowConfig,
     gated_sum,
+    launch_rows,
     load_row,
-    modulation_stride,
+    modulation_strides,
+    moved,
     round_to,
     store_chunk,
     value_config,
@@ -43,9 +44,7 @@ def gated_residual_kernel(
         row = tl.program_id(0) * ROWS + i
         if row < rows:
             offset = row.to(tl.int64) * DIM
-            gate = None
-            if gate_ptr is not None:
-                gate = gate_ptr + row // tokens * GATE_STRIDE
+            gate = moved(gate_ptr, row // tokens * GATE_STRIDE)
             x = load_row(x_ptr + offset, DIM, CHUNK, EVICT)
             delta = load_row(delta_ptr + offset, DIM, CHUNK, EVICT)
             for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
@@ -73,21 +72,5 @@ def gated_residual(
 ) -> None:
     """Fill x_out [B, S, D]; x, delta alike, all contiguous; gate float32 [D] or [B, D] (None: 1)."""
     batch, tokens, dim = x.shape
-    rows = batch * tokens
-    config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)
-    launch(
-        gated_residual_kernel,
-        (-(-rows // config.rows),),
-        (x, delta, gate, x_out),
-        (rows, tokens),
-        (),
-        {
-            "GATE_STRIDE": modulation_stride(gate),
-            "DIM": dim,
-            "CHUNK": config.chunk,
-            "ROWS": config.rows,
-            "EVICT": config.evict,
-            "MODIFIER": config.modifier,
-        },
-        config.num_warps,
-    )
+    config = config or launch_config(dim, (x.element_size(), delta.element_size()), batch * tokens)
+    launch_rows(gated_residual_kernel, config, (x, delta, gate, x_out), (), **modulation_strides(gate=gate))

@@ -6,13 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._rows import (
     LONG_ROW,
     RowConfig,
     affine_chunk,
+    launch_rows,
     layer_norm_stats,
-    modulation_stride,
+    modulation_strides,
+    moved,
     residual_row,
     round_to,
     store_chunk,
@@ -53,26 +54,11 @@ def gated_residual_camera_norm_kernel(
         row = tl.program_id(0) * ROWS + i
         if row < rows:
             offset = row.to(tl.int64) * DIM
-            gate = None
-            if gate_ptr is not None:
-                gate = gate_ptr + row // tokens * GATE_STRIDE
-            cam_scale = None
-            cam_shift = None
-            if cam_scale_ptr is not None:
-                cam_scale = cam_scale_ptr + offset
-                cam_shift = cam_shift_ptr + offset
+            gate = moved(gate_ptr, row // tokens * GATE_STRIDE)
             wide = residual_row(
-                x_ptr + offset,
-                delta_ptr + offset,
-                x_out_ptr + offset,
-                gate,
-                cam_scale,
-                cam_shift,
-                DIM,
-                CHUNK,
-                EVICT,
-                MODIFIER,
-            )
+                x_ptr + offset, delta_ptr + offset, gate, moved(cam_scale_ptr, offset),
+                moved(cam_shift_ptr, offset), x_out_ptr + offset, DIM, CHUNK, EVICT, MODIFIER,
+            )  # fmt: skip
             mean, rstd = layer_norm_stats(wide, DIM, CHUNK, eps)
             for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
                 y = affine_chunk(wide, mean, rstd, weight_ptr, bias_ptr, j, DIM, CHUNK)
@@ -110,21 +96,6 @@ def gated_residual_camera_norm(
     gate float32 [D] or [B, D] (None: 1); weight, bias [D] in delta's dtype.
     """
     batch, tokens, dim = x.shape
-    rows = batch * tokens
-    config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)
-    launch(
-        gated_residual_camera_norm_kernel,
-        (-(-rows // config.rows),),
-        (x, delta, gate, cam_scale, cam_shift, weight, bias, x_out, y),
-        (rows, tokens),
-        (eps,),
-        {
-            "GATE_STRIDE": modulation_stride(gate),
-            "DIM": dim,
-            "CHUNK": config.chunk,
-            "ROWS": config.rows,
-            "EVICT": config.evict,
-            "MODIFIER": config.modifier,
-        },
-        config.num_warps,
-    )
+    config = config or launch_config(dim, (x.element_size(), delta.element_size()), batch * tokens)
+    tensors = (x, delta, gate, cam_scale, cam_shift, weight, bias, x_out, y)
+    launch_rows(gated_residual_camera_norm_kernel, config, tensors, (eps,), **modulation_strides(gate=gate))

@@ -6,14 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._quantize import padded_width, quantize_store, quantizing_config, why_not_quantized
 from lingbot_kernels.triton._rows import (
     LONG_ROW,
     RowConfig,
     affine_chunk,
+    launch_rows,
     layer_norm_stats,
-    modulation_stride,
+    modulation_strides,
+    moved,
     residual_row,
     value_config,
 )
@@ -37,8 +38,8 @@ def gated_residual_camera_norm_quantize_kernel(
     eps,
     GATE_STRIDE: tl.constexpr,
     ROTATE: tl.constexpr,
-    DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     EVICT: tl.constexpr,
@@ -55,26 +56,11 @@ def gated_residual_camera_norm_quantize_kernel(
         if row < rows:
             at = row.to(tl.int64)
             offset = at * DIM
-            gate = None
-            if gate_ptr is not None:
-                gate = gate_ptr + row // tokens * GATE_STRIDE
-            cam_scale = None
-            cam_shift = None
-            if cam_scale_ptr is not None:
-                cam_scale = cam_scale_ptr + offset
-                cam_shift = cam_shift_ptr + offset
+            gate = moved(gate_ptr, row // tokens * GATE_STRIDE)
             wide = residual_row(
-                x_ptr + offset,
-                delta_ptr + offset,
-                x_out_ptr + offset,
-                gate,
-                cam_scale,
-                cam_shift,
-                DIM,
-                CHUNK,
-                EVICT,
-                MODIFIER,
-            )
+                x_ptr + offset, delta_ptr + offset, gate, moved(cam_scale_ptr, offset),
+                moved(cam_shift_ptr, offset), x_out_ptr + offset, DIM, CHUNK, EVICT, MODIFIER,
+            )  # fmt: skip
             mean, rstd = layer_norm_stats(wide, DIM, CHUNK, eps)
             y = ()
             for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
@@ -119,23 +105,14 @@ def gated_residual_camera_norm_quantize(
     gate float32 [D] or [B, D] (None: 1); weight, bias [D] in delta's dtype; signs int8 [Dp] or None.
     """
     batch, tokens, dim = x.shape
-    rows = batch * tokens
-    config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)
-    launch(
+    config = config or launch_config(dim, (x.element_size(), delta.element_size()), batch * tokens)
+    tensors = (x, delta, gate, cam_scale, cam_shift, weight, bias, signs, x_out, codes, row_scale)
+    launch_rows(
         gated_residual_camera_norm_quantize_kernel,
-        (-(-rows // config.rows),),
-        (x, delta, gate, cam_scale, cam_shift, weight, bias, signs, x_out, codes, row_scale),
-        (rows, tokens),
+        config,
+        tensors,
         (eps,),
-        {
-            "GATE_STRIDE": modulation_stride(gate),
-            "ROTATE": rotate,
-            "DIM": dim,
-            "PADDED": padded_width(dim),
-            "CHUNK": config.chunk,
-            "ROWS": config.rows,
-            "EVICT": config.evict,
-            "MODIFIER": config.modifier,
-        },
-        config.num_warps,
+        **modulation_strides(gate=gate),
+        ROTATE=rotate,
+        PADDED=padded_width(dim),
     )

@@ -6,16 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._rows import (
     FEW_ROWS,
     FEW_ROWS_WARPS,
     LONG_ROW,
     RowConfig,
+    launch_rows,
     layer_norm_stats,
     load_row,
     modulate_store,
-    modulation_stride,
+    modulation_strides,
     short_row_config,
     value_config,
     why_not_rows,
@@ -83,22 +83,6 @@ def layer_norm_modulate(
 ) -> None:
     """Fill y [B, S, D] from x [B, S, D], both contiguous, of any two dtypes; shift, scale float32 [D] or [B, D]."""
     batch, tokens, dim = x.shape
-    rows = batch * tokens
-    config = config or launch_config(dim, (x.element_size(), y.element_size()), rows)
-    launch(
-        layer_norm_modulate_kernel,
-        (-(-rows // config.rows),),
-        (x, shift, scale, y),
-        (rows, tokens),
-        (eps,),
-        {
-            "SHIFT_STRIDE": modulation_stride(shift),
-            "SCALE_STRIDE": modulation_stride(scale),
-            "DIM": dim,
-            "CHUNK": config.chunk,
-            "ROWS": config.rows,
-            "EVICT": config.evict,
-            "MODIFIER": config.modifier,
-        },
-        config.num_warps,
-    )
+    config = config or launch_config(dim, (x.element_size(), y.element_size()), batch * tokens)
+    tensors = (x, shift, scale, y)
+    launch_rows(layer_norm_modulate_kernel, config, tensors, (eps,), **modulation_strides(shift=shift, scale=scale))

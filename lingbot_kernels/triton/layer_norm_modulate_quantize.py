@@ -6,15 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._quantize import padded_width, quantize_store, quantizing_config, why_not_quantized
 from lingbot_kernels.triton._rows import (
     LONG_ROW,
     RowConfig,
+    launch_rows,
     layer_norm_stats,
     load_row,
-    modulated_chunk,
-    modulation_stride,
+    modulated_row,
+    modulation_strides,
 )
 
 
@@ -32,8 +32,8 @@ def layer_norm_modulate_quantize_kernel(
     SHIFT_STRIDE: tl.constexpr,
     SCALE_STRIDE: tl.constexpr,
     ROTATE: tl.constexpr,
-    DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     EVICT: tl.constexpr,
@@ -55,9 +55,7 @@ def layer_norm_modulate_quantize_kernel(
             mean, rstd = layer_norm_stats(wide, DIM, CHUNK, eps)
             shift = shift_ptr + row // tokens * SHIFT_STRIDE
             scale = scale_ptr + row // tokens * SCALE_STRIDE
-            y = ()
-            for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
-                y = y + (modulated_chunk(wide, mean, rstd, shift, scale, j, DIM, CHUNK),)  # type: ignore[assignment]  # noqa: RUF005
+            y = modulated_row(wide, mean, rstd, shift, scale, DIM, CHUNK)
             quantize_store(
                 codes_ptr + at * PADDED, row_scale_ptr + at, y, signs_ptr, ROTATE, DIM, PADDED, CHUNK, MODIFIER
             )
@@ -90,24 +88,14 @@ def layer_norm_modulate_quantize(
     shift, scale float32 [D] or [B, D]; signs int8 [Dp] or None.
     """
     batch, tokens, dim = x.shape
-    rows = batch * tokens
-    config = config or launch_config(dim, (x.element_size(),), rows)
-    launch(
+    config = config or launch_config(dim, (x.element_size(),), batch * tokens)
+    tensors = (x, shift, scale, signs, codes, row_scale)
+    launch_rows(
         layer_norm_modulate_quantize_kernel,
-        (-(-rows // config.rows),),
-        (x, shift, scale, signs, codes, row_scale),
-        (rows, tokens),
+        config,
+        tensors,
         (eps,),
-        {
-            "SHIFT_STRIDE": modulation_stride(shift),
-            "SCALE_STRIDE": modulation_stride(scale),
-            "ROTATE": rotate,
-            "DIM": dim,
-            "PADDED": padded_width(dim),
-            "CHUNK": config.chunk,
-            "ROWS": config.rows,
-            "EVICT": config.evict,
-            "MODIFIER": config.modifier,
-        },
-        config.num_warps,
+        **modulation_strides(shift=shift, scale=scale),
+        ROTATE=rotate,
+        PADDED=padded_width(dim),
     )

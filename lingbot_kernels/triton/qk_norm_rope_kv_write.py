@@ -50,10 +50,10 @@ def qk_norm_rope_kv_write_kernel(
     K_CACHE_STRIDE: tl.constexpr,
     V_CACHE_STRIDE: tl.constexpr,
     WORDS: tl.constexpr,
-    CHUNK: tl.constexpr,
     PAIRS: tl.constexpr,
-    ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
     EVICT: tl.constexpr,
     MODIFIER: tl.constexpr,
 ):
@@ -159,12 +159,9 @@ def qk_norm_rope_kv_write(
         ),
         {
             "WORDS": dim // 2,
-            "CHUNK": config.chunk,
             "PAIRS": cos_sin.shape[1] // 2,
-            "ROWS": config.rows,
             "SPLIT": config.split,
-            "EVICT": config.evict,
-            "MODIFIER": config.modifier,
+            **config.constants,
         },
         config.num_warps,
     )

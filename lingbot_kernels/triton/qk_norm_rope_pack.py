@@ -30,10 +30,10 @@ def qk_norm_rope_pack_kernel(
     V_STRIDE: tl.constexpr,
     WORDS: tl.constexpr,
     GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
     PAIRS: tl.constexpr,
-    ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
     EVICT: tl.constexpr,
     MODIFIER: tl.constexpr,
 ):
@@ -122,12 +122,9 @@ def qk_norm_rope_pack(
         {
             "WORDS": dim // 2,
             "GROUP": dim // 2 // out.shape[0],
-            "CHUNK": config.chunk,
             "PAIRS": cos_sin.shape[1] // 2,
-            "ROWS": config.rows,
             "SPLIT": config.split,
-            "EVICT": config.evict,
-            "MODIFIER": config.modifier,
+            **config.constants,
         },
         config.num_warps,
     )

@@ -94,10 +94,7 @@ def qkv_unpack_kv_write(
             "V_CACHE_STRIDE": v_cache.stride(1),
             "PARTS": parts,
             "DIM": dim,
-            "CHUNK": config.chunk,
-            "ROWS": config.rows,
-            "EVICT": config.evict,
-            "MODIFIER": config.modifier,
+            **config.constants,
         },
         config.num_warps,
     )

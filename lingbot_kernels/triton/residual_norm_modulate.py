@@ -6,15 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._rows import (
     FEW_ROWS,
     FEW_ROWS_WARPS,
     LONG_ROW,
     RowConfig,
+    launch_rows,
     layer_norm_stats,
     modulate_store,
-    modulation_stride,
+    modulation_strides,
+    moved,
     residual_row,
     short_row_config,
     value_config,
@@ -53,12 +54,11 @@ def residual_norm_modulate_kernel(
         if row < rows:
             offset = row.to(tl.int64) * DIM
             batch = row // tokens
-            gate = None
-            if gate_ptr is not None:
-                gate = gate_ptr + batch * GATE_STRIDE
+            gate = moved(gate_ptr, batch * GATE_STRIDE)
             wide = residual_row(
-                x_ptr + offset, delta_ptr + offset, x_out_ptr + offset, gate, None, None, DIM, CHUNK, EVICT, MODIFIER
-            )
+                x_ptr + offset, delta_ptr + offset, gate, None, None,
+                x_out_ptr + offset, DIM, CHUNK, EVICT, MODIFIER,
+            )  # fmt: skip
             mean, rstd = layer_norm_stats(wide, DIM, CHUNK, eps)
             shift = shift_ptr + batch * SHIFT_STRIDE
             scale = scale_ptr + batch * SCALE_STRIDE
@@ -94,23 +94,12 @@ def residual_norm_modulate(
     gate (None: 1), shift, scale float32 [D] or [B, D].
     """
     batch, tokens, dim = x.shape
-    rows = batch * tokens
-    config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)
-    launch(
+    config = config or launch_config(dim, (x.element_size(), delta.element_size()), batch * tokens)
+    tensors = (x, delta, gate, shift, scale, x_out, y)
+    launch_rows(
         residual_norm_modulate_kernel,
-        (-(-rows // config.rows),),
-        (x, delta, gate, shift, scale, x_out, y),
-        (rows, tokens),
+        config,
+        tensors,
         (eps,),
-        {
-            "GATE_STRIDE": modulation_stride(gate),
-            "SHIFT_STRIDE": modulation_stride(shift),
-            "SCALE_STRIDE": modulation_stride(scale),
-            "DIM": dim,
-            "CHUNK": config.chunk,
-            "ROWS": config.rows,
-            "EVICT": config.evict,
-            "MODIFIER": config.modifier,
-        },
-        config.num_warps,
+        **modulation_strides(gate=gate, shift=shift, scale=scale),
     )

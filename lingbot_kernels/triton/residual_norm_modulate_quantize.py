@@ -6,9 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from lingbot_kernels.triton._launch import launch
 from lingbot_kernels.triton._quantize import padded_width, quantize_store, quantizing_config, why_not_quantized
-from lingbot_kernels.triton._rows import RowConfig, layer_norm_stats, modulated_chunk, modulation_stride, residual_row
+from lingbot_kernels.triton._rows import (
+    RowConfig,
+    launch_rows,
+    layer_norm_stats,
+    modulated_row,
+    modulation_strides,
+    moved,
+    residual_row,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -29,8 +36,8 @@ def residual_norm_modulate_quantize_kernel(
     SHIFT_STRIDE: tl.constexpr,
     SCALE_STRIDE: tl.constexpr,
     ROTATE: tl.constexpr,
-    DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     EVICT: tl.constexpr,
@@ -48,18 +55,15 @@ def residual_norm_modulate_quantize_kernel(
             at = row.to(tl.int64)
             offset = at * DIM
             batch = row // tokens
-            gate = None
-            if gate_ptr is not None:
-                gate = gate_ptr + batch * GATE_STRIDE
+            gate = moved(gate_ptr, batch * GATE_STRIDE)
             wide = residual_row(
-                x_ptr + offset, delta_ptr + offset, x_out_ptr + offset, gate, None, None, DIM, CHUNK, EVICT, MODIFIER
-            )
+                x_ptr + offset, delta_ptr + offset, gate, None, None,
+                x_out_ptr + offset, DIM, CHUNK, EVICT, MODIFIER,
+            )  # fmt: skip
             mean, rstd = layer_norm_stats(wide, DIM, CHUNK, eps)
             shift = shift_ptr + batch * SHIFT_STRIDE
             scale = scale_ptr + batch * SCALE_STRIDE
-            y = ()
-            for j in tl.static_range((DIM + CHUNK - 1) // CHUNK):
-                y = y + (modulated_chunk(wide, mean, rstd, shift, scale, j, DIM, CHUNK),)  # type: ignore[assignment]  # noqa: RUF005
+            y = modulated_row(wide, mean, rstd, shift, scale, DIM, CHUNK)
             quantize_store(
                 codes_ptr + at * PADDED, row_scale_ptr + at, y, signs_ptr, ROTATE, DIM, PADDED, CHUNK, MODIFIER
             )
@@ -95,25 +99,14 @@ def residual_norm_modulate_quantize(
     gate (None: 1), shift, scale float32 [D] or [B, D]; signs int8 [Dp] or None.
     """
     batch, tokens, dim = x.shape
-    rows = batch * tokens
-    config = config or launch_config(dim, (x.element_size(), delta.element_size()), rows)
-    launch(
+    config = config or launch_config(dim, (x.element_size(), delta.element_size()), batch * tokens)
+    tensors = (x, delta, gate, shift, scale, signs, x_out, codes, row_scale)
+    launch_rows(
         residual_norm_modulate_quantize_kernel,
-        (-(-rows // config.rows),),
-        (x, delta, gate, shift, scale, signs, x_out, codes, row_scale),
-        (rows, tokens),
+        config,
+        tensors,
         (eps,),
-        {
-            "GATE_STRIDE": modulation_stride(gate),
-            "SHIFT_STRIDE": modulation_stride(shift),
-            "SCALE_STRIDE": modulation_stride(scale),
-            "ROTATE": rotate,
-            "DIM": dim,
-            "PADDED": padded_width(dim),
-            "CHUNK": config.chunk,
-            "ROWS": config.rows,
-            "EVICT": config.evict,
-            "MODIFIER": config.modifier,
-        },
-        config.num_warps,
+        **modulation_strides(gate=gate, shift=shift, scale=scale),
+        ROTATE=rotate,
+        PADDED=padded_width(dim),
     )

@@ -83,10 +83,7 @@ def rms_norm(
         {
             "X_STRIDE": x.stride(1),
             "WORDS": dim // 2,
-            "CHUNK": config.chunk,
-            "ROWS": config.rows,
-            "EVICT": config.evict,
-            "MODIFIER": config.modifier,
+            **config.constants,
         },
         config.num_warps,
     )

@@ -85,10 +85,7 @@ def rotate_quantize(
             "ROTATE": rotate,
             "DIM": dim,
             "PADDED": padded_width(dim),
-            "CHUNK": config.chunk,
-            "ROWS": config.rows,
-            "EVICT": config.evict,
-            "MODIFIER": config.modifier,
+            **config.constants,
         },
         config.num_warps,
     )

@@ -162,6 +162,14 @@ def test_a_bhsd_cache_is_a_view_that_the_fused_write_serves():
     assert F.token_major(k, "BHSD").is_contiguous()
 
 
+def test_a_chunk_placed_at_once_is_done_again_with_the_same_bits():
+    ring = KVRing(8, 1)
+    positions = [F.place_chunk(ring, 4 * chunk, 4) for chunk in (0, 1, 2, 2)]
+    assert positions[2] == positions[3] and ring.end == 12
+    with F.placed_chunk(ring, 8, 4) as position:
+        assert position == positions[2]
+
+
 def test_refusals_leave_caches_and_ring_alone():
     ring = KVRing(8, 1)
     position = F.place_chunk(ring, 0, 4)
@@ -193,6 +201,83 @@ def test_refusals_leave_caches_and_ring_alone():
     with pytest.raises(ValueError, match="leaves a gap"):
         F.place_chunk(ring, 6, 4)
     assert ring.end == 4
+
+
+class Stopped(Exception):
+    """What a forward of `Engine` fails with."""
+
+
+class Engine:
+    """Two layers of attention by the three calls; a forward can be told to fail before its step number `fail`."""
+
+    def __init__(self, capacity: int, sink: int) -> None:
+        self.ring = KVRing(capacity, sink)
+        self.caches = [make_caches("BSHD", capacity)[1:] for _ in range(2)]
+        self.weights = [torch.rand(D, generator=torch.Generator().manual_seed(i)) + 0.5 for i in range(2)]
+
+    def forward(self, x: torch.Tensor, start: int, fail: int | None = None) -> torch.Tensor:
+        steps = iter(range(6))
+
+        def step() -> None:
+            if next(steps) == fail:
+                raise Stopped
+
+        table = float64_table(x.shape[1], start).float()
+        with F.placed_chunk(self.ring, start, x.shape[1]) as position:
+            for weight, caches in zip(self.weights, self.caches, strict=True):
+                step()
+                q = F.norm_rope_write(x, x.clone(), x.clone(), weight, weight, table, *caches, position, EPS)
+                step()
+                x = x + F.attend(q, *caches, position)
+                step()
+        return x
+
+
+def engines(chunks: int) -> tuple[Engine, Engine]:
+    """Two alike, after so many chunks of 4 tokens; their windows are full after three."""
+    twins = Engine(13, 1), Engine(13, 1)
+    for chunk in range(chunks):
+        for engine in twins:
+            engine.forward(inputs(chunk), 4 * chunk)
+    return twins
+
+
+def inputs(chunk: int, tokens: int = 4) -> torch.Tensor:
+    return torch.randn(B, tokens, D, generator=torch.Generator().manual_seed(chunk))
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 5])
+def test_a_forward_that_fails_anywhere_and_is_done_again_leaves_no_trace(chunks):
+    for fail in range(6):
+        failed, twin = engines(chunks)
+        for again in (False, True):  # as the chunk's first forward, and as a later one
+            before = failed.ring.state()
+            with pytest.raises(Stopped):
+                failed.forward(inputs(chunks), 4 * chunks, fail)
+            assert failed.ring.state() == before, again
+            assert torch.equal(*(engine.forward(inputs(chunks), 4 * chunks) for engine in (failed, twin)))
+        assert torch.equal(*(engine.forward(inputs(9), 4 * (chunks + 1)) for engine in (failed, twin)))
+        assert failed.ring.unfinished is None and failed.ring.state() == twin.ring.state()
+
+
+def test_after_a_failed_forward_no_chunk_sees_what_it_overwrote():
+    failed, _ = engines(5)
+    with pytest.raises(Stopped):
+        failed.forward(inputs(5), 20, fail=2)
+    assert failed.ring.unfinished == (20, 4)
+    for start, tokens in ((16, 4), (20, 3), (24, 4)):  # the chunk before, a shorter one, the one after
+        with pytest.raises(ValueError, match=f"start: got token {start} for {tokens}, must be 20 for 4: a forward"):
+            failed.forward(inputs(6, tokens), start)
+    failed.ring.reset()
+    assert failed.forward(inputs(0), 0).isfinite().all()
+
+
+def test_a_failed_forward_that_evicted_nothing_gives_way_to_any_chunk():
+    for start, tokens in ((4, 3), (0, 4)):  # a shorter chunk in its place, or the one before once more
+        failed, twin = engines(1)
+        with pytest.raises(Stopped):
+            failed.forward(inputs(1), 4, fail=4)
+        assert torch.equal(*(engine.forward(inputs(6, tokens), start) for engine in (failed, twin)))
 
 
 def test_it_compiles_without_a_graph_break():

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lingbot_kernels.models.camera import (
     DEFAULT_INTRINSICS,
@@ -19,7 +17,7 @@ from lingbot_kernels.models.camera import (
     fit_intrinsics,
     pluecker_embedding,
 )
-from lingbot_kernels.models.poses import ActionStream, interpolate_poses, parse_actions, relative_poses
+from lingbot_kernels.models.poses import ActionStream, parse_actions, relative_poses
 
 
 def rotation(axis, degrees):
@@ -220,47 +218,6 @@ def test_every_fourth_pixel_frame_is_kept():
     assert np.array_equal(varying.intrinsics, intrinsics[[0, 4, 8]])
     one_row = CameraTrajectory.from_pixel_frames(poses, DEFAULT_INTRINSICS, varying_intrinsics=True)
     assert (one_row.intrinsics == DEFAULT_INTRINSICS).all()
-
-
-# Interpolation
-
-
-def test_interpolation_hits_the_given_poses():
-    poses = random_walk(5)
-    assert np.allclose(interpolate_poses(poses, np.arange(5)), poses, atol=1e-12)
-
-
-@settings(max_examples=60)
-@given(
-    st.tuples(*[st.floats(-1, 1)] * 3).filter(lambda axis: np.linalg.norm(axis) > 0.1),
-    st.floats(0, 179.5),
-    st.floats(0, 1),
-)
-def test_slerp_turns_about_one_axis_at_constant_speed(axis, degrees, share):
-    start = pose(rotation((3, 1, -2), 130), (1, 2, 3))
-    end = pose(start[:3, :3] @ rotation(axis, degrees), (4, 2, -3))
-    middle = interpolate_poses(np.stack([start, end]), [share])[0]
-    assert np.allclose(middle[:3, :3], start[:3, :3] @ rotation(axis, share * degrees), atol=1e-9)
-    assert np.allclose(middle[:3, 3], [1 + 3 * share, 2, 3 - 6 * share])
-
-
-@pytest.mark.parametrize("degrees", [1e-9, 1e-5, 90, 179.999])
-def test_slerp_of_small_and_large_turns_stays_a_rotation(degrees):
-    ends = np.stack([np.eye(4), pose(rotation((1, 1, 0), degrees))])
-    turns = interpolate_poses(ends, np.linspace(0, 1, 9))[:, :3, :3]
-    assert np.allclose(turns @ turns.transpose(0, 2, 1), np.eye(3), atol=1e-14)
-    half = rotation((1, 1, 0), degrees / 2)
-    assert np.allclose(turns[4] - np.eye(3), half - np.eye(3), rtol=1e-5, atol=1e-16)
-
-
-def test_interpolation_between_the_poses_of_a_path():
-    poses = random_walk(5)
-    finer = interpolate_poses(poses, np.linspace(0, 4, 9))
-    assert np.allclose(finer[::2], poses, atol=1e-12)
-    assert np.allclose(interpolate_poses(poses, [0]), poses[:1], atol=1e-12)
-    assert np.allclose(interpolate_poses(poses[:1], [0, 0, 0]), poses[[0, 0, 0]], atol=1e-12)
-    with pytest.raises(ValueError, match=r"positions must be .* in \[0, 4\]"):
-        interpolate_poses(poses, [4.5])
 
 
 # Streaming
