@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -132,10 +133,14 @@ class KVRing:
     """
 
     def __init__(self, capacity: int, sink: int) -> None:
+        for name, value in (("capacity", capacity), ("sink", sink)):
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"{name}: got {value!r}, must be an int")
+        if capacity < 1:
+            raise ValueError(f"capacity: got {capacity}, must be 1 or more")
         if not 0 <= sink < capacity:
             raise ValueError(f"sink: got {sink}, must be from 0 to capacity - 1 = {capacity - 1}")
-        self.capacity = capacity
-        self.sink = sink
+        self.capacity, self.sink = int(capacity), int(sink)
         self.reset()
 
     def reset(self) -> None:

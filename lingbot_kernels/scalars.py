@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -48,6 +48,19 @@ def as_count(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}: got {_described(value)}, must be an int of {least} or more")
     return int(value)
+
+
+def as_counts(name: str, values: Any, least: int, form: str) -> tuple[int, ...]:
+    """A sequence of as many ints of `least` or more as `form` has, such as "(H, W)".
+
+    Raises:
+        TypeError: no sequence, or one of another length.
+        ValueError: an item that `as_count` refuses.
+    """
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != form.count(",") + 1:
+        shown = values if isinstance(values, (list, tuple)) and len(values) < 9 else _described(values)
+        raise TypeError(f"{name}: got {shown}, must be {form}")
+    return tuple(as_count(name, value, least) for value in values)
 
 
 def _described(value: Any) -> str:

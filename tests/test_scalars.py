@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lingbot_kernels.scalars import as_count, as_real, as_reals
+from lingbot_kernels.scalars import as_count, as_counts, as_real, as_reals
 
 EXACT = [3, 2.5, np.float16(0.1), np.float32(0.1), np.float64(0.1), np.int8(-3), np.uint64(2**63), Fraction(1, 4)]
 NO_NUMBER = [True, np.bool_(True), None, "1", b"1", torch.tensor(1.0), np.array([1.0]), 1j, [1.0], {1: 2}]
@@ -67,3 +67,20 @@ def test_long_values_are_not_printed_whole():
     with pytest.raises(TypeError) as refused:
         as_real("shift", "9" * 10**6)
     assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "values",
+    [4, "44", None, (4,), (4, 4, 4), [], torch.tensor([4, 4]), {4, 5}],
+    ids=lambda value: f"{type(value).__name__}"[:9] + str(len(value) if isinstance(value, (list, tuple)) else ""),
+)
+def test_another_number_of_counts_is_refused_by_name(values):
+    with pytest.raises(TypeError, match=r"^grid: got .*, must be \(rows, columns\)$"):
+        as_counts("grid", values, 1, "(rows, columns)")
+
+
+@pytest.mark.parametrize("values", [(0, 4), (4, 0), (0, -1), (2.0, 4), (True, 4), (4, "4")], ids=str)
+def test_counts_are_each_refused_as_one_is(values):
+    with pytest.raises(ValueError, match=r"^grid: got .*, must be an int of 1 or more$"):
+        as_counts("grid", values, 1, "(rows, columns)")
+    assert as_counts("grid", [np.int64(2), 3], 1, "(rows, columns)") == (2, 3)

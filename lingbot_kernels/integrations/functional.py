@@ -18,6 +18,7 @@ from torch import Tensor
 from lingbot_kernels import ops
 from lingbot_kernels.ops import _check
 from lingbot_kernels.ring import ChunkPosition, KVRing
+from lingbot_kernels.scalars import as_count
 
 LAYOUTS = ("BSHD", "BHSD")
 
@@ -93,9 +94,14 @@ def allocate_cache(
 
     In memory a token's heads lie next to each other either way: a "BHSD" cache is a transposed view. Code that indexes
     it by head, or hands it to an attention that takes strides (SDPA does), sees no difference.
+
+    Raises:
+        ValueError: a size that isn't an int of 1 or more, by its name.
     """
     _check_layout(layout)
-    k, v = (torch.empty(batch, capacity, heads, head_dim, dtype=dtype, device=device) for _ in range(2))
+    sizes = {"batch": batch, "capacity": capacity, "heads": heads, "head_dim": head_dim}
+    shape = [as_count(name, size, 1) for name, size in sizes.items()]
+    k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
     return (k, v) if layout == "BSHD" else (k.transpose(1, 2), v.transpose(1, 2))
 
 
@@ -124,7 +130,7 @@ def placed_chunk(ring: KVRing, token_start: int, num_tokens: int) -> Iterator[Ch
         ValueError: a gap, a step back, a chunk that is too large, or another one that must be done first; the ring is
             then as it was.
     """
-    plan = ring.plan(token_start, num_tokens)
+    plan = ring.plan(as_count("token_start", token_start, 0), as_count("num_tokens", num_tokens, 1))
     try:
         yield ChunkPosition(ops.RingPosition(plan.first_slot, ring.sink), plan.num_visible)
     except BaseException:

@@ -3,7 +3,7 @@ Geometry is float64; the poses stay on the CPU, and only the per-pixel part runs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -61,6 +61,11 @@ def fit_intrinsics(
             "stretch": each axis is scaled by its own factor, nothing is cropped; for frames resized without regard
             to their aspect. Both agree where the aspect is kept.
     """
+    height, width = check_count(height, "height"), check_count(width, "width")
+    if not isinstance(image_size, Sequence) or len(image_size) != 2:
+        raise TypeError(f"image_size is {image_size!r}, must be (width, height)")
+    for size in image_size:
+        check_positive(size, "image_size")
     array = as_floats(intrinsics, "intrinsics")
     array = check_intrinsics(array, len(array) if array.ndim == 2 else 1)
     scale_x, scale_y = width / image_size[0], height / image_size[1]

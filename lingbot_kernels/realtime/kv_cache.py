@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels.ring import ChunkPlan, ChunkPosition, KVRing, RingPosition
+from lingbot_kernels.scalars import as_count, as_counts
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -49,6 +50,11 @@ class CacheLayout:
     k_dtype: torch.dtype | None = None  # of K where it isn't `dtype`: int8, codes with a scale for each token and head
 
     def __post_init__(self) -> None:
+        for name in ("num_layers", "batch", "heads", "head_dim", "window_frames"):
+            as_count(name, getattr(self, name), 1)
+        as_counts("grid", self.grid, 1, "(rows, columns)")
+        if as_count("sink_frames", self.sink_frames, 0) >= self.window_frames:
+            raise ValueError(f"sink_frames: got {self.sink_frames}, must be less than {self.window_frames} in all")
         if self.k_dtype not in (None, torch.int8):
             raise ValueError(f"k_dtype: got {self.k_dtype}, must be None or torch.int8")
 

@@ -10,6 +10,7 @@ import torch
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.quantization import Int8Recipe, product_shapes
 from lingbot_kernels.reference.rotate_quantize import padded_width
+from lingbot_kernels.scalars import as_count, as_counts
 
 GIB = 2**30
 WORKSPACE = 64 * 2**20  # of cuBLAS and cuBLASLt, 32 MiB each on Hopper, for a stream they run on
@@ -101,11 +102,18 @@ def session_memory(
         rope_cache, time_cache, camera_cache, text_cache, time_entries: as of `RealtimeCausalDiTState`.
         cuda_graphs: whether steady forwards may replay graphs.
         recipe: of a quantised model.
+
+    Raises:
+        ValueError, TypeError: a size that isn't an int of 1 or more (time_entries: 0 or more), by its name.
     """
+    rows, columns = as_counts("grid", grid, 1, "(rows, columns)")
+    batch, ranks = as_count("batch", batch, 1), as_count("ranks", ranks, 1)
+    frames = cfg.frames_per_chunk if frames is None else as_count("frames", frames, 1)
+    time_entries = as_count("time_entries", time_entries, 0)
     d, layers, element = cfg.dim, cfg.num_layers, dtype.itemsize
     wide = torch.promote_types(dtype, torch.float32).itemsize
-    frame_tokens = grid[0] * grid[1]
-    chunk_tokens = (frames or cfg.frames_per_chunk) * frame_tokens
+    frame_tokens = rows * columns
+    chunk_tokens = frames * frame_tokens
     own_tokens = -(-chunk_tokens // ranks)
     modulation = (6 * layers + 2) * d * wide  # of one timestep
     graphed = cuda_graphs and text_cache and (camera_cache or not camera)

@@ -17,7 +17,7 @@ from lingbot_kernels import nvtx
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState, check_session
 from lingbot_kernels.realtime.side_stream import check_stream, on_side_stream
-from lingbot_kernels.scalars import as_count
+from lingbot_kernels.scalars import as_count, as_counts
 from lingbot_kernels.stages.schedule import Schedule
 
 CONTEXT_STEP_INDEX = -1
@@ -223,9 +223,8 @@ class CausalDenoisingStage:
         num_chunks = as_count("num_chunks", num_chunks, 0)
         _check_generator(generator)
         if latent_size is not None:
-            if not isinstance(latent_size, Sequence) or len(latent_size) != 2:
-                raise TypeError(f"latent_size: got {latent_size!r}, must be (H, W)")
-            latent_size = (as_count("latent_size", latent_size[0], 1), as_count("latent_size", latent_size[1], 1))
+            rows, columns = as_counts("latent_size", latent_size, 1, "(H, W)")
+            latent_size = (rows, columns)
         for name, source in (("text", text), ("noise", noise), ("condition", condition), ("camera", camera)):
             if isinstance(source, np.ndarray):
                 raise TypeError(f"{name}: got a numpy array, must be a tensor; torch.from_numpy makes one")

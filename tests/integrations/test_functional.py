@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -297,3 +298,20 @@ def test_it_compiles_without_a_graph_break():
     got = torch.compile(run, fullgraph=True, backend="aot_eager")(qkv, *again)
     assert torch.equal(got, want)
     assert torch.equal(again[0][:, :4], k_cache[:, :4])
+
+
+@pytest.mark.parametrize("name", ["batch", "capacity", "heads", "head_dim"])
+@pytest.mark.parametrize("size", [0, -1, 2.0, True], ids=str)
+def test_a_cache_of_no_size_is_refused_by_name(name: str, size: object) -> None:
+    sizes: dict[str, Any] = {"batch": 1, "capacity": 8, "heads": 2, "head_dim": 4, name: size}
+    with pytest.raises(ValueError, match=rf"^{name}: got {size}, must be an int of 1 or more"):
+        F.allocate_cache(**sizes, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize(("name", "value"), [("token_start", -1), ("token_start", 0.0), ("num_tokens", 0)], ids=str)
+def test_a_chunk_of_no_place_is_refused_by_name_and_takes_none(name: str, value: object) -> None:
+    ring = KVRing(8, 1)
+    place: dict[str, Any] = {"token_start": 0, "num_tokens": 2, name: value}
+    with pytest.raises(ValueError, match=rf"^{name}: got {value}, must be an int of "):
+        F.place_chunk(ring, **place)
+    assert ring.empty

@@ -208,6 +208,19 @@ def test_intrinsics_are_scaled_and_crop_centred():
         fit_intrinsics(source, 464, 832, fit="crop")
 
 
+@pytest.mark.parametrize("size", [0, -8, 64.0, True, None], ids=str)
+def test_intrinsics_are_not_fitted_to_no_image(size):
+    for name, sizes in (("height", (size, 64)), ("width", (64, size))):
+        with pytest.raises(ValueError, match=f"^{name} is {size}, must be an integer >= 1"):
+            fit_intrinsics((500.0, 500.0, 416.0, 240.0), *sizes)
+
+
+@pytest.mark.parametrize("image_size", [(0, 480), (832, -1), (832,), 832, None, (832, math.nan), "ab"], ids=str)
+def test_intrinsics_are_not_of_no_image(image_size):
+    with pytest.raises((ValueError, TypeError), match=r"^image_size is "):
+        fit_intrinsics((500.0, 500.0, 416.0, 240.0), 64, 64, image_size=image_size)
+
+
 def test_every_fourth_pixel_frame_is_kept():
     poses = random_walk(10)
     intrinsics = np.array(DEFAULT_INTRINSICS) + np.arange(10)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import hypothesis.strategies as st
@@ -156,6 +157,32 @@ def test_ring_refuses_a_sink_that_fills_it() -> None:
             KVRing(4, sink)
     with pytest.raises(ValueError, match="sink_frames is 18, must be < window_frames = 18"):
         small_config(sink_frames=18)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("capacity", 0), *((name, value) for name in ("capacity", "sink") for value in (-4, 4.0, True, None, "4"))],
+    ids=str,
+)
+def test_ring_names_the_size_that_no_ring_has(name: str, value: object) -> None:
+    sizes: dict[str, object] = {"capacity": 8, "sink": 1, name: value}
+    with pytest.raises((ValueError, TypeError), match=rf"^{name}: got {value!r}, must be "):
+        KVRing(**sizes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("num_layers", "batch", "heads", "head_dim", "window_frames") for value in (0, -1)),
+        *(("grid", grid) for grid in ((0, -1), (0, 2), (-1, -2), (2,))),
+        *(("sink_frames", frames) for frames in (-1, 5)),
+    ],
+    ids=str,
+)
+def test_a_cache_of_no_size_is_refused_by_name(name: str, value: object) -> None:
+    layout = CacheLayout(1, 1, 2, 4, (2, 3), 5, 1, torch.float32, torch.device("cpu"))
+    with pytest.raises((ValueError, TypeError), match=rf"^{name}: got "):
+        dataclasses.replace(layout, **{name: value})
 
 
 def test_cursor_and_int_positions_of_a_cache_are_the_same() -> None:

@@ -50,6 +50,21 @@ def test_what_a_session_keeps_is_told_exactly(
     assert sum(stored(state).values()) == state.nbytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("grid", grid) for grid in ((0, -1), (0, 4), (-2, -3), (2.5, 2), (4,), (4, 4, 4), 4, "44", None)),
+        *((name, value) for name in ("batch", "frames", "ranks") for value in (0, -1, 1.5, True)),
+        ("time_entries", -1),
+    ],
+    ids=str,
+)
+def test_sizes_that_no_session_has_are_refused_by_name(name: str, value: Any) -> None:
+    arguments: dict[str, Any] = {"grid": (2, 3), name: value}
+    with pytest.raises((ValueError, TypeError), match=rf"^{name}: got "):
+        session_memory(small_config(), dtype=torch.float32, **arguments)
+
+
 @pytest.mark.parametrize("preset", ["lingbot-world-1.3b", "lingbot-world-14b"])
 def test_real_models_on_the_meta_device(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the blocks, which keep nothing, runs on tensors without memory."""
