@@ -52,6 +52,13 @@ template <class V> void fields(V& visit, QkNormRopePushParams& p) {
          p.k_cache_batch_stride, p.k_cache_token_stride, p.v_cache_batch_stride, p.v_cache_token_stride, p.ring,
          p.first_token, p.batch, p.tokens, p.heads, p.head_dim, p.ranks, p.dtype, p.eps);
 }
+template <class V> void fields(V& visit, QkNormRopeQuantizePushParams& p) {
+  FIELDS(p.q, p.k, p.v, p.q_weight, p.k_weight, p.cos_sin, p.addresses, p.q_out_batch_stride, p.q_out_token_stride,
+         p.q_scale_batch_stride, p.q_scale_token_stride, p.q_scale_head_stride, p.k_cache_batch_stride,
+         p.k_cache_token_stride, p.k_scale_batch_stride, p.k_scale_token_stride, p.k_scale_head_stride,
+         p.v_cache_batch_stride, p.v_cache_token_stride, p.ring, p.first_token, p.batch, p.tokens, p.heads, p.head_dim,
+         p.ranks, p.dtype, p.eps);
+}
 template <class V> void fields(V& visit, AttentionOutputPushParams& p) {
   FIELDS(p.attended, p.addresses, p.ends, p.batch_strides, p.token_stride, p.column, p.batch, p.tokens, p.width,
          p.ranks, p.dtype);
@@ -108,6 +115,7 @@ template <class V> void fields(V& visit, Int8LinearParams& p) {
   X(backend, qk_norm_rope_pack)               \
   X(backend, qkv_unpack_kv_write)             \
   X(backend, qk_norm_rope_push)               \
+  X(backend, qk_norm_rope_quantize_push)      \
   X(backend, attention_output_push)           \
   X(backend, merge_segments)                  \
   X(backend, int8_attention)                  \

@@ -140,6 +140,28 @@ struct QkNormRopePushParams {
   float eps;
 };
 
+// The same with q and k quantised as in qk_norm_rope_quantize_kv_write: codes and scales to each rank's rows and ring.
+struct QkNormRopeQuantizePushParams {
+  Rows q, k, v;
+  const void* q_weight;
+  const void* k_weight;
+  const float* cos_sin;
+  // In host memory: addresses of each rank's Q codes [batch, chunk tokens, heads / ranks, head_dim] and Q scales
+  // [batch, chunk tokens, heads / ranks] (neither read where q.ptr is null), K ring, K scales and V ring; 5 * ranks.
+  const int64_t* addresses;
+  int64_t q_out_batch_stride, q_out_token_stride;
+  int64_t q_scale_batch_stride, q_scale_token_stride, q_scale_head_stride;
+  int64_t k_cache_batch_stride, k_cache_token_stride;
+  int64_t k_scale_batch_stride, k_scale_token_stride, k_scale_head_stride;
+  int64_t v_cache_batch_stride, v_cache_token_stride;
+  Ring ring;
+  int64_t first_token;
+  int64_t batch, tokens;
+  int32_t heads, head_dim, ranks;
+  Dtype dtype;
+  float eps;
+};
+
 // Attention's [batch, tokens, width] of this rank's heads to the ranks that own the tokens: the first ends[0] tokens to
 // rank 0, those up to ends[1] to rank 1 and so on, into columns [column, column + width) of their rows.
 struct AttentionOutputPushParams {
@@ -175,13 +197,13 @@ struct Int8AttentionParams {
   Rows q;                // [batch, queries, heads, head_dim], int8
   const float* q_scale;  // [batch, queries, heads]
   int64_t q_scale_batch_stride, q_scale_token_stride, q_scale_head_stride;
-  Cache k_cache;  // [batch, capacity, heads, head_dim], int8
+  Cache k_cache;         // [batch, capacity, heads, head_dim], int8
   const float* k_scale;  // [batch, capacity, heads]; loads best with tokens contiguous
   int64_t k_scale_batch_stride, k_scale_token_stride, k_scale_head_stride;
-  Cache v_cache;     // [batch, capacity, heads, head_dim], bfloat16
-  void* out;         // [batch, queries, heads, head_dim], bfloat16, contiguous
-  float* lse;        // [batch, heads, queries], natural logarithm
-  void* workspace;   // for the parts of tiles that several multiprocessors share; null: tiles are never shared
+  Cache v_cache;    // [batch, capacity, heads, head_dim], bfloat16
+  void* out;        // [batch, queries, heads, head_dim], bfloat16, contiguous
+  float* lse;       // [batch, heads, queries], natural logarithm
+  void* workspace;  // for the parts of tiles that several multiprocessors share; null: tiles are never shared
   int64_t workspace_bytes;
   int64_t batch, queries, keys;
   int32_t heads, head_dim;
@@ -341,6 +363,7 @@ Status qk_norm_rope_quantize_kv_write(const QkNormRopeQuantizeKvWriteParams&, in
 Status qk_norm_rope_pack(const QkNormRopePackParams&, int threads);
 Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams&, int threads);
 Status qk_norm_rope_push(const QkNormRopePushParams&, int threads);
+Status qk_norm_rope_quantize_push(const QkNormRopeQuantizePushParams&, int threads);
 Status attention_output_push(const AttentionOutputPushParams&, int threads);
 Status merge_segments(const MergeSegmentsParams&, int threads);
 Status int8_attention(const Int8AttentionParams&, int threads);
@@ -363,6 +386,7 @@ Status qk_norm_rope_quantize_kv_write(const QkNormRopeQuantizeKvWriteParams&, vo
 Status qk_norm_rope_pack(const QkNormRopePackParams&, void* stream);
 Status qkv_unpack_kv_write(const QkvUnpackKvWriteParams&, void* stream);
 Status qk_norm_rope_push(const QkNormRopePushParams&, void* stream);
+Status qk_norm_rope_quantize_push(const QkNormRopeQuantizePushParams&, void* stream);
 Status attention_output_push(const AttentionOutputPushParams&, void* stream);
 Status merge_segments(const MergeSegmentsParams&, void* stream);
 Status int8_attention(const Int8AttentionParams&, void* stream);

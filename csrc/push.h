@@ -23,6 +23,19 @@ inline Status addresses_problem(const int64_t* addresses, int64_t count, Dtype d
   return nullptr;
 }
 
+// The addresses of codes, scales and V.
+inline Status quantized_push_problem(const QkNormRopeQuantizePushParams& p) {
+  if (p.addresses == nullptr) return "addresses must not be null";
+  const int64_t* codes = p.addresses + (p.q.ptr == nullptr ? 2 * p.ranks : 0);
+  for (; codes < p.addresses + 4 * p.ranks; codes += 2 * p.ranks) {
+    for (int64_t r = 0; r < p.ranks; ++r) {
+      if (codes[r] == 0) return "addresses must be those of elements, none null";
+    }
+    if (Status status = addresses_problem(codes + p.ranks, p.ranks, Dtype::kFloat32)) return status;
+  }
+  return addresses_problem(p.addresses + 4 * p.ranks, p.ranks, p.dtype);
+}
+
 // Ends of the ranks' tokens: in order, the last one `tokens`.
 inline Status ends_problem(const int64_t* ends, int64_t ranks, int64_t tokens) {
   if (ends == nullptr) return "ends must not be null";

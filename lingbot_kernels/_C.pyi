@@ -87,6 +87,16 @@ class _Ops:  # written by csrc/make_stub.py, from here on
         ring_cursor: int, ring_sink: int, ring_capacity: int, first_token: int, batch: int, tokens: int, heads: int,
         head_dim: int, ranks: int, dtype: int, eps: float, threads_or_stream: int, /
     ) -> None: ...
+    def qk_norm_rope_quantize_push(
+        self, q_ptr: int, q_batch_stride: int, q_token_stride: int, k_ptr: int, k_batch_stride: int,
+        k_token_stride: int, v_ptr: int, v_batch_stride: int, v_token_stride: int, q_weight: int, k_weight: int,
+        cos_sin: int, addresses: int, q_out_batch_stride: int, q_out_token_stride: int, q_scale_batch_stride: int,
+        q_scale_token_stride: int, q_scale_head_stride: int, k_cache_batch_stride: int, k_cache_token_stride: int,
+        k_scale_batch_stride: int, k_scale_token_stride: int, k_scale_head_stride: int, v_cache_batch_stride: int,
+        v_cache_token_stride: int, ring_chunk_start: int, ring_cursor: int, ring_sink: int, ring_capacity: int,
+        first_token: int, batch: int, tokens: int, heads: int, head_dim: int, ranks: int, dtype: int, eps: float,
+        threads_or_stream: int, /
+    ) -> None: ...
     def attention_output_push(
         self, attended_ptr: int, attended_batch_stride: int, attended_token_stride: int, addresses: int, ends: int,
         batch_strides: int, token_stride: int, column: int, batch: int, tokens: int, width: int, ranks: int, dtype: int,

@@ -9,6 +9,7 @@
   X(qk_norm_rope_pack, QkNormRopePackParams)                             \
   X(qkv_unpack_kv_write, QkvUnpackKvWriteParams)                         \
   X(qk_norm_rope_push, QkNormRopePushParams)                             \
+  X(qk_norm_rope_quantize_push, QkNormRopeQuantizePushParams)            \
   X(attention_output_push, AttentionOutputPushParams)                    \
   X(merge_segments, MergeSegmentsParams)                                 \
   X(int8_attention, Int8AttentionParams)                                 \

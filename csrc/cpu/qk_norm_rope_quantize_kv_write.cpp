@@ -4,35 +4,11 @@
 
 #include "norm_rope.h"
 #include "parallel.h"
-#include "quantize.h"
+#include "quantize_head.h"
 #include "ring.h"
 
 namespace lingbot::cpu::LINGBOT_ISA {
 namespace {
-
-// A token's head as codes; returns its scale.
-LINGBOT_INLINE float quantize_head(const float* values, int head_dim, int8_t* codes) {
-  int32_t largest = 0;
-  for (int i = 0; i < head_dim; ++i) {
-    int32_t bits;
-    __builtin_memcpy(&bits, values + i, sizeof(bits));
-    bits &= 0x7fffffff;
-    largest = bits > largest ? bits : largest;
-  }
-  float scale;
-  const Quantizer q = quantizer(largest, &scale);
-  if (!q.usable) {
-    __builtin_memset(codes, 0, head_dim);
-    return scale;
-  }
-  for (int i = 0; i < head_dim; ++i) {
-    const float shifted = values[i] * q.inverse + kRoundToInteger;
-    int32_t bits;
-    __builtin_memcpy(&bits, &shifted, sizeof(bits));
-    codes[i] = static_cast<int8_t>(bits);  // the low byte
-  }
-  return scale;
-}
 
 // `rotated` has room for two rows.
 template <class T>
@@ -48,15 +24,12 @@ void write_token(const QkNormRopeQuantizeKvWriteParams& p, int64_t b, int64_t s,
   int8_t* k_codes = cache_row<int8_t>(p.k_cache, b, to);
   float* k_scale = p.k_scale + b * p.k_scale_batch_stride + to * p.k_scale_token_stride;
   for (int64_t h = 0; h < p.heads; ++h) {
-    k_scale[h * p.k_scale_head_stride] =
-        quantize_head(rotated + h * p.head_dim, p.head_dim, k_codes + h * p.head_dim);
+    k_scale[h * p.k_scale_head_stride] = quantize_head(rotated + h * p.head_dim, p.head_dim, k_codes + h * p.head_dim);
     if (p.q.ptr == nullptr) continue;
     const int64_t index = (b * p.tokens + s) * p.heads + h;
-    p.q_scale[index] =
-        quantize_head(rotated + dim + h * p.head_dim, p.head_dim, p.q_codes + index * p.head_dim);
+    p.q_scale[index] = quantize_head(rotated + dim + h * p.head_dim, p.head_dim, p.q_codes + index * p.head_dim);
   }
-  if (p.v.ptr != nullptr)
-    __builtin_memcpy(cache_row<T>(p.v_cache, b, to), row<T>(p.v, b, s), sizeof(T) * dim);
+  if (p.v.ptr != nullptr) __builtin_memcpy(cache_row<T>(p.v_cache, b, to), row<T>(p.v, b, s), sizeof(T) * dim);
 }
 
 Status check(const QkNormRopeQuantizeKvWriteParams& p) {

@@ -1,6 +1,6 @@
 // Full-width RMSNorm, rotary embedding and the write to where attention reads: ring slots, q, an all-to-all buffer, or
-// other ranks' memory. Device code of qk_norm_rope_kv_write, qk_norm_rope_quantize_kv_write, qk_norm_rope_pack and
-// qk_norm_rope_push.
+// other ranks' memory. Device code of qk_norm_rope_kv_write, qk_norm_rope_quantize_kv_write, qk_norm_rope_pack,
+// qk_norm_rope_push and qk_norm_rope_quantize_push.
 #pragma once
 
 #include "block.cuh"
@@ -44,12 +44,25 @@ struct QuantizedNormRopeParams : NormRopeParams {
   uint32_t head_shift;  // log2(head_dim), where vectors are used
 };
 
-enum class NormRopeTo { kRows, kGroups, kCodes };
+// Both: element e of group g lies jump[part][g] + e elements behind the part's row, the scale of head h of group g
+// scale_jump[part][g] + h * scale_head[part] behind the row's scales.
+struct GroupedCodesNormRopeParams : QuantizedNormRopeParams {
+  uint32_t group_width, groups;
+  int64_t jump[3][kMaxRanks];
+  int64_t scale_jump[2][kMaxRanks];
+};
+
+enum class NormRopeTo { kRows, kGroups, kCodes, kGroupedCodes };
+
+constexpr bool in_codes(NormRopeTo to) { return to == NormRopeTo::kCodes || to == NormRopeTo::kGroupedCodes; }
+constexpr bool in_groups(NormRopeTo to) { return to == NormRopeTo::kGroups || to == NormRopeTo::kGroupedCodes; }
 
 template <NormRopeTo kTo>
 using NormRopeParamsOf =
     std::conditional_t<kTo == NormRopeTo::kGroups, GroupedNormRopeParams,
-                       std::conditional_t<kTo == NormRopeTo::kCodes, QuantizedNormRopeParams, NormRopeParams>>;
+                       std::conditional_t<kTo == NormRopeTo::kCodes, QuantizedNormRopeParams,
+                                          std::conditional_t<kTo == NormRopeTo::kGroupedCodes,
+                                                             GroupedCodesNormRopeParams, NormRopeParams>>>;
 
 __device__ __forceinline__ int64_t out_offset(const NormRopeParams& p, const NormRopePart& part, uint32_t batch,
                                               uint32_t token) {
@@ -60,8 +73,21 @@ __device__ __forceinline__ int64_t out_offset(const NormRopeParams& p, const Nor
 // Element e of a row of a part, counted from the row's start in the output.
 template <NormRopeTo kTo>
 __device__ __forceinline__ int64_t group_offset(const NormRopeParamsOf<kTo>& p, uint32_t part, int e) {
-  if constexpr (kTo == NormRopeTo::kGroups) return e + p.jump[part][static_cast<uint32_t>(e) / p.group_width];
+  if constexpr (in_groups(kTo)) return e + p.jump[part][static_cast<uint32_t>(e) / p.group_width];
   return e;
+}
+
+// What is added to where the codes, and the scales, of a row begin: of the head with element e.
+template <NormRopeTo kTo>
+__device__ __forceinline__ int64_t codes_jump(const NormRopeParamsOf<kTo>& p, uint32_t part, uint32_t e) {
+  if constexpr (in_groups(kTo)) return p.jump[part][e / p.group_width];
+  return 0;
+}
+
+template <NormRopeTo kTo>
+__device__ __forceinline__ int64_t scales_jump(const NormRopeParamsOf<kTo>& p, uint32_t part, uint32_t e) {
+  if constexpr (in_groups(kTo)) return p.scale_jump[part][e / p.group_width];
+  return 0;
 }
 
 // a * b - c * d, within 1.5 ulp even where the products cancel: the rounding of c * d is added back. Where c * d is
@@ -188,7 +214,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   for (int i = 1; i < kVecs; ++i) sum[0] += sum_of_squares(x[i]);
   row_sum(sum, shared);
   const float inv_rms = rsqrtf(sum[0] * p.inv_dim + p.eps);
-  if constexpr (kTo == NormRopeTo::kCodes) {
+  if constexpr (in_codes(kTo)) {
     int8_t* codes = static_cast<int8_t*>(part.out) + out_offset(p, part, batch, token);
     float* scale = head_scales(p, which, batch, token);
 #pragma unroll
@@ -201,7 +227,9 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
       else if (inside) factor = load_cached<V>(weight + e);
       float f[V];
       norm_rotate(x[i], factor, inv_rms, cos, sin, f);
-      store_head(p, f, e, inside, codes, scale, p.scale_head[which]);
+      const uint32_t at = inside ? e : 0;
+      store_head(p, f, e, inside, codes + codes_jump<kTo>(p, which, at), scale + scales_jump<kTo>(p, which, at),
+                 p.scale_head[which]);
     }
   } else {
 #pragma unroll
@@ -244,12 +272,13 @@ __global__ void __launch_bounds__(256) norm_rope_any(const __grid_constant__ Nor
     rotate(a, b, cos_sin[pair], cos_sin[p.head_dim / 2 + pair]);
     return make_float2(a, b);
   };
-  if constexpr (kTo == NormRopeTo::kCodes) {  // warps take the heads in turn
-    int8_t* codes = static_cast<int8_t*>(part.out) + out_offset(p, part, batch, token);
+  if constexpr (in_codes(kTo)) {  // warps take the heads in turn
+    int8_t* row = static_cast<int8_t*>(part.out) + out_offset(p, part, batch, token);
     float* scale = head_scales(p, which, batch, token);
     const uint32_t lane = threadIdx.x & 31, heads = p.dim / p.head_dim;
     for (uint32_t head = threadIdx.x >> 5; head < heads; head += blockDim.x >> 5) {
       const uint32_t first = head * p.head_dim, end = first + p.head_dim;
+      int8_t* codes = row + codes_jump<kTo>(p, which, first);
       float most = 0.f;
       for (uint32_t e = first + 2 * lane; e < end; e += 64) {
         const float2 u = rotated_pair(e);
@@ -257,7 +286,7 @@ __global__ void __launch_bounds__(256) norm_rope_any(const __grid_constant__ Nor
       }
       const float amax = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(most)));
       const Quantizer q = quantizer(amax);
-      if (lane == 0) scale[head * p.scale_head[which]] = scale_of(amax);
+      if (lane == 0) scale[head * p.scale_head[which] + scales_jump<kTo>(p, which, first)] = scale_of(amax);
       for (uint32_t e = first + 2 * lane; e < end; e += 64) {
         const float2 u = rotated_pair(e);
         codes[e] = q.usable ? static_cast<int8_t>(q.code(u.x)) : 0;
@@ -285,15 +314,15 @@ int norm_rope_width(const NormRopeParamsOf<kTo>& p, int size) {
   const int width = 16 / size;
   bool ok = p.dim % width == 0 && p.head_dim % width == 0 && aligned(p.cos_sin, 16);
   for (uint32_t n = 0; n < p.parts; ++n) {
-    const bool codes = kTo == NormRopeTo::kCodes && p.part[n].weight;
+    const bool codes = in_codes(kTo) && p.part[n].weight;
     ok = ok && rows_aligned(p.part[n].in, p.part[n].in_batch, p.part[n].in_token, size, 16) &&
          rows_aligned(p.part[n].out, p.part[n].out_batch, p.part[n].out_token, codes ? 1 : size, codes ? width : 16) &&
          aligned(p.part[n].weight, 16);
   }
-  if constexpr (kTo == NormRopeTo::kCodes) {  // a head lies in neighbouring threads of one warp
+  if constexpr (in_codes(kTo)) {  // a head lies in neighbouring threads of one warp
     ok = ok && (p.head_dim & (p.head_dim - 1)) == 0 && p.head_dim / width <= 32;
   }
-  if constexpr (kTo == NormRopeTo::kGroups) {
+  if constexpr (in_groups(kTo)) {
     ok = ok && p.group_width % width == 0;
     for (uint32_t n = 0; n < p.parts; ++n) {
       for (uint32_t g = 0; g < p.groups; ++g) ok = ok && p.jump[n][g] % width == 0;
@@ -326,10 +355,10 @@ Status launch_norm_rope(const NormRopeParamsOf<kTo>& p, int64_t batch, Dtype dty
       if constexpr (Shape::V == 1) {
         return launch(norm_rope_any<T, kTo>, grid, block, 0, stream, overlap, p);
       } else {
-        constexpr int kMinBlocks = Shape::kThreads == 160 ? (kTo == NormRopeTo::kCodes ? 6 : 8) : 1;
+        constexpr int kMinBlocks = Shape::kThreads == 160 ? (in_codes(kTo) ? 6 : 8) : 1;
         // Streamed: attention reads the outputs once, together with far more than the L2 holds.
-        return launch(norm_rope_rows<T, Shape::V, Shape::kVecs, Shape::kThreads, kMinBlocks, kTo,
-                                     LoadHint::kNoAllocate, StoreHint::kStream>,
+        return launch(norm_rope_rows<T, Shape::V, Shape::kVecs, Shape::kThreads, kMinBlocks, kTo, LoadHint::kNoAllocate,
+                                     StoreHint::kStream>,
                       grid, block, 0, stream, overlap, p);
       }
     });

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -113,6 +113,7 @@ def _ring_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
         yield _int8_ring_problem(case, dtype, with_q=True)
         yield _int8_ring_problem(case, dtype, with_q=False)
         yield from _push_problems(case, dtype)
+        yield _int8_push_problem(case, dtype)
     heads, chunk = case.heads // case.ranks, case.ranks * tokens
     names = ("packed", *CACHES, "ring")
 
@@ -139,30 +140,81 @@ def _int8_ring_problem(case: KernelCase, dtype: torch.dtype, with_q: bool) -> Pr
         scale = torch.zeros(shape[0], shape[2], shape[1], device=device).transpose(1, 2)
         return {**inputs, "position": position, "k_codes": codes, "k_codes_scale": scale}
 
-    def plain(inputs: Inputs) -> Outputs:
-        rows: list[Tensor] = []
-        for name in normed:
-            heads = reference.rms_norm(inputs[name], inputs[f"{name}_weight"], EPS).unflatten(-1, (-1, case.head_dim))
-            value = reference.apply_rope(heads.to(accumulation_dtype(heads.dtype)), inputs["cos_sin"])
-            exact = value.dtype == torch.float64
-            rows += (value, value.new_ones(value.shape[:-1])) if exact else quantize_values(value)
-        return (*rows, inputs["v"])
-
     def stood_for(inputs: Inputs, outputs: Outputs) -> Outputs:
         if len(outputs) <= 2:  # of the op, which wrote the rest
             slots = inputs["position"].slots(tokens, inputs["k_codes"].shape[1], inputs["k_codes"].device)
             k_codes, k_scale, v = (inputs[name][:, slots] for name in ("k_codes", "k_codes_scale", "v_cache"))
             outputs = (*outputs, k_codes, k_scale, v.flatten(2))
-        *rows, v = outputs
-        pairs = zip(rows[::2], rows[1::2], strict=True)
-        return (*(codes.to(scale.dtype) * scale.unsqueeze(-1) for codes, scale in pairs), v)
+        return _dequantized(outputs)
 
     given = _PACK if with_q else ("k", "v", "k_weight", "cos_sin")
     names = (*given, "k_codes", "k_codes_scale", "v_cache", "position")
     moved = len(normed) * (dim * dtype.itemsize + dim + 4 * case.heads) + 2 * dim * dtype.itemsize
     return Problem(
         op, case.name, (1, tokens, dim), dtype, tokens, dim, make, _op(getattr(ops, op), names, EPS),
-        plain, bytes=tokens * moved,
+        partial(_plain_codes, normed, case.head_dim), bytes=tokens * moved,
+        backends=("cuda", "cpu", "reference"), judged=stood_for,
+    )  # fmt: skip
+
+
+def _plain_codes(normed: Sequence[str], head_dim: int, inputs: Inputs) -> Outputs:
+    """Codes and scale of each of `normed`, of float64 the values and ones, and v."""
+    rows: list[Tensor] = []
+    for name in normed:
+        heads = reference.rms_norm(inputs[name], inputs[f"{name}_weight"], EPS).unflatten(-1, (-1, head_dim))
+        value = reference.apply_rope(heads.to(accumulation_dtype(heads.dtype)), inputs["cos_sin"])
+        exact = value.dtype == torch.float64
+        rows += (value, value.new_ones(value.shape[:-1])) if exact else quantize_values(value)
+    return (*rows, inputs["v"])
+
+
+def _dequantized(outputs: Outputs) -> Outputs:
+    """What pairs of codes and scales stand for, and v."""
+    *rows, v = outputs
+    pairs = zip(rows[::2], rows[1::2], strict=True)
+    return (*(codes.to(scale.dtype) * scale.unsqueeze(-1) for codes, scale in pairs), v)
+
+
+def _int8_push_problem(case: KernelCase, dtype: torch.dtype) -> Problem:
+    """The push of codes of one rank, every rank's memory being this device's own."""
+    tokens, dim, ranks = case.tokens, case.dim, case.ranks
+    heads, first = case.heads // ranks, (ranks - 1) * tokens
+
+    def make(device: torch.device) -> Inputs:
+        caches = _caches(case, ranks * tokens, ranks * heads, device, dtype)
+        capacity = caches["k_cache"].shape[1]
+        codes: dict[str, Any] = {"dtype": torch.int8, "device": device}
+        return {
+            **_qkv(case, device, dtype, caches=False),
+            "q_codes": torch.zeros(ranks, 1, ranks * tokens, heads, case.head_dim, **codes),
+            "q_codes_scale": torch.zeros(ranks, 1, ranks * tokens, heads, device=device),
+            "k_codes": torch.zeros(ranks, 1, capacity, heads, case.head_dim, **codes),
+            "k_codes_scale": torch.zeros(ranks, 1, heads, capacity, device=device).transpose(2, 3),
+            "v_rings": caches["v_cache"].view(ranks, 1, capacity, heads, case.head_dim),
+            "position": caches["ring"],
+        }
+
+    def push(inputs: Inputs, backend: str) -> Outputs:
+        names = ("q_codes", "q_codes_scale", "k_codes", "k_codes_scale", "v_rings")
+        stacks = [list(inputs[name]) for name in names]
+        function: Callable[..., None] = ops.qk_norm_rope_quantize_push
+        function(*[inputs[name] for name in _PACK], *stacks, inputs["position"], first, EPS, backend=backend)
+        return ()
+
+    def stood_for(inputs: Inputs, outputs: Outputs) -> Outputs:
+        if not outputs:  # of the op, which wrote them
+            slots = inputs["position"].slots(first + tokens, inputs["k_codes"].shape[2], inputs["k_codes"].device)
+            q = (inputs[name][:, :, first:] for name in ("q_codes", "q_codes_scale"))
+            k = (inputs[name][:, :, slots[first:]] for name in ("k_codes", "k_codes_scale", "v_rings"))
+            outputs = tuple(x.movedim(0, 2).flatten(2, 3) for x in (*q, *k))
+            outputs = (*outputs[:-1], outputs[-1].flatten(2))
+        return _dequantized(outputs)
+
+    moved = 2 * (dim * dtype.itemsize + dim + 4 * case.heads) + 2 * dim * dtype.itemsize
+    return Problem(
+        "qk_norm_rope_quantize_push", case.name, (1, tokens, dim), dtype, tokens, dim, make,
+        lambda inputs, backend: partial(push, inputs, backend),
+        partial(_plain_codes, ("q", "k"), case.head_dim), bytes=tokens * moved,
         backends=("cuda", "cpu", "reference"), judged=stood_for,
     )  # fmt: skip
 

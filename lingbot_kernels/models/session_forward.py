@@ -101,7 +101,7 @@ def _run(
     def network(
         inputs: ChunkInputs, layers: Sequence[RingLayer], position: ChunkPosition, update_cache_only: bool
     ) -> Tensor | None:
-        if shard.ranks > 1 and kv_cache.layout.k_dtype is not None:  # what arrives is copied by slots
+        if shard.ranks > 1 and kv_cache.layout.k_dtype is not None and kv_cache.memory is None:  # copied by slots
             position = kv_cache.with_slots(position, plan.tokens)
         return model._run(inputs, layers, position, update_cache_only, shard)
 

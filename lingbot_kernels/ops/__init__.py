@@ -22,6 +22,7 @@ from lingbot_kernels.ops.qk_norm_rope_kv_write import qk_norm_rope_kv_write
 from lingbot_kernels.ops.qk_norm_rope_pack import qk_norm_rope_pack
 from lingbot_kernels.ops.qk_norm_rope_push import qk_norm_rope_push
 from lingbot_kernels.ops.qk_norm_rope_quantize_kv_write import qk_norm_rope_quantize_kv_write
+from lingbot_kernels.ops.qk_norm_rope_quantize_push import qk_norm_rope_quantize_push
 from lingbot_kernels.ops.qkv_unpack_kv_write import qkv_unpack_kv_write
 from lingbot_kernels.ops.residual_norm_modulate import residual_norm_modulate
 from lingbot_kernels.ops.residual_norm_modulate_quantize import residual_norm_modulate_quantize
@@ -53,6 +54,7 @@ __all__ = [
     "qk_norm_rope_pack",
     "qk_norm_rope_push",
     "qk_norm_rope_quantize_kv_write",
+    "qk_norm_rope_quantize_push",
     "qkv_unpack_kv_write",
     "residual_norm_modulate",
     "residual_norm_modulate_quantize",

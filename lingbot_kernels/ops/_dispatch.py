@@ -55,6 +55,7 @@ OPS: dict[str, OpHomes] = {
         OpHomes("qk_norm_rope_pack"),
         OpHomes("qkv_unpack_kv_write"),
         OpHomes("qk_norm_rope_push", {"triton": _PACKED}),
+        OpHomes("qk_norm_rope_quantize_push", {"triton": _PACKED}),
         OpHomes("attention_output_push", {"triton": _PACKED}),
         OpHomes("merge_segments", {"triton": "follows flash-attn-4 on CUDA alone, where the compiled core serves"}),
         OpHomes("rms_norm"),

@@ -8,29 +8,32 @@ Q and the ring, the next layer's first one after the output projection).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lingbot_kernels import ops
+from lingbot_kernels.parallel.int8_exchange import Quantized
 from lingbot_kernels.parallel.peer_memory import PeerMemory
 from lingbot_kernels.parallel.sequence_shard import SequenceShard
-from lingbot_kernels.realtime.kv_cache import CacheLayout
-from lingbot_kernels.ring import RingPosition
+from lingbot_kernels.realtime.kv_cache import CacheLayout, Int8KeyValue
+from lingbot_kernels.ring import ChunkPosition, RingPosition
 
 
 @dataclass(frozen=True)
 class Arrivals:
     """Where this rank's Q [B, chunk tokens, heads, head_dim] and output rows [B, longest split, D] arrive, and the
-    same on every rank (`outs` cut to each rank's tokens).
+    same on every rank (`outs` cut to each rank's tokens); where Q is in int8 its scales [B, chunk tokens, heads] too.
     """
 
     memory: PeerMemory
     q: Tensor
     qs: tuple[Tensor, ...]
     outs: tuple[Tensor, ...]
+    q_scale: Tensor | None = None
+    q_scales: tuple[Tensor, ...] = ()
 
 
 class PeerSession:
@@ -41,31 +44,37 @@ class PeerSession:
 
     def __init__(self, group: dist.ProcessGroup, layout: CacheLayout) -> None:
         self._group, self._layout = group, layout
-        size = torch.Size(layout.shape).numel() * layout.dtype.itemsize
-        self._rings = PeerMemory(group, layout.device, PeerMemory.nbytes_of(*[size] * (2 * layout.num_layers)))
+        sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.parts()]
+        self._rings = PeerMemory(group, layout.device, PeerMemory.nbytes_of(*sizes * layout.num_layers))
         self._arrivals: dict[tuple[int, ...], Arrivals] = {}
 
-    def empty(self) -> Tensor:
-        """One K or V buffer of a layer, [B, capacity, heads, head_dim], not initialised."""
-        return self._rings.empty(self._layout.shape, self._layout.dtype)
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The next buffer of a ring, not initialised."""
+        return self._rings.empty(shape, dtype)
 
     def everywhere(self, cache: Tensor) -> tuple[Tensor, ...]:
-        """A buffer of `empty` on each rank."""
-        return self._rings.everywhere(cache)
+        """A buffer of `empty` on each rank, or the transpose (1, 2) of one."""
+        if cache.is_contiguous():
+            return self._rings.everywhere(cache)
+        return tuple(x.transpose(1, 2) for x in self._rings.everywhere(cache.transpose(1, 2)))
 
     def arrivals(self, splits: tuple[int, ...]) -> Arrivals:
         """For chunks that are split like this; kept."""
         if splits not in self._arrivals:
-            layout = self._layout
+            layout, int8 = self._layout, self._layout.k_dtype is not None
             batch, _, heads, head_dim = layout.shape
-            shapes = (
-                (batch, sum(splits), heads, head_dim),
-                (batch, max(splits), len(splits) * heads * head_dim),
-            )
-            sizes = [torch.Size(shape).numel() * layout.dtype.itemsize for shape in shapes]
+            parts: list[tuple[tuple[int, ...], torch.dtype]] = [
+                ((batch, sum(splits), heads, head_dim), layout.k_dtype or layout.dtype),
+                ((batch, max(splits), len(splits) * heads * head_dim), layout.dtype),
+                *([((batch, sum(splits), heads), torch.float32)] if int8 else []),
+            ]
+            sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in parts]
             memory = PeerMemory(self._group, layout.device, PeerMemory.nbytes_of(*sizes))
-            q, out = (memory.empty(shape, layout.dtype) for shape in shapes)
-            self._arrivals[splits] = Arrivals(memory, q, memory.everywhere(q), memory.everywhere(out, rows=splits))
+            q, out, *scales = (memory.empty(shape, dtype) for shape, dtype in parts)
+            found = Arrivals(memory, q, memory.everywhere(q), memory.everywhere(out, rows=splits))
+            if int8:
+                found = replace(found, q_scale=scales[0], q_scales=memory.everywhere(scales[0]))
+            self._arrivals[splits] = found
         return self._arrivals[splits]
 
     def nbytes(self) -> int:
@@ -114,6 +123,44 @@ class PeerShard(SequenceShard):
         everywhere = self.session.everywhere
         ops.qk_norm_rope_push(
             None, k, v, None, k_weight, cos_sin, (), everywhere(k_cache), everywhere(v_cache), ring, self.start, eps
+        )
+        self.session.arrivals(self.splits).memory.barrier()
+
+    def qk_norm_rope_quantize_kv_write(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos_sin: Tensor,
+        kv: Int8KeyValue,
+        position: ChunkPosition,
+        eps: float,
+    ) -> Quantized:
+        arrivals = self.session.arrivals(self.splits)
+        k_caches, k_scales, v_caches = map(self.session.everywhere, kv)
+        assert arrivals.q_scale is not None
+        ops.qk_norm_rope_quantize_push(
+            q, k, v, q_weight, k_weight, cos_sin, arrivals.qs, arrivals.q_scales, k_caches, k_scales, v_caches,
+            position.ring, self.start, eps,
+        )  # fmt: skip
+        arrivals.memory.barrier()
+        return arrivals.q, arrivals.q_scale
+
+    def k_norm_rope_quantize_kv_write(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_weight: Tensor,
+        cos_sin: Tensor,
+        kv: Int8KeyValue,
+        position: ChunkPosition,
+        eps: float,
+    ) -> None:
+        k_caches, k_scales, v_caches = map(self.session.everywhere, kv)
+        ops.qk_norm_rope_quantize_push(
+            None, k, v, None, k_weight, cos_sin, (), (), k_caches, k_scales, v_caches, position.ring, self.start, eps
         )
         self.session.arrivals(self.splits).memory.barrier()
 

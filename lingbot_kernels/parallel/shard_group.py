@@ -7,6 +7,7 @@ refused by name on each of them and none waits for the others in an exchange.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ class ShardGroup:
         self._shards: dict[int, SequenceShard] = {}
         self._weights: tuple[object, str] = (None, "")
         self.exchange = ""
+        self._int8_push = os.environ.get(peer_memory.SWITCH) == peer_memory.WITH_INT8
 
     @classmethod
     def join(cls, group: dist.ProcessGroup | None, layout: str, model: Any) -> ShardGroup:
@@ -68,6 +70,7 @@ class ShardGroup:
             "backends": sorted(device.type for device in group._device_types),
             "torch": torch.__version__,
             "weights": joined._weights_digest(model, model._weights.token(model)),
+            f"{peer_memory.SWITCH}={peer_memory.WITH_INT8}": joined._int8_push,
         }
         joined.agree(facts)
         if layout not in LAYOUTS:
@@ -91,7 +94,7 @@ class ShardGroup:
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardGroup:
         """A copy of a sharded model is shared by the same ranks, each of which copies its own."""
         copied = ShardGroup(self._group, self._control)
-        copied.exchange = self.exchange
+        copied.exchange, copied._int8_push = self.exchange, self._int8_push
         return copied
 
     def __reduce__(self) -> tuple[type[ShardGroup], tuple[()]]:
@@ -103,8 +106,8 @@ class ShardGroup:
         return ShardGroup, ()
 
     def exchange_int8(self) -> None:
-        """Say that Q and K are exchanged in int8, for which no kernel writes to the other ranks' memory."""
-        if self.exchange == PEER_MEMORY:
+        """Say that Q and K are exchanged in int8: by the collective, unless told otherwise by `peer_memory.SWITCH`."""
+        if self.exchange == PEER_MEMORY and not self._int8_push:
             self.exchange = "all-to-all (Q and K are in int8)"
 
     @property
@@ -123,7 +126,9 @@ class ShardGroup:
 
     def ring_memory(self, layout: CacheLayout) -> PeerSession | None:
         """What a new session's rings lie in: memory shared with the other ranks where they exchange through it."""
-        if self.exchange != PEER_MEMORY or layout.dtype not in peer_memory.DTYPES or layout.k_dtype is not None:
+        if self.exchange != PEER_MEMORY or layout.dtype not in peer_memory.DTYPES:
+            return None
+        if layout.k_dtype is not None and not self._int8_push:
             return None
         assert self._group is not None
         return PeerSession(self._group, layout)

@@ -58,6 +58,16 @@ class CacheLayout:
         if self.k_dtype not in (None, torch.int8):
             raise ValueError(f"k_dtype: got {self.k_dtype}, must be None or torch.int8")
 
+    def parts(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shape and dtype of what a layer's ring is made of, as it lies in memory: K, its scales where it is in int8
+        (float32 [B, heads, capacity]), V.
+        """
+        k, v = (self.shape, self.k_dtype or self.dtype), (self.shape, self.dtype)
+        if self.k_dtype is None:
+            return k, v
+        batch, capacity, heads, _ = self.shape
+        return k, ((batch, heads, capacity), torch.float32), v
+
     @property
     def frame_tokens(self) -> int:
         return self.grid[0] * self.grid[1]
@@ -83,8 +93,8 @@ class CacheLayout:
 class RingMemory(Protocol):
     """Memory that a session's rings lie in where it is not plain device memory."""
 
-    def empty(self) -> Tensor:
-        """One layer's K or V, of the layout's shape."""
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The next part of a layer's ring, not initialised: K, its scales where it is in int8, V, layer by layer."""
 
     def nbytes(self) -> int:
         """Bytes held besides the rings."""
@@ -102,8 +112,6 @@ class KVCache:
         self.layout = layout
         self.memory = memory
         self.ring = layout.empty_ring()
-        if layout.k_dtype is not None and memory is not None:
-            raise ValueError("memory: got some for an int8 ring, must be None: ranks write to no int8 ring of another")
         self.layers: list[RingLayer] = [self._layer() for _ in range(layout.num_layers)]
         self._cursor: Tensor | None = None
 
@@ -141,15 +149,13 @@ class KVCache:
 
     def _layer(self) -> RingLayer:
         if self.memory is not None:
-            return self.memory.empty(), self.memory.empty()
-        (batch, capacity, heads, _), device = self.layout.shape, self.layout.device
-        k, v = (
-            torch.empty(self.layout.shape, dtype=dtype, device=device)
-            for dtype in (self.layout.k_dtype or self.layout.dtype, self.layout.dtype)
-        )
+            parts = [self.memory.empty(shape, dtype) for shape, dtype in self.layout.parts()]
+        else:
+            device = self.layout.device
+            parts = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.layout.parts()]
         if self.layout.k_dtype is None:
-            return k, v
-        scale = torch.empty(batch, heads, capacity, dtype=torch.float32, device=device)
+            return parts[0], parts[1]
+        k, scale, v = parts
         return Int8KeyValue(k, scale.transpose(1, 2), v)
 
 

@@ -130,7 +130,7 @@ def session_memory(
         text=2 * layers * batch * cfg.text_len * d * element if text_cache else 0,
         time_embeddings=time_entries * modulation if time_cache else 0,
         rope=own_tokens * cfg.head_dim * 4 if rope_cache else 0,
-        exchange=2 * batch * own_tokens * d * element if ranks > 1 and not int8_qk else 0,
+        exchange=batch * own_tokens * (key + d * element) if ranks > 1 else 0,
         forward=latents + rays + max(activations, _preparations(cfg, dtype, batch, own_tokens, camera)) + WORKSPACE,
         cuda_graphs=latents + activations + 2 * modulation + WORKSPACE if graphed else 0,
     )

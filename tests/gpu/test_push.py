@@ -56,6 +56,54 @@ def test_norm_rope_push(dtype: torch.dtype, shape: tuple, with_q: bool, cursor: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_q", [True, False])
+@pytest.mark.parametrize("cursor", [False, True])
+def test_norm_rope_quantize_push(dtype: torch.dtype, shape: tuple, with_q: bool, cursor: bool) -> None:
+    """All shards together write the bits of `qk_norm_rope_quantize_kv_write`, and nothing else."""
+    heads, head_dim, ranks, splits, batch, capacity, sink, start = shape
+    dim, own, tokens = heads * head_dim, heads // ranks, sum(splits)
+    q, k, v = torch.randn(batch, tokens, 3 * dim, device="cuda").to(dtype).chunk(3, dim=-1)
+    weights = [torch.randn(dim, device="cuda").to(dtype) for _ in range(2)]
+    position = torch.tensor([start], dtype=torch.int32, device="cuda") if cursor else None
+    ring = RingPosition(0 if cursor else start, sink, position)
+
+    def memory(heads: int, count: int) -> list[list[torch.Tensor]]:
+        """Q's codes and scales, K's codes and scales, V."""
+        codes = {"dtype": torch.int8, "device": "cuda"}
+        nan = float("nan")
+        return [
+            [torch.full((batch, tokens, heads, head_dim), 77, **codes) for _ in range(count)],
+            [torch.full((batch, tokens, heads), nan, device="cuda") for _ in range(count)],
+            [torch.full((batch, capacity, heads, head_dim), 77, **codes) for _ in range(count)],
+            [torch.full((batch, heads, capacity), nan, device="cuda").transpose(1, 2) for _ in range(count)],
+            [torch.full((batch, capacity, heads, head_dim), nan, device="cuda", dtype=dtype) for _ in range(count)],
+        ]  # type: ignore[arg-type]
+
+    every, first = memory(own, ranks), 0
+    table = ops.rope_cos_sin(tokens, 1000, 12, 4, head_dim, 10000.0, "cuda")
+    for count in splits:
+        part = slice(first, first + count)
+        ops.qk_norm_rope_quantize_push(
+            q[:, part] if with_q else None, k[:, part], v[:, part], weights[0] if with_q else None, weights[1],
+            table[part], *(every[:2] if with_q else ([], [])), *every[2:], ring, first, 1e-6, backend="cuda",
+        )  # fmt: skip
+        first += count
+    (q_codes,), (q_scale,), (k_cache,), (k_scale,), (v_cache,) = memory(heads, 1)
+    rest = (table, k_cache, k_scale, v_cache, ring, 1e-6)
+    if with_q:
+        q_codes, q_scale = ops.qk_norm_rope_quantize_kv_write(q, k, v, *weights, *rest, backend="cuda")
+    else:
+        ops.k_norm_rope_quantize_kv_write(k, v, weights[1], *rest, backend="cuda")
+    for got, want in zip(every, (q_codes, q_scale, k_cache, k_scale, v_cache), strict=True):
+        together = torch.cat(got, dim=2)
+        if want.dtype != torch.int8:
+            assert torch.equal(together.isnan(), want.isnan())
+            together, want = together.nan_to_num(), want.nan_to_num()
+        assert torch.equal(together, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1280, 1920, 128, 6])
 @pytest.mark.parametrize("splits", [(1131, 1131), (5, 4, 4, 4), (33,), (3, 1, 1)])
 @pytest.mark.parametrize("batch", [1, 2])

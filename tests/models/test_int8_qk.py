@@ -175,5 +175,23 @@ def test_a_ring_of_another_dtype_is_refused() -> None:
     assert layout.differences(other) == ["k_dtype: got None, must be torch.int8"]
     with pytest.raises(ValueError, match=r"k_dtype: got torch.int16, must be None or torch.int8"):
         CacheLayout(1, 1, 2, 64, (2, 3), 8, 2, BF16, torch.device("cpu"), torch.int16)
-    with pytest.raises(ValueError, match="memory: got some for an int8 ring"):
-        KVCache(layout, object())  # type: ignore[arg-type]
+
+
+def test_a_ring_in_memory_of_its_own() -> None:
+    """K, its scales as [B, heads, capacity], V, layer by layer: as ranks that share it ask for it."""
+    layout = CacheLayout(2, 1, 2, 64, (2, 3), 8, 2, BF16, torch.device("cpu"), torch.int8)
+    asked = []
+
+    class Memory:
+        def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            asked.append((shape, dtype))
+            return torch.empty(shape, dtype=dtype)
+
+        def nbytes(self) -> int:
+            return 0
+
+    cache = KVCache(layout, Memory())
+    each = [((1, 48, 2, 64), torch.int8), ((1, 2, 48), torch.float32), ((1, 48, 2, 64), BF16)]
+    assert asked == 2 * each and cache.nbytes() == KVCache(layout).nbytes()
+    for own, plain in zip(cache.tensors_of_layers(), KVCache(layout).tensors_of_layers(), strict=True):
+        assert (own.shape, own.stride(), own.dtype) == (plain.shape, plain.stride(), plain.dtype)

@@ -86,7 +86,7 @@ def test_a_block_is_one_graph_with_the_same_bits(dynamic: bool | None) -> None:
     # An op that writes its argument appears inside a functionalised call, as the first argument.
     nodes = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     called = {str(target) for node in nodes for target in (node.target, *node.args[:1])}
-    pushes = {"qk_norm_rope_push", "attention_output_push"}  # write other ranks' memory
+    pushes = {"qk_norm_rope_push", "qk_norm_rope_quantize_push", "attention_output_push"}  # write other ranks' memory
     decoder = {"frame_norm_silu", "frame_pixels"}
     # Merging is a part of windowed_attention.
     elsewhere = {"rope_cos_sin", "merge_segments", *pushes, *decoder, *EIGHT_BIT, *INT8_RING}

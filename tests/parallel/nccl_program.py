@@ -92,7 +92,7 @@ def time_exchanges(group: torch.distributed.ProcessGroup, tokens: int = 4524, he
     found: dict[str, Any] = {}
     kinds = (SequenceShard(splits, rank, group), PeerShard(splits, rank, group, session=session))
     for name, shard in zip(("all-to-all", "peer memory"), kinds, strict=True):
-        caches = [session.empty(), session.empty()] if isinstance(shard, PeerShard) else [
+        caches = [session.empty(layout.shape, dtype) for _ in range(2)] if isinstance(shard, PeerShard) else [
             torch.empty(1, capacity, own, 128, device=device, dtype=dtype) for _ in range(2)
         ]  # fmt: skip
         rest = (cos_sin, *caches, RingPosition(0, tokens), 1e-6)
@@ -146,6 +146,11 @@ def main(folder: str | None) -> None:
         found["int8_qk graphs"] = {name: run(model, grid) for name, grid in GRIDS.items()}
         model.cuda_graphs = False
         found["int8_qk eager"] = {name: run(model, grid)[0] for name, grid in GRIDS.items()}
+        os.environ[peer_memory.SWITCH], model.cuda_graphs = peer_memory.WITH_INT8, True
+        model.shard_sequence(group)
+        found["int8_qk pushed exchange"] = model.shard_group.exchange
+        found["int8_qk pushed"] = {name: run(model, grid)[0] for name, grid in GRIDS.items()}
+        del os.environ[peer_memory.SWITCH]
         torch.save(found, os.path.join(folder, f"{os.environ['RANK']}.pt"))
 
 

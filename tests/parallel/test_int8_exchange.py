@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from rollouts import Case, session, small_int8_qk_model, small_model
 from torch import Tensor
 
 from lingbot_kernels import Int8Recipe, RealtimeCausalDiTState, ops
-from lingbot_kernels.parallel import int8_exchange
+from lingbot_kernels.parallel import int8_exchange, peer_memory, shard_group
 from lingbot_kernels.parallel.sequence_shard import SequenceShard, sequence_splits
 from lingbot_kernels.parallel.shard_group import PEER_MEMORY, ShardGroup
 from lingbot_kernels.realtime.kv_cache import CacheLayout, Int8KeyValue, KVCache, ring_parts
@@ -105,7 +106,7 @@ def rollout(ranks: int, shared: bool, graphs: bool = False) -> tuple[list[Tensor
         chunks = list(session(model, CASE, 1, state))
     assert state.kv_cache is not None
     plan = session_memory(model.config, (3, 5), torch.bfloat16, ranks=ranks if shared else 1, recipe=model.recipe)
-    assert state.stats()["kv_cache"]["bytes"] == plan.kv_cache and plan.exchange == 0
+    assert state.stats()["kv_cache"]["bytes"] == plan.kv_cache
     ring = {name: bits(x) for name, x in ring_parts(state.kv_cache.layers[-1]).items()}
     return chunks, ring, state.graphs.replays
 
@@ -132,16 +133,25 @@ def test_a_shared_model_can_be_quantized(pool: Callable[[int], Ranks]) -> None:
     assert all(same_bits(got, want) for got in pool(2).run(quantized_when_shared))
 
 
-def test_no_rank_writes_to_an_int8_ring_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where GPUs reach each other's memory, Q and K in int8 are exchanged by a collective all the same, and said so."""
-    group = ShardGroup()
-    group.exchange = PEER_MEMORY
-    assert group.ring_memory(LAYOUT) is None
-    model: Any = small_model(torch.bfloat16, dim=256, num_heads=4)
-    model.shard_group = group
-    model.quantize(Int8Recipe())
-    assert group.exchange == PEER_MEMORY
-    model: Any = small_model(torch.bfloat16, dim=256, num_heads=4)
-    model.shard_group = group
-    model.quantize(Int8Recipe(attention="int8_qk"))
-    assert group.exchange == "all-to-all (Q and K are in int8)"
+@pytest.mark.parametrize("asked", [False, True])
+def test_ranks_write_to_int8_rings_of_others_where_asked_to(monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+    """Where GPUs reach each other's memory, Q and K in int8 are exchanged by a collective all the same, and said so,
+    unless the switch says otherwise.
+    """
+    if asked:
+        monkeypatch.setenv(peer_memory.SWITCH, peer_memory.WITH_INT8)
+    group: Any = ShardGroup()
+    group.exchange, group._group = PEER_MEMORY, object()
+    monkeypatch.setattr(shard_group, "PeerSession", lambda found, layout: (found, layout))
+    assert group.ring_memory(LAYOUT) == ((group._group, LAYOUT) if asked else None)
+    for recipe, exchange in (
+        (Int8Recipe(), PEER_MEMORY),
+        (Int8Recipe(attention="int8_qk"), PEER_MEMORY if asked else "all-to-all (Q and K are in int8)"),
+    ):
+        model: Any = small_model(torch.bfloat16, dim=256, num_heads=4)
+        model.shard_group = group
+        model.quantize(recipe)
+        assert group.exchange == exchange
+    group._group = None
+    monkeypatch.delenv(peer_memory.SWITCH, raising=False)
+    assert copy.deepcopy(group)._int8_push == asked

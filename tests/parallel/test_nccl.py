@@ -72,3 +72,6 @@ def test_ranks_with_int8_attention(found: list[dict[str, Any]], splits: str) -> 
                 f"chunk {i}, rank {rank}: graphs change the bits"
             )
         assert relative_error(chunk, truth) <= 1.25 * relative_error(plain, truth), f"chunk {i}"
+        for each in found:
+            assert torch.equal(chunk, each["int8_qk pushed"][splits][i]), f"chunk {i}: pushed, it has other bits"
+    assert found[0]["int8_qk pushed exchange"] == found[0]["exchange"]

@@ -14,8 +14,10 @@ from torch import Tensor
 from lingbot_kernels import ops
 from lingbot_kernels.ops import RingPosition
 from lingbot_kernels.parallel import peer_memory
-from lingbot_kernels.parallel.peer_exchange import Arrivals, PeerShard
-from lingbot_kernels.parallel.sequence_shard import sequence_splits
+from lingbot_kernels.parallel.peer_exchange import Arrivals, PeerSession, PeerShard
+from lingbot_kernels.parallel.sequence_shard import SequenceShard, sequence_splits
+from lingbot_kernels.realtime.kv_cache import CacheLayout, Int8KeyValue, KVCache
+from lingbot_kernels.ring import ChunkPosition
 
 HEADS, HEAD_DIM, SINK, CAPACITY = 12, 8, 3, 20
 DIM = HEADS * HEAD_DIM
@@ -102,6 +104,68 @@ def test_ranks_do_together_what_one_does_alone(dtype: torch.dtype, ranks: int, t
         assert torch.equal(torch.cat([results[i] for results in shared], dim=1), want), f"forward {i}"
     for part in range(2):
         assert torch.equal(torch.cat([ring[part] for ring in rings], dim=2), alone[part])
+
+
+@pytest.mark.parametrize(("ranks", "tokens", "batch"), [(2, 8, 1), (3, 7, 2), (4, 9, 1)])
+def test_ranks_do_in_int8_together_what_one_does_alone(ranks: int, tokens: int, batch: int) -> None:
+    torch.manual_seed(0)
+    shards, _ = make_shards(tokens, ranks, batch, torch.bfloat16)
+    heads, barrier = HEADS // ranks, threading.Barrier(ranks)
+
+    def ring(heads: int) -> Int8KeyValue:
+        k, scale = torch.zeros(batch, CAPACITY, heads, HEAD_DIM, dtype=torch.int8), torch.zeros(batch, heads, CAPACITY)
+        return Int8KeyValue(k, scale.transpose(1, 2), torch.zeros(k.shape, dtype=torch.bfloat16))
+
+    rings, alone = [ring(heads) for _ in range(ranks)], ring(HEADS)
+    qs = tuple(torch.full((batch, tokens, heads, HEAD_DIM), 77, dtype=torch.int8) for _ in range(ranks))
+    scales = tuple(torch.full((batch, tokens, heads), torch.nan) for _ in range(ranks))
+    for rank, shard in enumerate(shards):
+        memory: Any = ThreadMemory(barrier)
+        outs = shard.session.arrivals(shard.splits).outs
+        arrivals = Arrivals(memory, qs[rank], qs, outs, scales[rank], scales)
+        object.__setattr__(shard, "session", ThreadSession(rank, [list(each) for each in rings], arrivals))
+    weights = [torch.randn(DIM).bfloat16() for _ in range(2)]
+    forwards = [torch.randn(batch, tokens, 3 * DIM).bfloat16() for _ in range(6)]
+
+    def run(shard: SequenceShard, kv: Int8KeyValue) -> list[tuple[Tensor, ...]]:
+        results = []
+        for i, qkv in enumerate(forwards):
+            own = slice(shard.start, shard.start + shard.num_tokens) if shard.splits else slice(0, tokens)
+            q, k, v = qkv[:, own].chunk(3, dim=-1)
+            table = ops.rope_cos_sin(tokens, i * tokens, 4, 2, HEAD_DIM, 1e4, "cpu")[own]
+            position = ChunkPosition(RingPosition(i * tokens, SINK), CAPACITY)  # wraps
+            if i == 3:  # a context update's last block
+                shard.k_norm_rope_quantize_kv_write(k, v, weights[1], table, kv, position, 1e-6)
+                continue
+            codes = shard.qk_norm_rope_quantize_kv_write(q, k, v, *weights, table, kv, position, 1e-6)
+            results.append(tuple(x.clone() for x in codes))
+            if shard.splits:
+                barrier.wait(timeout=20)  # where the output's exchange would stand
+        return results
+
+    with ThreadPoolExecutor(ranks) as pool:
+        shared = list(pool.map(run, shards, rings))
+    for i, want in enumerate(run(SequenceShard(), alone)):
+        for part, whole in enumerate(want):
+            assert torch.equal(torch.cat([results[i][part] for results in shared], dim=2), whole), f"forward {i}"
+    for part, whole in enumerate(alone):
+        assert torch.equal(torch.cat([each[part] for each in rings], dim=2), whole)
+
+
+def test_the_scales_of_a_ring_everywhere() -> None:
+    """They are seen as the transpose of what lies in memory, on every rank."""
+    session: Any = PeerSession.__new__(PeerSession)
+    memory: Any = peer_memory.PeerMemory.__new__(peer_memory.PeerMemory)
+    blocks = [torch.zeros(2048, dtype=torch.uint8) for _ in range(2)]
+    memory._rank, memory._ranks, memory._block, memory._shared = 0, 2, blocks[0], Blocks(blocks)
+    memory._used, memory._everywhere, session._rings = 0, {}, memory
+    layout = CacheLayout(1, 1, 2, 8, (1, 1), 6, 0, torch.bfloat16, torch.device("cpu"), torch.int8)
+    cache = KVCache(layout, session)
+    k, scale, v = (session.everywhere(x) for x in cache.layers[0])
+    for own, others in zip(cache.layers[0], (k, scale, v), strict=True):
+        assert [(x.shape, x.stride(), x.dtype) for x in others] == [(own.shape, own.stride(), own.dtype)] * 2
+    scale[1].fill_(3.0)
+    assert blocks[1].count_nonzero() > 0 and not blocks[0].any() and not k[1].any() and not v[1].any()
 
 
 class Blocks:
