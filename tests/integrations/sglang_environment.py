@@ -5,6 +5,7 @@ place of its kernels for CPUs, which are a package apart. No module of sglang's 
 from __future__ import annotations
 
 import enum
+import fcntl
 import hashlib
 import importlib.abc
 import importlib.machinery
@@ -46,9 +47,16 @@ def folders() -> list[Path]:
     kept = hashlib.sha256(repr((VERSION, NEEDS, WITH_NEEDS, sys.version_info[:2])).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lingbot-kernels-tests" / f"sglang-{kept}"
     package, needs, done = cache / "sglang", cache / "needs", cache / "done"
-    if done.exists():
-        return [package, needs]
     cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be fetching
+        if not done.exists():
+            _fetch(cache, package, needs)
+            done.touch()
+    return [package, needs]
+
+
+def _fetch(cache: Path, package: Path, needs: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     # The wheel names Python 3.12 for its launcher; its modules are for 3.11 as well.
     fetch = ["download", "--no-deps", "--only-binary", ":all:", "--python-version", "3.12", "--dest", str(cache)]
@@ -57,8 +65,6 @@ def folders() -> list[Path]:
         wheel.extractall(package)
     _run([*pip, "install", "--target", str(needs), "--no-deps", *NEEDS])
     _run([*pip, "install", "--target", str(needs), *WITH_NEEDS])
-    done.touch()
-    return [package, needs]
 
 
 def _run(command: Sequence[str]) -> None:
