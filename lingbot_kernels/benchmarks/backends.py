@@ -44,20 +44,24 @@ def serving(
     residual = torch.promote_types(dtype, getattr(torch, cfg.residual_dtype))
     keys = tokens * cfg.window_frames // cfg.frames_per_chunk
     of_residual = ("layer_norm_modulate", "gated_residual_camera_norm", "residual_norm_modulate")
-    width = cfg.head_dim
-    served = {"rope_cos_sin": _chosen("rope_cos_sin", device_type, torch.float32, tokens, width, width, keys)}
     int8_qk = recipe is not None and recipe.attention == "int8_qk"
     write = "norm_rope_quantize_kv_write" if int8_qk else "norm_rope_kv_write"
-    for op in (f"qk_{write}", f"k_{write}", *(("int8_attention",) if int8_qk else ()), "rms_norm", *of_residual):
-        op_dtype = residual if op in of_residual else dtype
-        served[op] = _chosen(op, device_type, op_dtype, tokens, cfg.dim, cfg.head_dim, keys)
+    names = [f"qk_{write}", f"k_{write}", *(["int8_attention"] if int8_qk else []), "rms_norm", *of_residual]
     if recipe is not None:
-        for op in (*(f"{name}_quantize" for name in of_residual), "rotate_quantize", "int8_linear"):
-            op_dtype = residual if op.removesuffix("_quantize") in of_residual else dtype
-            served[op] = _chosen(op, device_type, op_dtype, tokens, cfg.dim, cfg.head_dim, keys)
-    for op in ("windowed_attention", "linear_gelu"):
-        served[op] = _chosen(op, device_type, dtype, tokens, cfg.dim, cfg.head_dim, keys)
+        names += [*(f"{name}_quantize" for name in of_residual), "rotate_quantize", "int8_linear"]
+    width = cfg.head_dim
+    served = {"rope_cos_sin": _chosen("rope_cos_sin", device_type, torch.float32, tokens, width, width, keys)}
+    for op in (*names, "windowed_attention", "linear_gelu"):
+        op_dtype = residual if op.removesuffix("_quantize") in of_residual else dtype
+        served[op] = _chosen(op, device_type, op_dtype, tokens, cfg.dim, cfg.head_dim, keys)
     return served
+
+
+def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where a backend (of attention: a library) can serve the op's tensors, else what is missing."""
+    if op == "windowed_attention":
+        return attention_why_not(backend, device_type, dtype, head_dim)
+    return _dispatch.why_not(op, backend, device_type, dtype)
 
 
 def survey(device_type: str, dtype: torch.dtype, tokens: int = 4680, dim: int = 5120, head_dim: int = 128) -> Any:
@@ -71,10 +75,8 @@ def survey(device_type: str, dtype: torch.dtype, tokens: int = 4680, dim: int = 
             row["backend"] = _chosen(op, device_type, dtype, tokens, dim, head_dim, 6 * tokens)
         except BackendUnavailable as error:
             row["error"] = str(error)
-        if op == "windowed_attention":
-            others = {name: attention_why_not(name, device_type, dtype, head_dim) for name in LIBRARIES}
-        else:
-            others = {name: _dispatch.why_not(op, name, device_type, dtype) for name in _dispatch.BACKENDS}
+        known = LIBRARIES if op == "windowed_attention" else _dispatch.BACKENDS
+        others = {name: why_not(op, name, device_type, dtype, head_dim) for name in known}
         row["others"] = {name: reason for name, reason in others.items() if name != row["backend"]}
         rows[op] = row
     return rows

@@ -28,11 +28,10 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels.benchmarks import environment
-from lingbot_kernels.benchmarks.chunk_timer import ChunkTimer, ChunkTimes, steady
 from lingbot_kernels.benchmarks.rollout import RolloutPlan, cache_bytes, settings
-from lingbot_kernels.benchmarks.rows import GREEN, RED, Row
-from lingbot_kernels.benchmarks.scene import Scene, StageInputs
-from lingbot_kernels.benchmarks.timing import percentiles
+from lingbot_kernels.benchmarks.rows import GREEN, OURS, RED, Row
+from lingbot_kernels.benchmarks.scene import Scene, SceneSession, StageInputs
+from lingbot_kernels.benchmarks.timing import ChunkTimer, ChunkTimes, percentiles, steady
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.realtime import memory
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
@@ -82,24 +81,23 @@ VARIANTS = (
 
 @dataclass
 class VariantRun:
-    """A variant under way: its state, its stage, and what came out so far."""
+    """A variant under way: its session, and what came out so far."""
 
     variant: Variant
-    stage: CausalDenoisingStage
+    session: SceneSession
     timer: ChunkTimer
-    state: RealtimeCausalDiTState
     times: list[ChunkTimes] = field(default_factory=list)
     full: list[bool] = field(default_factory=list)
     captures: list[int] = field(default_factory=list)
 
-    def denoise(self, inputs: StageInputs, text: Tensor) -> Tensor:
+    @property
+    def state(self) -> RealtimeCausalDiTState:
+        return self.session.state
+
+    def denoise(self, inputs: StageInputs) -> Tensor:
         self.timer.start()
         self.timer.inputs_ready()
-        latents = self.stage.denoise_chunk(
-            self.state, inputs.noise, text=text, camera=inputs.camera, renoise=inputs.renoise, update_context=False
-        )
-        self.timer.chunk_ready()
-        self.stage.update_context(self.state, latents, text=text, camera=inputs.camera)
+        latents = self.session.denoise(inputs)
         self.times.append(self.timer.stop())
         stats = self.state.stats()
         self.full.append(stats["visible_tokens"] == stats["capacity_tokens"])
@@ -152,9 +150,8 @@ class CachingBench:
 
     def begin(self, variant: Variant) -> VariantRun:
         timer = ChunkTimer(self.scene.model.device)
-        kind = CausalDenoisingStage if variant.update_cache_only else FullContextStage
-        stage = kind(self.scene.model, schedule=self.scene.schedule, observe=timer.observe)
-        return VariantRun(variant, stage, timer, variant.session())
+        stage = CausalDenoisingStage if variant.update_cache_only else FullContextStage
+        return VariantRun(variant, SceneSession(self.scene, variant.session(), timer, stage), timer)
 
     def end(self, session: VariantRun) -> None:
         if session.variant.off is None:
@@ -167,7 +164,7 @@ class CachingBench:
         for index, inputs in enumerate(self.inputs(chunks)):
             results: dict[int, Tensor] = {}
             for i in rotated(len(sessions), repeat + index):
-                results[i] = sessions[i].denoise(inputs, self.scene.text)
+                results[i] = sessions[i].denoise(inputs)
             for i, latents in results.items():
                 self.identical[i] &= torch.equal(latents, results[0])
         for session in sessions:
@@ -180,7 +177,7 @@ class CachingBench:
         results: dict[int, list[bytes]] = {}
         for i in rotated(len(VARIANTS), repeat):
             session = sessions[i] = self.begin(VARIANTS[i])
-            results[i] = [_digest(session.denoise(inputs, self.scene.text)) for inputs in self.inputs(chunks)]
+            results[i] = [_digest(session.denoise(inputs)) for inputs in self.inputs(chunks)]
             self.end(session)
         for i, digests in results.items():
             self.identical[i] &= digests == results[0]
@@ -188,12 +185,7 @@ class CachingBench:
 
     def session_bytes(self) -> int:
         """Bytes that a session with everything on needs, at most."""
-        scene, model = self.scene, self.scene.model
-        return memory.session_memory(
-            model.config, scene.grid, model.dtype, camera=scene.camera is not None,
-            time_entries=len(scene.schedule.times) + 1,
-            cuda_graphs=model.cuda_graphs and model.device.type == "cuda", recipe=model.recipe,
-        ).total  # fmt: skip
+        return self.scene.planned_session(cuda_graphs=self.scene.model.cuda_graphs).total
 
 
 def rows(bench: CachingBench, passes: Sequence[Sequence[VariantRun]]) -> tuple[list[dict[str, Any]], list[int]]:
@@ -224,44 +216,38 @@ def rows(bench: CachingBench, passes: Sequence[Sequence[VariantRun]]) -> tuple[l
     return table, chosen
 
 
-def bench_rows(report: dict[str, Any]) -> Iterator[tuple[Row, dict[str, Any]]]:
-    """(The row of each variant as the other benches have them, what it has besides)."""
+def bench_rows(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The row of each variant as the other benches have them, with what it has besides; without the environment."""
     settings, model, measured = report["settings"], report["model"], report["rows"]
     cfg, tokens = model["config"], settings["tokens_per_chunk"]
     real, whole = settings["layers"].split(" of ")
-    case = "-".join(
-        [
-            model["preset"] or Path(model["checkpoint"]).name,
-            *([] if real == whole else [f"{real}layers"]),
-            f"s{tokens}",
-            f"kv{cfg['window_frames'] * settings['tokens_per_frame']}",
-        ]
-    )
+    name = model["preset"] or Path(model["checkpoint"]).name
+    layers = "" if real == whole else f"-{real}layers"
+    case = f"{name}{layers}-s{tokens}-kv{cfg['window_frames'] * settings['tokens_per_frame']}"
     note = "CUDA graphs where a variant can" if settings["cuda_graphs"] else "no CUDA graphs"
     if real != whole:
         note += f"; {settings['layers']} layers, not extrapolated"
     everything = 1e3 * measured[0]["total_ms"]["p50"]
     for variant, found in zip(VARIANTS, measured, strict=True):
         row = Row(
-            bench="caching", case=case, op=variant.op, backend="lingbot_kernels", peer=False,
+            bench="caching", case=case, op=variant.op, backend=OURS, peer=False,
             shape=(1, tokens, cfg["dim"]), dtype=settings["dtype"], precision=settings["precision"], tokens=tokens,
             dim=cfg["dim"], gate=RED, bytes=found["cache_bytes"] or 0, note=f"{note}; the latents differ",
         )  # fmt: skip
         if not found["bit_identical"]:
-            yield row, {}
+            yield row.to_json()
             continue
-        p20, p50, p80 = (1e3 * found["total_ms"][p] for p in ("p20", "p50", "p80"))
+        spread: dict[str, Any] = {f"{p}_us": 1e3 * ms for p, ms in found["total_ms"].items()}
         row = dataclasses.replace(
-            row, gate=GREEN, note=note, p20_us=p20, p50_us=p50, p80_us=p80, ceiling="nothing off",
-            ceiling_us=everything, ratio=p50 / everything, calls=1,
+            row, gate=GREEN, note=note, **spread, ceiling="nothing off", ceiling_us=everything,
+            ratio=spread["p50_us"] / everything, calls=1, samples=len(report["steady_chunks"]) * settings["repeats"],
             method="events" if settings["device"].startswith("cuda") else "clock",
-            samples=len(report["steady_chunks"]) * settings["repeats"],
         )  # fmt: skip
-        more = {}
+        more = row.to_json()
         for prefix, name in zip(("", "step_", "context_"), TIMES, strict=True):
             saved = found["saved"].get(name, {"ms": 0.0, "share": 0.0})
             more.update({f"{prefix}saved_ms": saved["ms"], f"{prefix}share": saved["share"]})
-        yield row, more
+        yield more
 
 
 @dataclass(frozen=True)
@@ -289,8 +275,7 @@ def measure(scene: Scene, plan: CachingPlan) -> dict[str, Any]:
     layers = model.config.num_layers
     whole = layers if scene.preset is None else LingBotConfig.preset(scene.preset).num_layers
     return {
-        "environment": environment.collect(),
-        "device": environment.device_name(model.device),
+        **environment.report_head(model.device),
         "model": scene.describe(),
         "settings": {
             **settings(scene, RolloutPlan(plan.chunks, cuda_graphs=plan.cuda_graphs)),

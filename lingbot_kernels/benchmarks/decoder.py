@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from lingbot_kernels.benchmarks.gate import relative_error
 from lingbot_kernels.benchmarks.rows import GREEN, RED, Row
-from lingbot_kernels.benchmarks.timing import percentiles
+from lingbot_kernels.benchmarks.timing import in_turns
 from lingbot_kernels.components.random_parts import REAL_VAE, random_vae
 from lingbot_kernels.decoding import StreamingDecoder, split
 
@@ -104,10 +103,7 @@ class DecoderBench:
         for call in calls.values():
             for _ in range(3):  # compiles, picks algorithms, captures graphs
                 call()
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(self.plan.rounds):  # in turns, so that clocks and temperature are the same for all
-            for name, call in calls.items():
-                times[name].append(timed_ms(call, self.device))
+        times = in_turns(calls, self.plan.rounds, self.device)
         ceiling = statistics.median(times["diffusers"])
         notes = {"diffusers": f"bfloat16, eager, feature cache {eager.nbytes() / 2**30:.3f} GiB"}
         for name, stream in streams.items():
@@ -145,32 +141,11 @@ class DecoderBench:
     def _row(
         self, backend: str, times_ms: list[float], dtype: torch.dtype, ceiling_ms: float = 0.0, **gated: Any
     ) -> Row:
-        spread: dict[str, Any] = {}
-        if times_ms:
-            p = {name: 1e3 * value for name, value in percentiles(times_ms).items()}
-            spread = {f"{name}_us": value for name, value in p.items()}
-            spread |= {"ceiling_us": 1e3 * ceiling_ms, "ratio": p["p50"] / (1e3 * ceiling_ms)}
         name = str(dtype).removeprefix("torch.")
         frames = 4 * FRAMES
         return Row(
             bench="end_to_end", case=self.case, op="decode_chunk", backend=backend, peer=backend == "diffusers",
             shape=(frames, *self.pixels, 3), dtype=name, tokens=FRAMES * math.prod(self.plan.latent_size),
             dim=self.plan.base_dim, bytes=3 * frames * math.prod(self.pixels), ceiling="diffusers, bfloat16, eager",
-            method="events" if self.device.type == "cuda" else "clock", calls=1, samples=len(times_ms),
-            precision=name, **gated, **spread,
-        )  # fmt: skip
-
-
-def timed_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call: between events on a GPU that has nothing else to do, or on the clock."""
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - begin)
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    first.record()
-    call()
-    last.record()
-    torch.cuda.synchronize(device)
-    return first.elapsed_time(last)
+            method="events" if self.device.type == "cuda" else "clock", calls=1, precision=name, **gated,
+        ).timed(times_ms, ceiling_ms)  # fmt: skip

@@ -7,7 +7,7 @@ formulations against float64.
 from __future__ import annotations
 
 import copy
-import gc
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lingbot_kernels.benchmarks.gate import relative_error, within
 from lingbot_kernels.benchmarks.rows import FAILED, GREEN, RED, Row, failure_note
-from lingbot_kernels.benchmarks.timing import percentiles
-from lingbot_kernels.config import LingBotConfig
+from lingbot_kernels.benchmarks.scene import NetworkPlan, token_grid
+from lingbot_kernels.benchmarks.timing import free, in_turns
 from lingbot_kernels.integrations.diffusers import KVWindow, accelerate, restore, wan
 from lingbot_kernels.ops.windowed_attention import resolve_library
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
@@ -28,22 +28,17 @@ _SAMPLES_PER_VARIANT = 3
 
 
 @dataclass(frozen=True)
-class WanPlan:
+class WanPlan(NetworkPlan):
     """What to measure.
 
     Attributes:
-        preset: shape of the network.
-        layers: blocks to really run.
-        frames, latent_size: of the latents: one chunk of a rollout, or a whole video.
+        frames: of the latents: one chunk of a rollout, or a whole video.
         rounds: how often each variant is timed, in turns.
         compiled: also through torch.compile.
         window_frames, sink_frames: of the causal rollout, measured where a chunk of `frames` fits; 0 leaves it out.
     """
 
-    preset: str = "lingbot-world-14b"
-    layers: int = 8
     frames: int = 3
-    latent_size: tuple[int, int] = (58, 104)
     rounds: int = 7
     compiled: bool = True
     window_frames: int = 18
@@ -55,10 +50,9 @@ class WanBench:
 
     def __init__(self, plan: WanPlan, device: torch.device, report: Callable[[Row], None]) -> None:
         self.plan, self.device, self.report = plan, device, report
-        self.config = LingBotConfig.preset(plan.preset)
-        _, ph, pw = self.config.patch_size
-        self.tokens = plan.frames * (plan.latent_size[0] // ph) * (plan.latent_size[1] // pw)
-        self.case = f"wan-{plan.preset.removeprefix('lingbot-world-')}-{plan.layers}layers-s{self.tokens}"
+        self.config = plan.config()
+        self.tokens = plan.frames * math.prod(token_grid(self.config, plan.latent_size))
+        self.case = f"wan-{plan.name.removeprefix('lingbot-world-')}-s{self.tokens}"
 
     def make(self, layers: int, dtype: torch.dtype = torch.bfloat16) -> Any:
         cfg = self.config
@@ -92,7 +86,7 @@ class WanBench:
         if gate != GREEN:
             self.report(self._row("lingbot_kernels", [], note="the gate failed: no times", **gated))
             return False
-        plain = self.make(self.plan.layers)
+        plain = self.make(self.config.num_layers)
         window = KVWindow(self.plan.window_frames, self.plan.sink_frames) if self.plan.window_frames else None
         fast = _twin(plain)
         accelerate(fast, window)
@@ -132,10 +126,7 @@ class WanBench:
                 self.report(self._row(name, [], note=failure_note(failure), **{**gated, "gate": FAILED}))
                 del calls[name]
                 green &= not name.startswith("lingbot_kernels")
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(self.plan.rounds):  # in turns, so that clocks and temperature are the same for all
-            for name, call in calls.items():
-                times[name] += [self._timed(call) for _ in range(_SAMPLES_PER_VARIANT)]
+        times = in_turns(calls, self.plan.rounds, self.device, _SAMPLES_PER_VARIANT)
         ceiling = statistics.median(times["diffusers"])
         for name, taken in times.items():
             self.report(self._row(name, taken, ceiling, note=notes[name], **gated))
@@ -158,18 +149,15 @@ class WanBench:
         half = self.make(2)
         values = self.inputs(2, (16, 16))
         exact = copy.deepcopy(half).double()
-        truth = exact(**{k: v.double() if v.is_floating_point() else v for k, v in values.items()}, return_dict=False)[
-            0
-        ]
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in values.items()}
+        truth = exact(**wide, return_dict=False)[0]
         plain = half(**values, return_dict=False)[0]
         accelerate(half)
         got = half(**values, return_dict=False)[0]
         restore(half)
         error, plain_error = relative_error(got, truth), relative_error(plain, truth)
         del exact, half
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free()
         return (GREEN if within(error, plain_error) else RED), error, plain_error
 
     def _causal(self, fast: Any, values: dict[str, Tensor]) -> Callable[[], Any]:
@@ -181,40 +169,25 @@ class WanBench:
         start = (chunks - 1) * frames
         return lambda: fast(**values, return_dict=False, state=state, start_frame=start)
 
-    def _timed(self, call: Callable[[], Any]) -> float:
-        """Milliseconds of one call."""
-        if self.device.type != "cuda":
-            import time
-
-            begin = time.perf_counter()
-            call()
-            return 1e3 * (time.perf_counter() - begin)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(self.device)
-        first.record()
-        call()
-        last.record()
-        torch.cuda.synchronize(self.device)
-        return first.elapsed_time(last)
-
     def _row(self, backend: str, times_ms: list[float], ceiling_ms: float = 0.0, *, note: str, **gated: Any) -> Row:
-        spread: dict[str, Any] = {}
-        if times_ms:
-            p = {name: 1e3 * value for name, value in percentiles(times_ms).items()}
-            spread = {f"{name}_us": value for name, value in p.items()}
-            spread |= {"ceiling_us": 1e3 * ceiling_ms, "ratio": p["p50"] / (1e3 * ceiling_ms)}
         return Row(
             bench="diffusers", case=self.case, op="wan_forward", backend=backend, peer=backend.startswith("diffusers"),
             shape=(1, self.tokens, self.config.dim), dtype="bfloat16", tokens=self.tokens, dim=self.config.dim, bytes=0,
             ceiling="plain diffusers, eager", method="events" if self.device.type == "cuda" else "clock", calls=1,
-            samples=len(times_ms), note=note, **gated, **spread,
-        )  # fmt: skip
+            note=note, **gated,
+        ).timed(times_ms, ceiling_ms)  # fmt: skip
+
+
+def _shallow(module: Any) -> Any:
+    """The module over the same parameters and submodules, which may then be exchanged one by one."""
+    twin = copy.copy(module)
+    twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
+    return twin
 
 
 def _twin(model: Any) -> Any:
     """The model over the same parameters; modules that `accelerate` changes or `compile` marks are its own."""
-    twin = copy.copy(model)
-    twin.__dict__ = {**model.__dict__, "_modules": dict(model._modules)}
+    twin = _shallow(model)
     twin.rope = copy.deepcopy(model.rope)
     twin.blocks = torch.nn.ModuleList(_shallow_block(block) for block in model.blocks)
     return twin
@@ -222,15 +195,9 @@ def _twin(model: Any) -> Any:
 
 def _shallow_block(block: Any) -> Any:
     """A block with attention modules of its own (they hold the processors) over the same parameters."""
-
-    def shallow(module: Any) -> Any:
-        twin = copy.copy(module)
-        twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
-        return twin
-
-    twin = shallow(block)
+    twin = _shallow(block)
     for name in ("attn1", "attn2"):
-        attention = shallow(getattr(block, name))
+        attention = _shallow(getattr(block, name))
         attention.processor = copy.copy(attention.processor)
         twin._modules[name] = attention
     return twin

@@ -7,9 +7,10 @@ once, before the first chunk.
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,12 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lingbot_kernels.benchmarks.decoder import DecoderBench, DecoderPlan, timed_ms
-from lingbot_kernels.benchmarks.model import free
+from lingbot_kernels.benchmarks.decoder import DecoderBench, DecoderPlan
 from lingbot_kernels.benchmarks.rows import ABSENT, GREEN, RED, Row, failure_note
-from lingbot_kernels.benchmarks.timing import percentiles
+from lingbot_kernels.benchmarks.scene import NetworkPlan, chunks_of_a_window, token_grid
+from lingbot_kernels.benchmarks.timing import Mark, free, mark, milliseconds, settle, timed_ms
 from lingbot_kernels.components.random_parts import REAL_VAE, NoiseText, random_vae
-from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.pipeline import LingBotWorldPipeline, WorldSession
 from lingbot_kernels.quantization import recipe_of
@@ -34,13 +34,10 @@ IDLE = 10  # key presses that find the session at rest
 
 
 @dataclass(frozen=True)
-class EndToEndPlan:
+class EndToEndPlan(NetworkPlan):
     """What to measure.
 
     Attributes:
-        preset: shape of the transformer.
-        layers: transformer blocks to really run; None for all of the preset's.
-        latent_size: (H, W) of the latents.
         chunks: steady chunks, one right after the other.
         orders: where the context update runs, see `LingBotWorldPipeline`.
         base_dim: of the VAE.
@@ -48,26 +45,19 @@ class EndToEndPlan:
         precision: "bfloat16", or of `quantization.recipe_of`: the blocks' products in int8.
     """
 
-    preset: str = "lingbot-world-14b"
-    layers: int | None = None
-    latent_size: tuple[int, int] = (58, 104)
     chunks: int = 100
     orders: tuple[str, ...] = ("after", "beside")
     base_dim: int = REAL_VAE
     decoder: bool = True
     precision: str = "bfloat16"
 
-    def config(self) -> LingBotConfig:
-        overrides = {} if self.layers is None else {"num_layers": self.layers}
-        return LingBotConfig.preset(self.preset, **overrides)
-
 
 class Phases:
     """GPU milliseconds of the phases of chunks, between events (on a CPU, the clock's), by phase."""
 
     def __init__(self, device: torch.device) -> None:
-        self._gpu = device.type == "cuda"
-        self._spans: dict[str, list[tuple[Any, Any]]] = {}
+        self._device = device
+        self._spans: dict[str, list[tuple[Mark, Mark]]] = {}
         self.on = False
 
     @contextlib.contextmanager
@@ -75,23 +65,16 @@ class Phases:
         if not self.on:
             yield
             return
-        begin = self._now()
+        begin = mark(self._device)
         yield
-        self._spans.setdefault(phase, []).append((begin, self._now()))
+        self._spans.setdefault(phase, []).append((begin, mark(self._device)))
 
-    def _now(self) -> Any:
-        if not self._gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def milliseconds(self) -> dict[str, float]:
-        """The sum of each phase's spans."""
-        if self._gpu:
-            torch.cuda.synchronize()
-            return {name: sum(a.elapsed_time(b) for a, b in spans) for name, spans in self._spans.items()}
-        return {name: 1e3 * sum(b - a for a, b in spans) for name, spans in self._spans.items()}
+    def take(self) -> dict[str, float]:
+        """The sum of each phase's spans in milliseconds, which are then forgotten."""
+        settle(self._device)
+        sums = {name: sum(milliseconds(*span) for span in spans) for name, spans in self._spans.items()}
+        self._spans.clear()
+        return sums
 
 
 class EndToEndBench:
@@ -107,13 +90,11 @@ class EndToEndBench:
         self.plan, self.device, self.report, self.group = plan, device, report, group
         self.config = plan.config()
         self.ranks = 1 if group is None else dist.get_world_size(group)
-        height, width = plan.latent_size
-        _, ph, pw = self.config.patch_size
-        self.tokens = self.config.frames_per_chunk * (height // ph) * (width // pw)
-        self.size = (8 * height, 8 * width)
+        self.tokens = self.config.frames_per_chunk * math.prod(token_grid(self.config, plan.latent_size))
+        self.size = (8 * plan.latent_size[0], 8 * plan.latent_size[1])
         self.precision = plan.precision
-        layers = "" if plan.layers is None else f"-{plan.layers}layers"
-        self.case = f"{plan.preset}{layers}-{8 * height}x{8 * width}-{self.ranks}gpu"
+        self.case = f"{plan.name}-{self.size[0]}x{self.size[1]}-{self.ranks}gpu"
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     @torch.no_grad()
     def run(self) -> bool:
@@ -123,20 +104,17 @@ class EndToEndBench:
         if self.plan.decoder:
             decoder = DecoderPlan(self.plan.latent_size, self.plan.base_dim)
             green = DecoderBench(decoder, self.device, self.report).run(vae)
-            if self.device.type == "cuda":
-                free()
+            free()
         torch.manual_seed(0)  # the same weights on every rank
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        model = CausalLingBotTransformer(self.config, device=self.device, dtype=dtype).eval()
+        model = CausalLingBotTransformer(self.config, device=self.device, dtype=self.dtype).eval()
         recipe = recipe_of(self.plan.precision)
         if recipe is not None:
             model.quantize(recipe)
-            if self.device.type == "cuda":
-                free()
+            free()
         self.precision = model.precision
         if self.group is not None:
             model.shard_sequence(self.group)
-        self._text(dtype)
+        self._text()
         phases = Phases(self.device)
         stage = CausalDenoisingStage(model, observe=phases.span)
         text = NoiseText(self.config.text_dim)
@@ -160,20 +138,19 @@ class EndToEndBench:
             session.close()
         return green
 
-    def _text(self, dtype: torch.dtype) -> None:
+    def _text(self) -> None:
         """A row of what a prompt costs: umT5-xxl (a small one beside the tiny VAE) with random weights, 64 tokens."""
         real = self.plan.base_dim == REAL_VAE
         try:
-            times = self._text_times(dtype, real)
+            times = self._text_times(real)
         except ImportError as error:
-            self._report("encode_prompt", "64tokens", [], note=failure_note(error), gate=ABSENT, ceiling_ms=0.0)
+            self._report("encode_prompt", "64tokens", [], failure_note(error), ABSENT)
             return
         name = "umT5-xxl" if real else "a small umT5"
-        self._report("encode_prompt", "64tokens", times, note=f"{name}, once per prompt", gate=GREEN, ceiling_ms=0.0)
-        if self.device.type == "cuda":
-            free()
+        self._report("encode_prompt", "64tokens", times, f"{name}, once per prompt", GREEN)
+        free()
 
-    def _text_times(self, dtype: torch.dtype, real: bool) -> list[float]:
+    def _text_times(self, real: bool) -> list[float]:
         """Milliseconds of a prompt; the encoder is gone afterwards."""
         from transformers import UMT5Config, UMT5EncoderModel
 
@@ -181,7 +158,7 @@ class EndToEndBench:
         if real:
             sizes |= {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 256384}
         default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
+        torch.set_default_dtype(self.dtype)
         try:
             with torch.device(self.device):
                 encoder = UMT5EncoderModel(UMT5Config(**sizes)).eval()
@@ -192,8 +169,7 @@ class EndToEndBench:
 
     def _warm(self, session: WorldSession) -> Tensor:
         """Chunks until the window is full and every graph is captured; the last one's frames."""
-        chunks = -(-self.config.window_frames // self.config.frames_per_chunk) + 4
-        for chunk in range(chunks):
+        for chunk in range(chunks_of_a_window(self.config) + 4):
             frames = session.step(KEYS[chunk % len(KEYS)])
         return frames.cpu()
 
@@ -208,8 +184,7 @@ class EndToEndBench:
 
     def _rest(self, session: WorldSession) -> None:
         session.settle()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        settle(self.device)
         if self.group is not None:
             dist.barrier(self.group)
 
@@ -231,19 +206,18 @@ class EndToEndBench:
         self._rest(session)
         whole = 1e3 * (time.perf_counter() - begin)
         phases.on = False
-        shares = {name: ms / whole for name, ms in phases.milliseconds().items()}
-        phases._spans.clear()
+        shares = {name: ms / whole for name, ms in phases.take().items()}
         frames = 4 * self.config.frames_per_chunk
         rate = 1e3 * frames / period
         if order == "after":  # beside each other, the phases of a chunk add up to more than it takes
             shares["host and copies"] = max(0.0, 1 - sum(shares.values()))
         busy = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
         memory = "" if self.device.type != "cuda" else f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most"
-        common: dict[str, Any] = {"gate": gate, "ceiling_ms": 1e3 * frames / 16}
-        self._report("key_to_frame", f"sustained-{order}", pressed, note=self._p95(pressed), **common)
-        self._report("key_to_frame", f"idle-{order}", idle, note=self._p95(idle), **common)
+        ceiling_ms = 1e3 * frames / 16
+        self._report("key_to_frame", f"sustained-{order}", pressed, self._p95(pressed), gate, ceiling_ms)
+        self._report("key_to_frame", f"idle-{order}", idle, self._p95(idle), gate, ceiling_ms)
         note = f"{rate:.2f} frames a second over {self.plan.chunks} chunks; shares of a chunk: {busy}{memory}"
-        self._report("frames_per_second", order, [period], note=note, **common)
+        self._report("frames_per_second", order, [period], note, gate, ceiling_ms)
 
     @staticmethod
     def _p95(milliseconds: list[float]) -> str:
@@ -251,21 +225,13 @@ class EndToEndBench:
         return f"p50 {statistics.median(milliseconds):.1f} ms, p95 {last:.1f} ms, worst {max(milliseconds):.1f} ms"
 
     def _report(
-        self, op: str, suffix: str, milliseconds: list[float], *, note: str, gate: str, ceiling_ms: float
+        self, op: str, suffix: str, times_ms: Sequence[float], note: str, gate: str, ceiling_ms: float = 0.0
     ) -> None:
-        spread: dict[str, Any] = {}
-        if milliseconds:
-            spread = {f"{name}_us": 1e3 * value for name, value in percentiles(milliseconds).items()}
-        if milliseconds and ceiling_ms:
-            spread |= {"ceiling": "a chunk at 16 frames a second", "ceiling_us": 1e3 * ceiling_ms}
-            spread["ratio"] = spread["p50_us"] / spread["ceiling_us"]
         frames = 4 * self.config.frames_per_chunk
-        name = "bfloat16" if self.device.type == "cuda" else "float32"
-        self.report(
-            Row(
-                bench="end_to_end", case=f"{self.case}-{suffix}", op=op, backend="lingbot_kernels", peer=False,
-                shape=(frames, *self.size, 3), dtype=name, tokens=self.tokens, dim=self.config.dim, gate=gate,
-                bytes=3 * frames * self.size[0] * self.size[1], method="clock", calls=1, samples=len(milliseconds),
-                note=note, precision=self.precision, **spread,
-            )
+        row = Row(
+            bench="end_to_end", case=f"{self.case}-{suffix}", op=op, backend="lingbot_kernels", peer=False,
+            shape=(frames, *self.size, 3), dtype=str(self.dtype).removeprefix("torch."), tokens=self.tokens,
+            dim=self.config.dim, gate=gate, bytes=3 * frames * math.prod(self.size), method="clock", calls=1,
+            note=note, precision=self.precision,
         )  # fmt: skip
+        self.report(row.timed(times_ms, ceiling_ms, "a chunk at 16 frames a second"))

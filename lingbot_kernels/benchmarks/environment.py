@@ -59,6 +59,11 @@ def collect() -> dict[str, Any]:
     }
 
 
+def report_head(device: Device) -> dict[str, Any]:
+    """What every report begins with: environment, and the name of the device that was measured."""
+    return {"environment": collect(), "device": device_name(device)}
+
+
 @dataclass(frozen=True)
 class Environment:
     """Where a run took place, as its rows say it: the same for all of them."""

@@ -9,14 +9,70 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lingbot_kernels.benchmarks.gate import relative_error
+from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, failure_note
+from lingbot_kernels.benchmarks.scene import chunks_of_a_window
+from lingbot_kernels.benchmarks.timing import event_ms
 from lingbot_kernels.models.embeddings import patchify
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
+from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
+
+if TYPE_CHECKING:
+    from lingbot_kernels.benchmarks.model import ModelBench
+    from lingbot_kernels.benchmarks.model_session import BenchSession
+
+FLASHDREAMS = "flashdreams"
+
+
+def measure(bench: ModelBench, session: BenchSession, ceiling_ms: float) -> bool:
+    """A row of its denoise step at a full window, gated against ours on a first chunk; False if it disagrees."""
+    missing = why_not()
+    if missing is not None:
+        bench.add("denoise_step", FLASHDREAMS, peer=True, gate=ABSENT, note=missing)
+        return True
+    try:
+        error, times = _run(bench, session)
+    except Exception as failure:  # a peer's failure is a row of its own, not the end of ours
+        bench.add("denoise_step", FLASHDREAMS, peer=True, gate=FAILED, note=failure_note(failure))
+        return True
+    gate = GREEN if error < 0.05 else RED
+    bench.add(
+        "denoise_step", FLASHDREAMS, times, ceiling_ms, peer=True, gate=gate, error=error, note="compiled, graphed"
+    )
+    return gate == GREEN
+
+
+def _run(bench: ModelBench, session: BenchSession) -> tuple[float, list[float]]:
+    """(Relative difference of the first chunk's flow from ours, milliseconds of its steps at a full window)."""
+    model = session.model
+    peer = FlashDreamsPeer(model, session.text, bench.grid)
+    camera = session.new_camera()
+    embedding = model._embed_camera(camera)
+    latents = session.new_latents()
+    fresh = RealtimeCausalDiTState(camera_cache=False)
+    ours = model(latents, session.text, 937.5, state=fresh, start_frame=0, camera=camera)
+    assert isinstance(ours, Tensor)
+    theirs = peer.forward(latents, 937.5, embedding, 0)
+    _, ph, pw = model.config.patch_size
+    shaped = theirs.unflatten(1, (session.latents[2], *bench.grid)).unflatten(-1, (-1, ph, pw))
+    shaped = shaped.permute(0, 4, 1, 2, 5, 3, 6).reshape(ours.shape).float()
+    error = relative_error(shaped, ours)
+    peer.end_chunk(0)
+    fresh.dispose()
+    chunks = chunks_of_a_window(model.config)
+    for chunk in range(1, chunks + 2):
+        for step in range(3):
+            peer.forward(latents, 937.5, embedding, chunk, first=step == 0)
+        peer.end_chunk(chunk)
+    peer.forward(latents, 937.5, embedding, chunks + 2)
+    times = [event_ms(lambda: peer.forward(latents, 937.5, embedding, chunks + 2, first=False)) for _ in range(20)]
+    return error, times[5:]
 
 
 def why_not() -> str | None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 
-from lingbot_kernels import ops, reference
 from lingbot_kernels.benchmarks.kernel_cases import KernelCase
-from lingbot_kernels.benchmarks.problem import Inputs, Outputs, Problem
+from lingbot_kernels.benchmarks.problem import Inputs, Problem, call_problem
 
 BACKENDS = ("triton", "reference")
 WIDEST = 384  # channels of the Wan decoder
@@ -29,15 +27,13 @@ def frame_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
             "out": torch.empty(height, width, channels, device=device, dtype=dtype),
         }
 
-    def norm(function: Callable[..., None], inputs: Inputs, **options: Any) -> Outputs:
+    def norm(function: Callable[..., None], inputs: Inputs, **options: Any) -> None:
+        plain = {"residual": None, "stream": None, "add_stream": False, "silu": True, "parities": False}
+        options = options or plain  # the reference has no defaults
         function(inputs["y"], inputs["bias"], gamma=inputs["gamma"], act=inputs["out"], **options)
-        return ()
 
-    plain = {"residual": None, "stream": None, "add_stream": False, "silu": True, "parities": False}
-    yield Problem(
-        "frame_norm_silu", case.name, (height, width, channels), dtype, pixels, channels, make,
-        lambda inputs, backend: partial(norm, ops.frame_norm_silu, inputs, backend=backend),
-        lambda inputs: norm(reference.frame_norm_silu, inputs, **plain),
+    yield call_problem(
+        case.name, (height, width, channels), dtype, "frame_norm_silu", make, norm, tokens=pixels,
         bytes=2 * pixels * channels * size, backends=BACKENDS, judged=lambda inputs, _: (inputs["out"],),
     )  # fmt: skip
 
@@ -49,15 +45,13 @@ def frame_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
             "out": torch.empty(height, width, 3, device=device),
         }
 
-    def sum_taps(function: Callable[..., None], inputs: Inputs, **options: Any) -> Outputs:
-        sums = inputs["partial"].clone()  # which the op moves on
+    def sum_taps(function: Callable[..., None], inputs: Inputs, **options: Any) -> torch.Tensor:
+        sums: torch.Tensor = inputs["partial"].clone()  # which the op moves on
         function(inputs["taps"], inputs["bias"], sums, inputs["out"], **options)
-        return (sums,)
+        return sums
 
-    yield Problem(
-        "frame_pixels", case.name, (height, width, 3), dtype, pixels, 3, make_taps,
-        lambda inputs, backend: partial(sum_taps, ops.frame_pixels, inputs, backend=backend),
-        lambda inputs: sum_taps(reference.frame_pixels, inputs),
+    yield call_problem(
+        case.name, (height, width, 3), dtype, "frame_pixels", make_taps, sum_taps, tokens=pixels,
         bytes=pixels * (9 * size + 12 * 4 + 3 * 4), backends=BACKENDS,
         judged=lambda inputs, outputs: (inputs["out"], *outputs),
     )  # fmt: skip

@@ -18,16 +18,19 @@ from lingbot_kernels.benchmarks.kernel_cases import KernelCase
 from lingbot_kernels.benchmarks.problem import (
     EPS,
     Inputs,
+    Make,
     Outputs,
     Problem,
+    given,
     judged_rows,
+    op_problem,
     randn,
     residual_inputs,
     spread_rows,
 )
 from lingbot_kernels.reference.rotate_quantize import padded_width, quantize_rows, rotated
 
-Arguments = Callable[[Inputs], tuple[Any, ...]]
+_CAMERA_NORM = ("x", "delta", "gate", "cam_scale", "cam_shift", "weight", "bias", EPS)
 
 
 def _rotated_row(y: Tensor, signs: Tensor) -> Outputs:
@@ -43,26 +46,24 @@ def _stood_for(_: Inputs, outputs: Outputs) -> Outputs:
 
 
 def _problem(
-    op: str, case: str, shape: tuple[int, ...], dtype: torch.dtype, bytes_per_row: int,
-    make: Callable[[torch.device], Inputs], arguments: Arguments,
+    op: str, case: str, shape: tuple[int, ...], dtype: torch.dtype, sizes: dict[str, int],
+    make: Make, arguments: tuple[Any, ...],
 ) -> Problem:  # fmt: skip
-    """`op` is a quantising form; `arguments` are those that it shares with the op whose y it quantises."""
+    """`op` is a quantising form; `arguments`, see `given`, are those of the op whose y it quantises as well."""
     rounding = getattr(reference, op.removesuffix("_quantize"), None)
 
     def plain(inputs: Inputs) -> Outputs:
-        given, signs = arguments(inputs), inputs["signs"]
+        values, signs = given(inputs, arguments), inputs["signs"]
         if inputs["x"].dtype != torch.float64:
-            return getattr(reference, op)(*given, signs=signs)
-        outputs = inputs["x"] if rounding is None else rounding(*given)
+            return getattr(reference, op)(*values, signs=signs)
+        outputs = inputs["x"] if rounding is None else rounding(*values)
         *others, y = outputs if isinstance(outputs, tuple) else (outputs,)
         return (*others, *_rotated_row(y, signs))
 
     def bind(inputs: Inputs, backend: str) -> Callable[[], Outputs]:
-        return partial(getattr(ops, op), *arguments(inputs), signs=inputs["signs"], backend=backend)
+        return partial(getattr(ops, op), *given(inputs, arguments), signs=inputs["signs"], backend=backend)
 
-    _, tokens, dim = shape
-    bytes_ = tokens * (bytes_per_row + padded_width(dim) + 4)
-    return Problem(op, case, shape, dtype, tokens, dim, make, bind, plain, bytes=bytes_, judged=_stood_for)
+    return Problem(case, shape, dtype, op, make, bind, plain, sizes=sizes, judged=_stood_for)
 
 
 def _signs(dim: int, device: torch.device) -> Inputs:
@@ -77,37 +78,25 @@ def rotate_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
         def make(device: torch.device, shape: tuple[int, ...] = shape) -> Inputs:
             return {"x": torch.randn(shape, device=device, dtype=dtype), **_signs(shape[2], device)}
 
-        yield _problem(
-            "rotate_quantize", case.name + suffix, shape, dtype, dim * dtype.itemsize, make, lambda i: (i["x"],)
-        )
+        yield _problem("rotate_quantize", case.name + suffix, shape, dtype, {}, make, ("x",))
 
 
 def norm_problems(case: KernelCase, dtype: torch.dtype, residual: torch.dtype) -> Iterator[Problem]:
     """The quantising forms of the passes between two products, on a stream in the dtype `residual`."""
-    dim, width, wide = case.dim, dtype.itemsize, residual.itemsize
+    dim, sizes = case.dim, {"residual": residual.itemsize}
     name, shape = case.name + ("-r32" if residual != dtype else ""), (1, case.tokens, dim)
 
     def make(device: torch.device, camera: bool = False) -> Inputs:
         return {**residual_inputs(case, dtype, residual, device, camera), **_signs(dim, device)}
 
-    def norm(inputs: Inputs) -> tuple[Any, ...]:
-        return (inputs["x"], inputs["shift"], inputs["scale"], EPS)
-
-    def residual_norm(inputs: Inputs) -> tuple[Any, ...]:
-        return (inputs["x"], inputs["delta"], inputs["shift"], inputs["scale"], EPS, inputs["gate"])
-
-    def camera_norm(inputs: Inputs) -> tuple[Any, ...]:
-        names = ("x", "delta", "gate", "cam_scale", "cam_shift", "weight", "bias")
-        return (*[inputs[key] for key in names], EPS)
-
-    yield _problem("layer_norm_modulate_quantize", name, shape, dtype, dim * wide, make, norm)
-    moved = dim * (2 * wide + width)
-    yield _problem("residual_norm_modulate_quantize", name, shape, dtype, moved, make, residual_norm)
+    norm, residual_norm = ("x", "shift", "scale", EPS), ("x", "delta", "shift", "scale", EPS, "gate")
+    yield _problem("layer_norm_modulate_quantize", name, shape, dtype, sizes, make, norm)
+    yield _problem("residual_norm_modulate_quantize", name, shape, dtype, sizes, make, residual_norm)
     yield _problem(
-        "gated_residual_camera_norm_quantize", name + "-camera", shape, dtype, moved + 2 * dim * width,
-        partial(make, camera=True), camera_norm,
+        "gated_residual_camera_norm_quantize", name + "-camera", shape, dtype, {**sizes, "camera": True},
+        partial(make, camera=True), _CAMERA_NORM,
     )  # fmt: skip
-    yield _problem("gated_residual_camera_norm_quantize", name, shape, dtype, moved, make, camera_norm)
+    yield _problem("gated_residual_camera_norm_quantize", name, shape, dtype, sizes, make, _CAMERA_NORM)
 
 
 def product_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
@@ -117,9 +106,7 @@ def product_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
         yield _product(case, f"-{name}", dtype, (tokens, padded_width(inner), outer), name == "up")
 
 
-def _product(
-    case: KernelCase, suffix: str, dtype: torch.dtype, sizes: tuple[int, int, int], gelu: bool
-) -> Problem:  # fmt: skip
+def _product(case: KernelCase, suffix: str, dtype: torch.dtype, sizes: tuple[int, int, int], gelu: bool) -> Problem:
     tokens, inner, outer = sizes
     activation = "gelu_tanh" if gelu else None
 
@@ -137,18 +124,15 @@ def _product(
             "weight": randn(outer, inner, device=device, dtype=dtype), "rows": spread_rows(tokens),
         }  # fmt: skip
 
-    def bind(inputs: Inputs, backend: str) -> Callable[[], Tensor]:
-        x, x_scale, w, w_scale, bias = (inputs[name] for name in ("codes", "x_scale", "w", "w_scale", "bias"))
-        return partial(ops.int8_linear, x, x_scale, w, w_scale, bias, activation, dtype, backend=backend)
-
     def plain(inputs: Inputs) -> Outputs:
         rows = inputs["rows"].to(inputs["codes"].device)
         x, x_scale = inputs["codes"][:, rows], inputs["x_scale"][:, rows]
         w, w_scale, bias = inputs["w"], inputs["w_scale"], inputs["bias"]
         return (reference.int8_linear(x, x_scale, w, w_scale, bias, activation, bias.dtype),)
 
-    return Problem(
-        "int8_linear", case.name + suffix, (1, tokens, inner, outer), dtype, tokens, inner, make, bind, plain,
+    return op_problem(
+        case.name + suffix, (1, tokens, inner, outer), dtype, "int8_linear", make,
+        ("codes", "x_scale", "w", "w_scale", "bias", activation, dtype), plain=plain,
         bytes=(tokens + outer) * inner + tokens * outer * dtype.itemsize, flops=2 * tokens * inner * outer,
         backends=("triton", "cpu", "reference"), judged=judged_rows, ceiling="gemm",
     )  # fmt: skip
@@ -157,7 +141,7 @@ def _product(
 def attention_problem(case: KernelCase, visible: int) -> Problem:
     """A chunk's queries over `visible` slots of an int8 ring; V is bfloat16 whatever the case's dtype."""
     tokens, heads, head_dim = case.ranks * case.tokens, case.heads // case.ranks, case.head_dim
-    dim, per_token = heads * head_dim, heads * (head_dim + 4)  # codes and a scale a head
+    dim = heads * head_dim
 
     def make(device: torch.device) -> Inputs:
         def quantized(tokens: int) -> tuple[Tensor, Tensor]:
@@ -171,12 +155,6 @@ def attention_problem(case: KernelCase, visible: int) -> Problem:
             "rows": spread_rows(tokens),
         }  # fmt: skip
 
-    names = ("q", "q_scale", "k_cache", "k_scale", "v_cache")
-
-    def bind(inputs: Inputs, backend: str) -> Callable[[], Outputs]:
-        given = {name: inputs[name] for name in names}
-        return partial(ops.int8_attention, **given, num_visible=visible, backend=backend)
-
     def plain(inputs: Inputs) -> Outputs:
         """The judged rows alone, with the weights rounded to V's dtype."""
         rows, v = inputs["rows"].to(inputs["q"].device), inputs["v_cache"].transpose(1, 2)
@@ -185,8 +163,9 @@ def attention_problem(case: KernelCase, visible: int) -> Problem:
         scores = torch.einsum("bqhd,bkhd->bhqk", q * q_scale, k) * head_dim**-0.5
         return ((scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(-2),)
 
-    return Problem(
-        "int8_attention", case.name, (1, tokens, visible, heads, head_dim), torch.bfloat16, tokens, dim, make, bind,
-        plain, bytes=(tokens + visible) * (per_token + 2 * dim), flops=4 * tokens * visible * dim,
+    return op_problem(
+        case.name, (1, tokens, visible, heads, head_dim), torch.bfloat16, "int8_attention", make,
+        ("q", "q_scale", "k_cache", "k_scale", "v_cache", visible), plain=plain, dim=dim,
+        sizes={"heads": heads, "visible": visible}, flops=4 * tokens * visible * dim,
         judged=lambda inputs, outputs: judged_rows(inputs, outputs[:1]), ceiling="",
     )  # fmt: skip

@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from lingbot_kernels.benchmarks import gate, timing
+from lingbot_kernels.benchmarks import backends, gate, timing
 from lingbot_kernels.benchmarks.kernel_cases import HEADLINE, KERNEL_CASES, KernelCase
 from lingbot_kernels.benchmarks.peers import Peer, gate_run, peers_of
-from lingbot_kernels.benchmarks.problem import Inputs, Outputs, Problem, as_tuple
+from lingbot_kernels.benchmarks.problem import Inputs, Problem
 from lingbot_kernels.benchmarks.problems import problems
 from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, Row, failure_note
 from lingbot_kernels.benchmarks.timing import QUICK, Effort, measure, measure_copy, rotated_sets, wall_us
 from lingbot_kernels.ops import _dispatch
 from lingbot_kernels.ops.windowed_attention import LIBRARIES
-from lingbot_kernels.ops.windowed_attention import why_not as attention_why_not
 
 _KERNELS = ("cuda", "triton", "cpu")  # backends of ours: they allocate outputs alone, so all of it can be poisoned
 BACKENDS = (*_dispatch.BACKENDS, *(name for name in LIBRARIES if name not in _dispatch.BACKENDS), "auto")
@@ -75,19 +73,17 @@ class KernelBench:
     def _problem(self, case: KernelCase, problem: Problem) -> None:
         peers = peers_of(problem.op) if self.plan.peers and not case.wrap else []
         peers = [p for p in peers if not p.compiles or (case.name == HEADLINE and not self.plan.quick)]
-        backends = self._backends(problem)
-        if not backends and not peers:
+        ours = [_own(problem, name, self.device) for name in self._backends(problem)]
+        if not ours and not peers:
             return
         try:
             work = _Work(self, case, problem)
         except Exception as error:
-            for backend in backends:
-                self._add(_row(problem, backend, gate=FAILED, note=failure_note(error)))
+            for way in ours:
+                self._add(_row(problem, way.name, gate=FAILED, note=failure_note(error)))
             return
-        for backend in backends:
-            self._add(work.guarded(backend, False, partial(work.backend, backend)))
-        for peer in peers:
-            self._add(work.guarded(peer.name, True, partial(work.peer, peer)))
+        for way in (*ours, *peers):
+            self._add(work.measure(way, peer=way in peers))
 
     def _backends(self, problem: Problem) -> list[str]:
         if self.plan.backends:
@@ -112,59 +108,39 @@ class _Work:
         self.expectation = gate.expect(problem, self.sets[0])
         self._ceiling: float | None = None
 
-    def guarded(self, backend: str, peer: bool, measured: Callable[[], Row]) -> Row:
+    def measure(self, way: Peer, peer: bool) -> Row:
+        """The row of one way of doing what the op does; a failure is a row too."""
         try:
-            return measured()
+            return self._measure(way, _row(self.problem, way.name, peer=peer, gate=GREEN, note=way.note))
         except Exception as error:
-            return _row(self.problem, backend, peer=peer, gate=FAILED, note=failure_note(error))
+            return _row(self.problem, way.name, peer=peer, gate=FAILED, note=failure_note(error))
 
-    def backend(self, backend: str) -> Row:
-        problem, device = self.problem, self.bench.device
-        reason = _why_not(problem, backend, device)
-        if reason is not None:
-            return _row(problem, backend, gate=ABSENT, note=reason)
-
-        def run(inputs: Inputs) -> Outputs:
-            return as_tuple(problem.bind(inputs, backend)())
-
-        verdict = gate.judge(self.expectation, run, fill_outputs=backend in _KERNELS)
-        row = _row(problem, backend, gate=GREEN)
-        # The plain table is made of lists, which are copied from the host: nothing a graph can capture.
-        graph = not (problem.op == "rope_cos_sin" and backend == "reference")
-        return self._timed(row, verdict, lambda inputs: problem.bind(inputs, backend), graph)
-
-    def peer(self, peer: Peer) -> Row:
-        problem, case = self.problem, self.case
-        row = _row(problem, peer.name, peer=True, gate=ABSENT, note=peer.missing() or "")
-        if row.note:
-            return row
-        expectation, adapt = self.expectation, peer.adapt
-        if adapt is not None:
-            expectation = gate.expect(problem, adapt(case, self.sets[0]))
-        verdict = gate.judge(expectation, gate_run(peer, problem.op, case), fill_outputs=False)
-        row = dataclasses.replace(row, gate=GREEN, note=peer.note)
-        return self._timed(row, verdict, lambda inputs: peer.bind(problem.op, case, inputs), True)
-
-    def _timed(
-        self, row: Row, verdict: gate.Verdict, bind: Callable[[Inputs], timing.Thunk], graph: bool
-    ) -> Row:  # fmt: skip
+    def _measure(self, way: Peer, row: Row) -> Row:
+        problem, case, device = self.problem, self.case, self.bench.device
+        missing = way.missing()
+        if missing is not None:
+            return dataclasses.replace(row, gate=ABSENT, note=missing)
+        expectation = self.expectation
+        if way.adapt is not None:
+            expectation = gate.expect(problem, way.adapt(case, self.sets[0]))
+        poisoned = not row.peer and way.name in _KERNELS
+        verdict = gate.judge(expectation, gate_run(way, problem.op, case), fill_outputs=poisoned)
         row = dataclasses.replace(row, error=verdict.error, plain_error=verdict.plain_error)
         if not verdict.green:
             return dataclasses.replace(row, gate=RED, note=verdict.reason)
-        problem, device = self.problem, self.bench.device
         while len(self.sets) < rotated_sets(problem.bytes, device):
             self.sets.append(problem.make(device))
-        calls = [bind(inputs) for inputs in self.sets]
+        calls = [way.bind(problem.op, case, inputs) for inputs in self.sets]
+        # The plain table is made of lists, which are copied from the host: nothing a graph can capture.
+        graph = not (problem.op == "rope_cos_sin" and way.name == "reference")
         timed = measure(calls, device, self.bench.effort, graph=graph)
         wall = wall_us(calls, device, timed.p50_us) if device.type == "cuda" else timed.p50_us
         ceiling = self.ceiling()
         return dataclasses.replace(
-            row,
-            p20_us=timed.p20_us, p50_us=timed.p50_us, p80_us=timed.p80_us,
+            row, **dataclasses.asdict(timed), wall_us=wall,
             ceiling=problem.ceiling, ceiling_us=ceiling, ratio=timed.p50_us / ceiling if ceiling else None,
             tbps=None if problem.flops else problem.bytes / timed.p50_us / 1e6,
             tflops=problem.flops / timed.p50_us / 1e6 if problem.flops else None,
-            wall_us=wall, method=timed.method, calls=timed.calls, samples=timed.samples,
         )  # fmt: skip
 
     def ceiling(self) -> float | None:
@@ -178,16 +154,20 @@ class _Work:
         return self._ceiling
 
 
+def _own(problem: Problem, backend: str, device: torch.device) -> Peer:
+    """One of our backends, as what is measured beside the peers."""
+
+    def missing() -> str | None:
+        if backend == "auto":
+            return None
+        return backends.why_not(problem.op, backend, device.type, problem.dtype, problem.shape[-1])
+
+    return Peer(backend, (problem.op,), lambda op, case, inputs: problem.bind(inputs, backend), missing)
+
+
 def _bare_product(inputs: Inputs) -> timing.Thunk:
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
     return lambda: F.linear(x, weight, bias)
-
-
-def _why_not(problem: Problem, backend: str, device: torch.device) -> str | None:
-    """None where this backend can serve the problem on this device, else what is missing."""
-    if problem.op == "windowed_attention":
-        return attention_why_not(backend, device.type, problem.dtype, problem.shape[-1])
-    return None if backend == "auto" else _dispatch.why_not(problem.op, backend, device.type, problem.dtype)
 
 
 def _row(problem: Problem, backend: str, *, gate: str, peer: bool = False, note: str = "") -> Row:

@@ -18,7 +18,8 @@ from lingbot_kernels.benchmarks.rows import FAILED, GREEN, RED, failure_note
 from lingbot_kernels.benchmarks.timeline import event_times
 
 if TYPE_CHECKING:
-    from lingbot_kernels.benchmarks.model import BenchSession, ModelBench
+    from lingbot_kernels.benchmarks.model import ModelBench
+    from lingbot_kernels.benchmarks.model_session import BenchSession
 
 EAGER, COMPILED, REPLAYED = "lingbot_kernels, no graphs", "torch.compile", "torch.compile, graphs"
 _SECONDS = 1.5
@@ -56,7 +57,7 @@ def measure(bench: ModelBench, session: BenchSession, ceiling_ms: float, error: 
         difference = relative_error(got, want)
         gates.append(GREEN if right and difference < 0.05 else RED)
         times = event_times(lambda: session.step(camera, latents), _SECONDS)
-        bench.report_times(
+        bench.add(
             "denoise_step", backend, times, ceiling_ms, gate=gates[-1], **gated,
             note=f"{note}; differs from the replayed step by {difference:.2g}",
         )  # fmt: skip
@@ -75,9 +76,9 @@ def measure(bench: ModelBench, session: BenchSession, ceiling_ms: float, error: 
                 time(REPLAYED, "blocks compiled, fullgraph=True, in a CUDA graph")
             else:
                 note = f"no graph was replayed: {graphs.reason or 'not a CUDA device'}"
-                bench.report(bench._row("denoise_step", REPLAYED, [], gate=FAILED, **gated, note=note))
+                bench.add("denoise_step", REPLAYED, gate=FAILED, **gated, note=note)
     except Exception as failure:  # a row of its own, not the end of ours
-        bench.report(bench._row("denoise_step", COMPILED, [], gate=FAILED, **gated, note=failure_note(failure)))
+        bench.add("denoise_step", COMPILED, gate=FAILED, **gated, note=failure_note(failure))
         return False
     finally:
         graphs.clear()

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels.benchmarks import sglang_peer
-from lingbot_kernels.benchmarks.chunk_timer import ChunkTimer, ChunkTimes
 from lingbot_kernels.benchmarks.gate import relative_error
 from lingbot_kernels.benchmarks.rows import ABSENT, FAILED, GREEN, RED, failure_note
+from lingbot_kernels.benchmarks.scene import chunks_of_a_window
+from lingbot_kernels.benchmarks.timing import ChunkTimer, ChunkTimes
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 
 if TYPE_CHECKING:
-    from lingbot_kernels.benchmarks.model import BenchSession, ModelBench
+    from lingbot_kernels.benchmarks.model import ModelBench
+    from lingbot_kernels.benchmarks.model_session import BenchSession
 
 SGLANG, ACCELERATED = "sglang", "sglang accelerated"
 _LIMIT = 0.05  # of a chunk's latents in bfloat16; the two round in different places, and differ by under 0.01
@@ -28,7 +30,7 @@ def measure(bench: ModelBench, session: BenchSession, ceiling_ms: float) -> bool
     missing = sglang_peer.why_not()
     if missing is not None:
         for backend in (SGLANG, ACCELERATED):
-            bench.report(bench._row("chunk", backend, [], peer=True, gate=ABSENT, note=missing))
+            bench.add("chunk", backend, peer=True, gate=ABSENT, note=missing)
         return True
     backend = SGLANG
     try:
@@ -46,7 +48,7 @@ def measure(bench: ModelBench, session: BenchSession, ceiling_ms: float) -> bool
         restore(peer.transformer)
         return green
     except Exception as failure:  # a peer's failure is a row of its own, not the end of ours
-        bench.report(bench._row("chunk", backend, [], peer=True, gate=FAILED, note=failure_note(failure)))
+        bench.add("chunk", backend, peer=True, gate=FAILED, note=failure_note(failure))
         return True
 
 
@@ -68,7 +70,7 @@ class Inputs:
                 "camera": draw(1, cfg.camera_channels, *shape[2:]),
                 "condition": draw(1, cfg.in_channels - cfg.out_channels, *shape[2:]),
             }
-            for _ in range(-(-cfg.window_frames // cfg.frames_per_chunk) + 2)
+            for _ in range(chunks_of_a_window(cfg) + 2)
         ]
 
     def ours(self) -> list[Tensor]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lingbot_kernels.benchmarks import timeline
 from lingbot_kernels.benchmarks.gate import relative_error
-from lingbot_kernels.benchmarks.model import BenchSession, ModelBench, free, timed
+from lingbot_kernels.benchmarks.model import ModelBench
+from lingbot_kernels.benchmarks.model_session import BenchSession
 from lingbot_kernels.benchmarks.rows import GREEN, RED
+from lingbot_kernels.benchmarks.timing import captured, event_ms, free
 from lingbot_kernels.realtime.kv_cache import Int8KeyValue
 from lingbot_kernels.ring import ChunkPosition, RingPosition
 
@@ -22,10 +22,14 @@ from lingbot_kernels.ring import ChunkPosition, RingPosition
 class ShardedModelBench(ModelBench):
     """`ModelBench` with the sequence shared among the ranks of `group`; rank 0 reports."""
 
+    def __init__(self, *arguments: Any, group: dist.ProcessGroup) -> None:
+        super().__init__(*arguments)
+        self.group = group
+
     @torch.no_grad()
-    def run_sharded(self, group: dist.ProcessGroup) -> bool:
+    def run(self) -> bool:
         """Measure one GPU, then all; whether the ranks' result agrees with one GPU's."""
-        ranks, self.group = dist.get_world_size(group), group
+        group, ranks = self.group, dist.get_world_size(self.group)
         model = self.model()
         torch.manual_seed(1)
         alone, first = self._chunks(BenchSession(self, model))
@@ -42,10 +46,9 @@ class ShardedModelBench(ModelBench):
             shared.append(session.chunk())
             for _ in range(5):
                 dist.barrier(group)
-                floor.append(timed(replay))
+                floor.append(event_ms(replay))
         assert session.first is not None
-        first_shared = session.first
-        error = relative_error(first_shared, first)
+        error = relative_error(session.first, first)
         gate: dict[str, Any] = {"gate": GREEN if error < 0.05 else RED, "error": error}
         ceiling = statistics.median(floor)
         exchange = self._exchange_ms(session)
@@ -61,10 +64,11 @@ class ShardedModelBench(ModelBench):
             f"{exchange / step:.3f} of a step; "
             f"graphs {session.state.graphs.captures} captured"
         )
-        self.report_times("bare_floor", "library", floor, ceiling, gate=GREEN, note="products, attention of a shard")
+        self.add("bare_floor", "library", floor, ceiling, gate=GREEN, note="products, attention of a shard")
         self.report_chunks(shared, ceiling, note, **gate)
         if self.plan.timeline_path is not None:
-            self._timeline(session, replay, self.plan.timeline_path)
+            calls = {"floor": replay, "step": session.repeated_step()}
+            self.timeline(calls, self.plan.timeline_path, groups=5)
         return gate["gate"] == GREEN
 
     def _chunks(self, session: BenchSession) -> tuple[list[Any], Tensor]:
@@ -74,23 +78,11 @@ class ShardedModelBench(ModelBench):
         assert session.first is not None
         return times, session.first
 
-    def _timeline(self, session: BenchSession, replay_floor: Callable[[], None], path: Path) -> None:
-        """Record floor and step on every rank; rank 0 prints and writes what it saw."""
-        calls = {"floor": replay_floor, "step": session.repeated_step()}
-        report, table = timeline.compare(calls, self.config.num_layers, self.device, groups=5)
-        if dist.get_rank(self.group) == 0:
-            self.write_timeline(path, report)
-            self.say(table)
-
     def _shard_floor(self, session: BenchSession) -> Callable[[], None]:
         """The graph of this rank's products and attention alone: its tokens, and its heads over all tokens."""
-        state = session.state
-        assert state.kv_cache is not None and state.crossattn_cache is not None
+        assert session.state.kv_cache is not None
         shard = session.model.shard_group.shard(self.tokens)
-        own_heads = state.kv_cache.layout.heads
-        return self.floor_graph(
-            session, state.kv_cache.layers, state.crossattn_cache.layers, shard.num_tokens, own_heads
-        )
+        return self.floor(session, shard.num_tokens, session.state.kv_cache.layout.heads)
 
     def exchanges(self, session: BenchSession) -> Callable[[], None]:
         """A step's norms, ring writes and exchanges, and nothing else."""
@@ -117,14 +109,8 @@ class ShardedModelBench(ModelBench):
 
     def _exchange_ms(self, session: BenchSession) -> float:
         """Milliseconds of `exchanges` when nothing else runs."""
-        run = self.exchanges(session)
-        run()
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            run()
-        times = []
+        replay, times = captured(self.exchanges(session), self.device), []
         for _ in range(7):
             dist.barrier(self.group)
-            times.append(timed(graph.replay))
+            times.append(event_ms(replay))
         return statistics.median(times)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lingbot_kernels import ops, reference
 from lingbot_kernels.benchmarks.kernel_cases import KernelCase
+from lingbot_kernels.benchmarks.op_bytes import op_bytes
 
 EPS = 1e-6
 THETA = 10000.0
@@ -21,7 +24,9 @@ GATE_QUERIES = 64  # rows of attention and of matrix products that the gate judg
 
 Inputs = dict[str, Any]
 Outputs = tuple[Tensor, ...]
+Make = Callable[[torch.device], Inputs]
 Bind = Callable[[Inputs, str], Callable[[], Any]]
+Plain = Callable[[Inputs], Outputs]
 
 
 @dataclass(frozen=True)
@@ -29,34 +34,44 @@ class Problem:
     """One op in one case.
 
     Attributes:
-        op, case: the op's name, and the case's with what sets this variant apart.
+        case, op: the case's name with what sets this variant apart, and the op's.
         shape: of the op's main operand.
         dtype: of the activations; a float32 residual stream is in `case`.
-        tokens, dim: what dispatch goes by.
         make: device -> fresh random inputs.
         bind: (inputs, backend) -> the call that is measured: the public op on these inputs.
         plain: inputs of any dtype -> outputs, the plain torch formulation; of float64 inputs it is the oracle.
-        bytes: activations read and written once (weights, vectors and tables left out: they are under 1%).
+        tokens, dim: what dispatch goes by; those of a shape [1, tokens, dim] where 0.
+        bytes: activations read and written once (weights, vectors and tables left out: they are under 1%); where 0,
+            what `op_bytes` says, with `sizes`.
         flops: of a matrix product or attention, else 0.
         backends: that can be asked for.
         judged: (inputs, outputs) -> the part of the outputs that the gate judges.
         ceiling: what the row's ceiling is measured with: "copy" of `bytes`, "gemm" or "" (none).
     """
 
-    op: str
     case: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    tokens: int
-    dim: int
-    make: Callable[[torch.device], Inputs]
+    op: str
+    make: Make
     bind: Bind
-    plain: Callable[[Inputs], Outputs]
-    bytes: int
+    plain: Plain
+    tokens: int = 0
+    dim: int = 0
+    bytes: int = 0
+    sizes: dict[str, Any] = field(default_factory=dict)
     flops: int = 0
     backends: tuple[str, ...] = ("cuda", "triton", "cpu", "reference")
     judged: Callable[[Inputs, Outputs], Outputs] | None = None
     ceiling: str = "copy"
+
+    def __post_init__(self) -> None:
+        _, tokens, dim, *_ = (*self.shape, 0)
+        for name, value in (("tokens", tokens), ("dim", dim)):
+            object.__setattr__(self, name, getattr(self, name) or value)
+        if not self.bytes:
+            moved = op_bytes(self.op, self.tokens, self.dim, self.dtype.itemsize, **self.sizes)
+            object.__setattr__(self, "bytes", moved)
 
     def results(self, inputs: Inputs, outputs: Outputs) -> Outputs:
         """Everything the gate compares: outputs, then the ring slots that were written."""
@@ -66,6 +81,39 @@ class Problem:
             return outputs
         slots = written_slots(inputs)
         return (*outputs, *(inputs[name][:, slots] for name in CACHES))
+
+
+def given(inputs: Inputs, arguments: Sequence[Any]) -> list[Any]:
+    """Each of `arguments` that is the name of an input as that input, the others as they are."""
+    return [inputs[each] if isinstance(each, str) and each in inputs else each for each in arguments]
+
+
+def op_problem(
+    case: str, shape: tuple[int, ...], dtype: torch.dtype, op: str, make: Make, arguments: Sequence[Any], *,
+    plain: Plain | None = None, **more: Any,
+) -> Problem:  # fmt: skip
+    """The public op on `arguments`, see `given`; its formulation is the reference of its name, or `plain`."""
+    function, formulation = getattr(ops, op), getattr(reference, op, None)
+
+    def bind(inputs: Inputs, backend: str) -> Callable[[], Any]:
+        return partial(function, *given(inputs, arguments), backend=backend)
+
+    def referred(inputs: Inputs) -> Outputs:
+        assert formulation is not None
+        return as_tuple(formulation(*given(inputs, arguments)))
+
+    return Problem(case, shape, dtype, op, make, bind, plain or referred, **more)
+
+
+def call_problem(
+    case: str, shape: tuple[int, ...], dtype: torch.dtype, op: str, make: Make, call: Callable[..., Any], **more: Any
+) -> Problem:
+    """The same where `call(function, inputs, **options)` makes the call, of the op and of its reference alike."""
+    function, formulation = getattr(ops, op), getattr(reference, op)
+    return Problem(
+        case, shape, dtype, op, make, lambda inputs, backend: partial(call, function, inputs, backend=backend),
+        lambda inputs: as_tuple(call(formulation, inputs)), **more,
+    )  # fmt: skip
 
 
 def written_slots(inputs: Inputs) -> Tensor:
@@ -109,7 +157,7 @@ def norm_weight(dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def residual_inputs(
-    case: KernelCase, dtype: torch.dtype, residual: torch.dtype, device: torch.device, camera: bool
+    case: KernelCase, dtype: torch.dtype, residual: torch.dtype, device: torch.device, camera: bool = False
 ) -> Inputs:  # fmt: skip
     """A stream x, a branch delta, modulation and affine vectors, and the camera's scale and shift where asked for."""
     shape = (1, case.tokens, case.dim)

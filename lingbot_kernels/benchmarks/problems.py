@@ -18,13 +18,13 @@ from lingbot_kernels.benchmarks.problem import (
     CACHES,
     EPS,
     THETA,
-    Bind,
     Inputs,
     Outputs,
     Problem,
-    as_tuple,
+    call_problem,
     judged_rows,
     norm_weight,
+    op_problem,
     randn,
     residual_inputs,
     spread_rows,
@@ -44,87 +44,60 @@ def _caches(case: KernelCase, tokens: int, heads: int, device: torch.device, dty
     return {**caches, "ring": RingPosition(case.ring_start(tokens, capacity, sink), sink)}
 
 
-def _table(case: KernelCase, device: torch.device) -> Tensor:
-    return reference.rope_cos_sin(
-        case.tokens, case.token_start, case.frame_tokens, case.columns, case.head_dim, THETA, device
-    )
-
-
-def _qkv(case: KernelCase, device: torch.device, dtype: torch.dtype, caches: bool = True) -> Inputs:
+def _qkv(case: KernelCase, dtype: torch.dtype, device: torch.device, caches: bool = True) -> Inputs:
     """q, k, v as strided views of one projection [1, S, 3D], norm weights, the RoPE table, and the window."""
     qkv = randn(1, case.tokens, 3 * case.dim, device=device, dtype=dtype)
     q, k, v = qkv.chunk(3, dim=-1)
     return {
         "qkv": qkv, "q": q, "k": k, "v": v,
         "q_weight": norm_weight(case.dim, device, dtype), "k_weight": norm_weight(case.dim, device, dtype),
-        "cos_sin": _table(case, device),
+        "cos_sin": reference.rope_cos_sin(
+            case.tokens, case.token_start, case.frame_tokens, case.columns, case.head_dim, THETA, device
+        ),
         **(_caches(case, case.tokens, case.heads, device, dtype) if caches else {}),
     }  # fmt: skip
 
 
-_FULL = ("q", "k", "v", "q_weight", "k_weight", "cos_sin", *CACHES, "ring")
-_WRITE = ("k", "v", "k_weight", "cos_sin", *CACHES, "ring")
 _PACK = ("q", "k", "v", "q_weight", "k_weight", "cos_sin")
-
-
-def _op(function: Callable[..., Any], names: tuple[str, ...], *rest: Any) -> Bind:
-    """Binds an op to `names` of the inputs, then `rest`."""
-    return lambda inputs, backend: partial(function, *[inputs[name] for name in names], *rest, backend=backend)
-
-
-def _plain(function: Callable[..., Any], names: tuple[str, ...], *rest: Any) -> Callable[[Inputs], Outputs]:
-    return lambda inputs: as_tuple(function(*[inputs[name] for name in names], *rest))
+_NO_TRITON = ("cuda", "cpu", "reference")
 
 
 def _rope_problem(case: KernelCase) -> Problem:
-    sizes = (case.tokens, case.token_start, case.frame_tokens, case.columns, case.head_dim, THETA)
-
-    def make(device: torch.device) -> Inputs:
-        return {"out": torch.empty(case.tokens, case.head_dim, device=device)}
+    given = (case.tokens, case.token_start, case.frame_tokens, case.columns, case.head_dim, THETA)
+    shape = (case.tokens, case.head_dim)
 
     def bind(inputs: Inputs, backend: str) -> Callable[[], Any]:
-        out = inputs["out"]
-        return partial(ops.rope_cos_sin, *sizes, out.device, out=out, backend=backend)
+        return partial(ops.rope_cos_sin, *given, inputs["out"].device, out=inputs["out"], backend=backend)
 
     def plain(inputs: Inputs) -> Outputs:
-        return (reference.rope_cos_sin(*sizes, inputs["out"].device, dtype=inputs["out"].dtype),)
+        return (reference.rope_cos_sin(*given, inputs["out"].device, dtype=inputs["out"].dtype),)
 
-    shape = (case.tokens, case.head_dim)
+    def make(device: torch.device) -> Inputs:
+        return {"out": torch.empty(shape, device=device)}
+
     return Problem(
-        "rope_cos_sin", case.name, shape, torch.float32, case.tokens, case.head_dim, make, bind, plain,
-        bytes=case.tokens * case.head_dim * 4,
-    )  # fmt: skip
+        case.name, shape, torch.float32, "rope_cos_sin", make, bind, plain, tokens=case.tokens, dim=case.head_dim
+    )
 
 
 def _ring_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
-    tokens, dim, width = case.tokens, case.dim, dtype.itemsize
-    common = (case.name, (1, tokens, dim), dtype, tokens, dim)
-    yield Problem(
-        "qk_norm_rope_kv_write", *common, lambda device: _qkv(case, device, dtype),
-        _op(ops.qk_norm_rope_kv_write, _FULL, EPS), _plain(reference.qk_norm_rope_kv_write, _FULL, EPS),
-        bytes=6 * tokens * dim * width,
-    )  # fmt: skip
-    yield Problem(
-        "k_norm_rope_kv_write", *common, lambda device: _qkv(case, device, dtype),
-        _op(ops.k_norm_rope_kv_write, _WRITE, EPS), _plain(reference.k_norm_rope_kv_write, _WRITE, EPS),
-        bytes=4 * tokens * dim * width,
-    )  # fmt: skip
+    problem, make = partial(op_problem, case.name, (1, case.tokens, case.dim), dtype), partial(_qkv, case, dtype)
+    yield problem("qk_norm_rope_kv_write", make, (*_PACK, *CACHES, "ring", EPS))
+    yield problem("k_norm_rope_kv_write", make, ("k", "v", "k_weight", "cos_sin", *CACHES, "ring", EPS))
     if not case.wrap:
         yield _int8_ring_problem(case, dtype, with_q=True)
         yield _int8_ring_problem(case, dtype, with_q=False)
         yield from _push_problems(case, dtype)
         yield _int8_push_problem(case, dtype)
-    heads, chunk = case.heads // case.ranks, case.ranks * tokens
-    names = ("packed", *CACHES, "ring")
+    heads, chunk = case.heads // case.ranks, case.ranks * case.tokens
+    shape = (chunk, 1, 3, heads, case.head_dim)
 
     def packed(device: torch.device) -> Inputs:
-        buffer = randn(chunk, 1, 3, heads, case.head_dim, device=device, dtype=dtype)
-        return {"packed": buffer, **_caches(case, chunk, heads, device, dtype)}
+        return {"packed": randn(*shape, device=device, dtype=dtype), **_caches(case, chunk, heads, device, dtype)}
 
-    yield Problem(
-        "qkv_unpack_kv_write", case.name, (chunk, 1, 3, heads, case.head_dim), dtype, chunk, heads * case.head_dim,
-        packed, _op(ops.qkv_unpack_kv_write, names), _plain(reference.qkv_unpack_kv_write, names),
-        bytes=4 * chunk * heads * case.head_dim * width,
+    yield op_problem(
+        case.name, shape, dtype, "qkv_unpack_kv_write", packed, ("packed", *CACHES, "ring"), tokens=chunk,
+        dim=heads * case.head_dim,
     )  # fmt: skip
 
 
@@ -134,7 +107,7 @@ def _int8_ring_problem(case: KernelCase, dtype: torch.dtype, with_q: bool) -> Pr
     op = f"{''.join(normed)}_norm_rope_quantize_kv_write"
 
     def make(device: torch.device) -> Inputs:
-        inputs = _qkv(case, device, dtype)
+        inputs = _qkv(case, dtype, device)
         shape, position = inputs.pop("k_cache").shape, inputs.pop("ring")
         codes = torch.zeros(shape, dtype=torch.int8, device=device)
         scale = torch.zeros(shape[0], shape[2], shape[1], device=device).transpose(1, 2)
@@ -147,13 +120,11 @@ def _int8_ring_problem(case: KernelCase, dtype: torch.dtype, with_q: bool) -> Pr
             outputs = (*outputs, k_codes, k_scale, v.flatten(2))
         return _dequantized(outputs)
 
-    given = _PACK if with_q else ("k", "v", "k_weight", "cos_sin")
-    names = (*given, "k_codes", "k_codes_scale", "v_cache", "position")
-    moved = len(normed) * (dim * dtype.itemsize + dim + 4 * case.heads) + 2 * dim * dtype.itemsize
-    return Problem(
-        op, case.name, (1, tokens, dim), dtype, tokens, dim, make, _op(getattr(ops, op), names, EPS),
-        partial(_plain_codes, normed, case.head_dim), bytes=tokens * moved,
-        backends=("cuda", "cpu", "reference"), judged=stood_for,
+    names = (*(_PACK if with_q else ("k", "v", "k_weight", "cos_sin")), "k_codes", "k_codes_scale", "v_cache")
+    return op_problem(
+        case.name, (1, tokens, dim), dtype, op, make, (*names, "position", EPS),
+        plain=partial(_plain_codes, normed, case.head_dim), sizes={"heads": case.heads}, backends=_NO_TRITON,
+        judged=stood_for,
     )  # fmt: skip
 
 
@@ -185,7 +156,7 @@ def _int8_push_problem(case: KernelCase, dtype: torch.dtype) -> Problem:
         capacity = caches["k_cache"].shape[1]
         codes: dict[str, Any] = {"dtype": torch.int8, "device": device}
         return {
-            **_qkv(case, device, dtype, caches=False),
+            **_qkv(case, dtype, device, caches=False),
             "q_codes": torch.zeros(ranks, 1, ranks * tokens, heads, case.head_dim, **codes),
             "q_codes_scale": torch.zeros(ranks, 1, ranks * tokens, heads, device=device),
             "k_codes": torch.zeros(ranks, 1, capacity, heads, case.head_dim, **codes),
@@ -210,18 +181,16 @@ def _int8_push_problem(case: KernelCase, dtype: torch.dtype) -> Problem:
             outputs = (*outputs[:-1], outputs[-1].flatten(2))
         return _dequantized(outputs)
 
-    moved = 2 * (dim * dtype.itemsize + dim + 4 * case.heads) + 2 * dim * dtype.itemsize
     return Problem(
-        "qk_norm_rope_quantize_push", case.name, (1, tokens, dim), dtype, tokens, dim, make,
-        lambda inputs, backend: partial(push, inputs, backend),
-        partial(_plain_codes, ("q", "k"), case.head_dim), bytes=tokens * moved,
-        backends=("cuda", "cpu", "reference"), judged=stood_for,
+        case.name, (1, tokens, dim), dtype, "qk_norm_rope_quantize_push", make,
+        lambda inputs, backend: partial(push, inputs, backend), partial(_plain_codes, ("q", "k"), case.head_dim),
+        sizes={"heads": case.heads}, backends=_NO_TRITON, judged=stood_for,
     )  # fmt: skip
 
 
 def _push_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
     """Both pushes of one rank, every rank's memory being this device's own: what the kernels need without the links."""
-    tokens, dim, width, ranks = case.tokens, case.dim, dtype.itemsize, case.ranks
+    tokens, dim, ranks = case.tokens, case.dim, case.ranks
     heads, first = case.heads // ranks, (ranks - 1) * tokens
 
     def make(device: torch.device) -> Inputs:
@@ -229,95 +198,71 @@ def _push_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
         shape = (ranks, 1, caches["k_cache"].shape[1], heads, case.head_dim)
         stacked = {f"{name}s": caches[name].view(shape) for name in CACHES}
         q_outs = randn(ranks, 1, ranks * tokens, heads, case.head_dim, device=device, dtype=dtype)
-        return {**_qkv(case, device, dtype, caches=False), **stacked, "q_outs": q_outs, "ring": caches["ring"]}
+        return {**_qkv(case, dtype, device, caches=False), **stacked, "q_outs": q_outs, "ring": caches["ring"]}
 
-    def push(function: Callable[..., None], inputs: Inputs, **options: Any) -> Outputs:
+    def push(function: Callable[..., None], inputs: Inputs, **options: Any) -> None:
         stacks = [list(inputs[name]) for name in ("q_outs", "k_caches", "v_caches")]
         function(*[inputs[name] for name in _PACK], *stacks, inputs["ring"], first, EPS, **options)
-        return ()
 
     def written(inputs: Inputs, _: Outputs) -> Outputs:
         caches = inputs["k_caches"], inputs["v_caches"]
         slots = inputs["ring"].slots(first + tokens, caches[0].shape[2], caches[0].device)[first:]
         return (inputs["q_outs"][:, :, first:], *(cache[:, :, slots] for cache in caches))
 
-    common = (case.name, (1, tokens, dim), dtype, tokens, dim)
-    yield Problem(
-        "qk_norm_rope_push", *common, make,
-        lambda inputs, backend: partial(push, ops.qk_norm_rope_push, inputs, backend=backend),
-        lambda inputs: push(reference.qk_norm_rope_push, inputs),
-        bytes=6 * tokens * dim * width, backends=("cuda", "cpu", "reference"), judged=written,
-    )  # fmt: skip
+    problem = partial(call_problem, case.name, (1, tokens, dim), dtype, backends=_NO_TRITON)
+    yield problem("qk_norm_rope_push", make, push, judged=written)
     column = (ranks - 1) * heads * case.head_dim
 
-    def output(function: Callable[..., None], inputs: Inputs, **options: Any) -> Outputs:
-        function(inputs["attended"], list(inputs["outs"]), column, **options)
-        return ()
+    def make_output(device: torch.device) -> Inputs:
+        attended = randn(1, ranks * tokens, heads * case.head_dim, device=device, dtype=dtype)
+        return {"attended": attended, "outs": randn(ranks, 1, tokens, dim, device=device, dtype=dtype)}
 
-    yield Problem(
-        "attention_output_push", *common,
-        lambda device: {
-            "attended": randn(1, ranks * tokens, heads * case.head_dim, device=device, dtype=dtype),
-            "outs": randn(ranks, 1, tokens, dim, device=device, dtype=dtype),
-        },
-        lambda inputs, backend: partial(output, ops.attention_output_push, inputs, backend=backend),
-        lambda inputs: output(reference.attention_output_push, inputs),
-        bytes=2 * tokens * dim * width, backends=("cuda", "cpu", "reference"),
+    def output(function: Callable[..., None], inputs: Inputs, **options: Any) -> None:
+        function(inputs["attended"], list(inputs["outs"]), column, **options)
+
+    yield problem(
+        "attention_output_push", make_output, output,
         judged=lambda inputs, _: (inputs["outs"][..., column:],),
     )  # fmt: skip
 
 
 def _pack_and_norm(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]:
-    tokens, dim, width = case.tokens, case.dim, dtype.itemsize
-    common = (case.name, (1, tokens, dim), dtype, tokens, dim)
-    yield Problem(
-        "qk_norm_rope_pack", *common, lambda device: _qkv(case, device, dtype, caches=False),
-        _op(ops.qk_norm_rope_pack, _PACK, case.ranks, EPS), _plain(reference.qk_norm_rope_pack, _PACK, case.ranks, EPS),
-        bytes=6 * tokens * dim * width,
-    )  # fmt: skip
-    names = ("x", "weight")
-    yield Problem(
-        "rms_norm", *common,
-        lambda device: {
-            "x": randn(1, tokens, dim, device=device, dtype=dtype), "weight": norm_weight(dim, device, dtype),
-        },
-        _op(ops.rms_norm, names, EPS), _plain(reference.rms_norm, names, EPS),
-        bytes=2 * tokens * dim * width,
-    )  # fmt: skip
+    tokens, dim = case.tokens, case.dim
+    problem = partial(op_problem, case.name, (1, tokens, dim), dtype)
+
+    def make(device: torch.device) -> Inputs:
+        return {"x": randn(1, tokens, dim, device=device, dtype=dtype), "weight": norm_weight(dim, device, dtype)}
+
+    yield problem("qk_norm_rope_pack", partial(_qkv, case, dtype, caches=False), (*_PACK, case.ranks, EPS))
+    yield problem("rms_norm", make, ("x", "weight", EPS))
 
 
 def _residual_problems(case: KernelCase, dtype: torch.dtype, residual: torch.dtype) -> Iterator[Problem]:
-    tokens, dim, width, wide = case.tokens, case.dim, dtype.itemsize, residual.itemsize
-    name = case.name + ("-r32" if residual != dtype else "")
-    shape = (1, tokens, dim)
+    name, shape = case.name + ("-r32" if residual != dtype else ""), (1, case.tokens, case.dim)
+    sizes = {"residual": residual.itemsize}
+    make = partial(residual_inputs, case, dtype, residual)
 
-    def problem(
-        op: str, names: tuple[str, ...], rest: tuple[Any, ...], bytes_per_element: int, suffix: str = ""
-    ) -> Problem:
-        return Problem(
-            op, name + suffix, shape, dtype, tokens, dim,
-            lambda device: residual_inputs(case, dtype, residual, device, suffix == "-camera"),
-            _op(getattr(ops, op), names, *rest), _plain(getattr(reference, op), names, *rest),
-            bytes=bytes_per_element * tokens * dim,
-        )  # fmt: skip
+    def bind(inputs: Inputs, backend: str) -> Callable[[], Tensor]:
+        return partial(modulate(ops.layer_norm_modulate, inputs), backend=backend)
 
-    def modulate(function: Callable[..., Tensor], inputs: Inputs, **named: Any) -> Callable[[], Tensor]:
+    def modulate(function: Callable[..., Tensor], inputs: Inputs) -> Callable[..., Tensor]:
         x = inputs["x"]
         out_dtype = x.dtype if x.dtype == torch.float64 else dtype
-        return partial(function, x, inputs["shift"], inputs["scale"], EPS, out_dtype=out_dtype, **named)
+        return partial(function, x, inputs["shift"], inputs["scale"], EPS, out_dtype=out_dtype)
 
-    yield Problem(
-        "layer_norm_modulate", name, shape, dtype, tokens, dim,
-        lambda device: residual_inputs(case, dtype, residual, device, False),
-        lambda inputs, backend: modulate(ops.layer_norm_modulate, inputs, backend=backend),
-        lambda inputs: (modulate(reference.layer_norm_modulate, inputs)(),),
-        bytes=(wide + width) * tokens * dim,
+    def plain(inputs: Inputs) -> Outputs:
+        return (modulate(reference.layer_norm_modulate, inputs)(),)
+
+    yield Problem(name, shape, dtype, "layer_norm_modulate", make, bind, plain, sizes=sizes)
+    problem = partial(op_problem, name, shape, dtype, sizes=sizes)
+    yield problem("residual_norm_modulate", make, ("x", "delta", "shift", "scale", EPS))
+    of_camera = ("x", "delta", "gate", "cam_scale", "cam_shift", "weight", "bias", EPS)
+    yield op_problem(
+        name + "-camera", shape, dtype, "gated_residual_camera_norm", partial(make, camera=True), of_camera,
+        sizes={**sizes, "camera": True},
     )  # fmt: skip
-    yield problem("residual_norm_modulate", ("x", "delta", "shift", "scale"), (EPS,), 2 * wide + 2 * width)
-    camera_norm = ("x", "delta", "gate", "cam_scale", "cam_shift", "weight", "bias")
-    yield problem("gated_residual_camera_norm", camera_norm, (EPS,), 2 * wide + 4 * width, "-camera")
-    yield problem("gated_residual_camera_norm", camera_norm, (EPS,), 2 * wide + 2 * width)
-    yield problem("gated_residual", ("x", "delta", "gate"), (), 2 * wide + width)
+    yield problem("gated_residual_camera_norm", make, of_camera)
+    yield problem("gated_residual", make, ("x", "delta", "gate"))
 
 
 def _plain_attention(inputs: Inputs) -> Outputs:
@@ -335,10 +280,10 @@ def _windowed_attention(name: str, dtype: torch.dtype, tokens: int, keys: int, h
         q = randn(1, tokens, heads * head_dim, device=device, dtype=dtype)
         return {"q": q, **caches, "rows": spread_rows(tokens)}
 
-    return Problem(
-        "windowed_attention", name, (1, tokens, keys, heads, head_dim), dtype, tokens, heads * head_dim,
-        make, _op(ops.windowed_attention, ("q", *CACHES), keys), _plain_attention,
-        bytes=2 * (tokens + keys) * heads * head_dim * dtype.itemsize, flops=4 * tokens * keys * heads * head_dim,
+    return op_problem(
+        name, (1, tokens, keys, heads, head_dim), dtype, "windowed_attention", make, ("q", *CACHES, keys),
+        plain=_plain_attention, dim=heads * head_dim, sizes={"visible": keys},
+        flops=4 * tokens * keys * heads * head_dim,
         backends=tuple(name for name in LIBRARIES if name != "reference"), judged=judged_rows, ceiling="",
     )  # fmt: skip
 
@@ -355,11 +300,10 @@ def _library_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]
         lse = torch.randn(count, 1, heads, tokens, device=device)
         return {"segments": randn(count, 1, tokens, heads, head_dim, device=device, dtype=dtype), "lse": lse}
 
-    names = ("segments", "lse")
-    yield Problem(
-        "merge_segments", case.name, (count, 1, tokens, heads, head_dim), dtype, tokens, heads * head_dim,
-        make_segments, _op(ops.merge_segments, names), _plain(reference.merge_segments, names),
-        bytes=(count + 1) * tokens * heads * head_dim * dtype.itemsize, backends=("cuda", "cpu", "reference"),
+    yield op_problem(
+        case.name, (count, 1, tokens, heads, head_dim), dtype, "merge_segments", make_segments, ("segments", "lse"),
+        tokens=tokens, dim=heads * head_dim, bytes=(count + 1) * tokens * heads * head_dim * dtype.itemsize,
+        backends=_NO_TRITON,
     )  # fmt: skip
     dim, hidden = case.dim, case.ffn_dim
 
@@ -375,10 +319,9 @@ def _library_problems(case: KernelCase, dtype: torch.dtype) -> Iterator[Problem]
         x = inputs["x"][:, inputs["rows"].to(inputs["x"].device)]
         return (F.gelu(F.linear(x, inputs["weight"], inputs["bias"]), approximate="tanh"),)
 
-    yield Problem(
-        "linear_gelu", case.name, (1, case.tokens, dim, hidden), dtype, case.tokens, dim,
-        make_linear, _op(ops.linear_gelu, ("x", "weight", "bias")), plain_linear,
-        bytes=(case.tokens * (dim + hidden) + hidden * dim) * dtype.itemsize,
+    yield op_problem(
+        case.name, (1, case.tokens, dim, hidden), dtype, "linear_gelu", make_linear, ("x", "weight", "bias"),
+        plain=plain_linear, sizes={"hidden": hidden},
         flops=2 * case.tokens * dim * hidden, backends=("auto", "reference"), judged=judged_rows, ceiling="gemm",
     )  # fmt: skip
 

@@ -15,30 +15,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
 
 from lingbot_kernels import nvtx
-from lingbot_kernels.benchmarks import environment, trace_report
+from lingbot_kernels.benchmarks import environment, timeline, trace_report
 from lingbot_kernels.benchmarks.kernel_cases import KernelCase
+from lingbot_kernels.benchmarks.op_bytes import op_bytes
 from lingbot_kernels.benchmarks.problems import problems
-from lingbot_kernels.benchmarks.scene import Scene
+from lingbot_kernels.benchmarks.scene import Scene, SceneSession, chunks_of_a_window
+from lingbot_kernels.benchmarks.timing import settle
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.ops._dispatch import OPS, requested_backend
 from lingbot_kernels.quantization import product_shapes
-from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.reference.rotate_quantize import padded_width
-from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 
 LEFT_TO_LIBRARIES = ("windowed_attention", "linear_gelu")
 
@@ -78,25 +76,20 @@ def measure(subject: Subject, keep: Callable[[Path], object]) -> dict[str, Any]:
 
 def rollout_chunks(cfg: LingBotConfig, chunks: int) -> int:
     """Chunks that the camera's path is made for, where `chunks` of them are recorded."""
-    return _filling(cfg) + 4 * chunks + 4
-
-
-def _filling(cfg: LingBotConfig) -> int:
-    return -(-cfg.window_frames // cfg.frames_per_chunk) + 1
+    return chunks_of_a_window(cfg) + 4 * chunks + 5
 
 
 def rollout_subject(scene: Scene, chunks: int) -> Subject:
     """A session whose window is full, and its next `chunks` chunks."""
     model, cfg, inputs = scene.model, scene.model.config, scene.inputs()
-    stage, state = CausalDenoisingStage(model, schedule=scene.schedule), RealtimeCausalDiTState()
+    session = SceneSession(scene)
 
     def roll(count: int, graphs: bool) -> None:
         model.cuda_graphs = graphs
         for _ in range(count):
-            chunk = next(inputs)
-            stage.denoise_chunk(state, chunk.noise, text=scene.text, camera=chunk.camera, renoise=chunk.renoise)
+            session.chunk(next(inputs))
 
-    roll(_filling(cfg), graphs=False)
+    roll(chunks_of_a_window(cfg) + 1, graphs=False)
     name = scene.preset or Path(str(scene.checkpoint)).name
     return Subject(
         "rollout", f"{name}, {scene.size[0]}x{scene.size[1]}, {chunks} chunk{'s' * (chunks > 1)}", model.device,
@@ -111,32 +104,14 @@ def _bytes_of_a_call(
 ) -> Callable[[str, str], int]:
     """(op, phase) -> activations that one call reads and writes once; weights only where they are the larger part."""
     cfg, width = model.config, model.dtype.itemsize
-    wide, whole = model.residual_dtype.itemsize, tokens * cfg.dim
-    table = {
-        "rope_cos_sin": tokens * cfg.head_dim * 4,
-        "qk_norm_rope_kv_write": 6 * whole * width,
-        "k_norm_rope_kv_write": 4 * whole * width,
-        "rms_norm": 2 * whole * width,
-        "layer_norm_modulate": whole * (wide + width),
-        "residual_norm_modulate": whole * (2 * wide + 2 * width),
-        "gated_residual_camera_norm": whole * (2 * wide + (4 if camera else 2) * width),
-        "gated_residual": whole * (2 * wide + width),
-        "linear_gelu": (tokens * (cfg.dim + cfg.ffn_dim) + cfg.dim * cfg.ffn_dim) * width,
-    }
-    codes = tokens * (padded_width(cfg.dim) + 4)  # of a row's channels, and its scale
-    for name in ("layer_norm_modulate", "residual_norm_modulate", "gated_residual_camera_norm"):
-        table[f"{name}_quantize"] = table[name] - whole * width + codes
-    heads = cfg.dim + 4 * cfg.num_heads  # bytes of a token's codes with a scale for each head
-    table["qk_norm_rope_quantize_kv_write"] = tokens * 2 * heads + 4 * whole * width
-    table["k_norm_rope_quantize_kv_write"] = tokens * heads + 3 * whole * width
-    table["int8_attention"] = (tokens + visible) * (heads + cfg.dim * width)
+    sizes = {"residual": model.residual_dtype.itemsize, "heads": cfg.num_heads, "hidden": cfg.ffn_dim}
 
     def of(op: str, phase: str) -> int:
-        if op == "windowed_attention":
-            return 2 * (tokens + (cfg.text_len if phase == "cross_attn" else visible)) * cfg.dim * width
         if op in ("int8_linear", "rotate_quantize"):
             return _bytes_of_a_product(model, tokens, op, phase)
-        return table[op]
+        seen = cfg.text_len if op == "windowed_attention" and phase == "cross_attn" else visible
+        dim = cfg.head_dim if op == "rope_cos_sin" else cfg.dim
+        return op_bytes(op, tokens, dim, width, **sizes, visible=seen, camera=camera)
 
     return of
 
@@ -162,7 +137,7 @@ def _bytes_of_a_product(model: CausalLingBotTransformer, tokens: int, op: str, p
         for rows, columns in product_shapes(cfg)[product]:
             codes = tokens * (padded_width(columns) + 4)
             if op == "rotate_quantize":
-                each = tokens * columns * width + codes
+                each = op_bytes(op, tokens, columns, width)
             else:
                 each = codes + rows * (padded_width(columns) + 4) + tokens * rows * width
             moved += [each] * count
@@ -205,27 +180,13 @@ def _ranges() -> Iterator[None]:
         nvtx.enable(before)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _record(
-    run: Callable[[], None], device: torch.device, keep: Callable[[Path], object] | None = None
+    run: Callable[[], None], device: torch.device, keep: Callable[[Path], object] = lambda file: None
 ) -> dict[str, Any]:
-    """Run once under torch.profiler, with ranges; the trace, whose file `keep` is shown."""
+    """The trace of a run, with ranges; `keep` is shown its file."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    _synchronize(device)
-    with _ranges(), profile(activities=activities) as recorded:
-        run()
-        _synchronize(device)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(file))
-        trace: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if keep is not None:
-            keep(file)
-    return trace
+    with _ranges():
+        return timeline.record_trace(run, device, activities, keep)
 
 
 def make_report(subject: Subject, trace: dict[str, Any], idle_replayed: float | None) -> dict[str, Any]:
@@ -238,8 +199,7 @@ def make_report(subject: Subject, trace: dict[str, Any], idle_replayed: float | 
         tbps = size / busy / 1e6 if busy else None  # bytes / us = MB/s
         rows.append({"op": op, "phase": phase, **dataclasses.asdict(held), "bytes": size, "tbps": tbps})
     return {
-        "environment": environment.collect(),
-        "device": environment.device_name(subject.device),
+        **environment.report_head(subject.device),
         "what": subject.what,
         "case": subject.case,
         "dtype": str(subject.dtype).removeprefix("torch."),
@@ -254,11 +214,11 @@ def make_report(subject: Subject, trace: dict[str, Any], idle_replayed: float | 
 
 def record_for_nsys(subject: Subject) -> None:
     """Run the subject between cudaProfilerStart and Stop, with ranges: what `nsys_command`'s program does."""
-    _synchronize(subject.device)
+    settle(subject.device)
     with _ranges():
         torch.cuda.profiler.start()
         subject.run()
-        _synchronize(subject.device)
+        settle(subject.device)
         torch.cuda.profiler.stop()
 
 

@@ -48,13 +48,13 @@ from lingbot_kernels.benchmarks.replaced_layers import (
     replaced,
     values_without_bias,
 )
-from lingbot_kernels.benchmarks.scene import Scene, StageInputs
-from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
+from lingbot_kernels.benchmarks.rows import GREEN, OURS, RED
+from lingbot_kernels.benchmarks.scene import Scene, SceneSession, StageInputs, chunks_of_a_window
+from lingbot_kernels.benchmarks.timing import event_ms
 from lingbot_kernels.models.quantize import why_not_int8_qk
 from lingbot_kernels.quantization import Int8Recipe
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
 from lingbot_kernels.realtime.memory import session_memory, weights_memory
-from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
 
 BELOW_BFLOAT16 = {"plain": 6.0, "loud": 7.0, "checkpoint": 7.0}  # dB that it may lie below bfloat16
 FP8_ATTENTION = "int8_fp8_attention"
@@ -117,8 +117,7 @@ class QualityBench:
                         step_ms[name] = self.step_ms()
         by_product, by_block = self.sensitivity()
         report: dict[str, Any] = {
-            "environment": environment.collect(),
-            "device": environment.device_name(self.model.device),
+            **environment.report_head(self.model.device),
             "model": {**self.scene.describe(), "weights": self.plan.weights},
             "settings": self.settings(),
             "teacher_forced": forced,
@@ -159,11 +158,11 @@ class QualityBench:
 
     @contextmanager
     def in_int8(self, recipe: Int8Recipe) -> Iterator[None]:
-        dtype = self.model.dtype
-        names = layer_names(self.layers, recipe)
-        with folded(self.model, recipe), replaced(
-            self.model, names, lambda layer: int8_stand_in(layer, recipe, dtype)
-        ):  # fmt: skip
+        names, dtype = layer_names(self.layers, recipe), self.model.dtype
+        with (
+            folded(self.model, recipe),
+            replaced(self.model, names, lambda layer: int8_stand_in(layer, recipe, dtype)),
+        ):
             yield
 
     @contextmanager
@@ -195,17 +194,12 @@ class QualityBench:
 
     def rollout(self, history: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Each chunk's clean latents, float32 on the CPU; after its own chunks, or after those of `history`."""
-        stage, state = CausalDenoisingStage(self.model, schedule=self.scene.schedule), RealtimeCausalDiTState()
-        chunks = []
-        for i, given in enumerate(self.inputs):
-            chunk = stage.denoise_chunk(
-                state, given.noise, text=self.scene.text, camera=given.camera, renoise=given.renoise,
-                update_context=False,
-            )  # fmt: skip
-            chunks.append(chunk.float().cpu())
-            clean = chunk if history is None else history[i].to(chunk.device, chunk.dtype)
-            stage.update_context(state, clean, text=self.scene.text, camera=given.camera)
-        state.dispose()
+        session = SceneSession(self.scene)
+        chunks = [
+            session.denoise(given, None if history is None else history[i]).float().cpu()
+            for i, given in enumerate(self.inputs)
+        ]
+        session.state.dispose()
         return chunks
 
     def compare(self, got: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, Any]:
@@ -218,7 +212,7 @@ class QualityBench:
     def sensitivity(self) -> tuple[dict[str, float], dict[str, float]]:
         """Relative error of one forward in float32 with one product in int8, in all blocks; and with one block."""
         recipe = self.plan.recipe
-        with self.widened(), one_forward(self.model, self.scene, self.inputs) as (forward, state):
+        with self.widened(), one_forward(self.scene, self.inputs) as (forward, state):
             exact = forward()
 
             def error(part: Int8Recipe) -> float:
@@ -251,19 +245,11 @@ class QualityBench:
 
     def step_ms(self) -> float:
         """Median of a denoise step at a full window, by events, graphs replayed where they may be."""
-        cfg, state = self.model.config, RealtimeCausalDiTState()
-        stage = CausalDenoisingStage(self.model, schedule=self.scene.schedule)
-        for given in itertools.islice(self.scene.inputs(), -(-cfg.window_frames // cfg.frames_per_chunk) + 2):
-            stage.denoise_chunk(state, given.noise, text=self.scene.text, camera=given.camera, renoise=given.renoise)
-        times = []
-        for _ in range(TIMED_STEPS):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            _forward(self.model, self.scene, given, state)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        state.dispose()
+        session = SceneSession(self.scene)
+        for given in itertools.islice(self.scene.inputs(), chunks_of_a_window(self.model.config) + 2):
+            session.chunk(given)
+        times = [event_ms(lambda: _forward(session, given)) for _ in range(TIMED_STEPS)]
+        session.state.dispose()
         return statistics.median(times[1:])
 
     def leave_out(self, report: dict[str, Any], exact: Sequence[Tensor]) -> dict[str, Any]:
@@ -279,10 +265,9 @@ class QualityBench:
         return {"names": names, "predicted_db": predicted, "measured_db": measured}
 
 
-def _forward(
-    model: CausalLingBotTransformer, scene: Scene, given: StageInputs, state: RealtimeCausalDiTState
-) -> Tensor:
+def _forward(session: SceneSession, given: StageInputs) -> Tensor:
     """One more denoise step of the session's current chunk."""
+    scene, state, model = session.scene, session.state, session.scene.model
     empty = given.noise.new_zeros(1, model.config.in_channels - model.config.out_channels, *given.noise.shape[2:])
     flow = model(
         torch.cat([given.noise, empty], 1), scene.text, scene.schedule.times[0], state=state,
@@ -294,24 +279,20 @@ def _forward(
 
 @contextmanager
 def one_forward(
-    model: CausalLingBotTransformer, scene: Scene, inputs: Sequence[StageInputs]
+    scene: Scene, inputs: Sequence[StageInputs]
 ) -> Iterator[tuple[Callable[[], Tensor], RealtimeCausalDiTState]]:
     """(a function that runs one step of the last of these chunks, after the others, with the layers of the moment; its
     session).
     """
-    stage, state, graphs = (
-        CausalDenoisingStage(model, schedule=scene.schedule),
-        RealtimeCausalDiTState(),
-        model.cuda_graphs,
-    )
-    model.cuda_graphs = False  # they would be captured anew for each set of layers
+    session, graphs = SceneSession(scene), scene.model.cuda_graphs
+    scene.model.cuda_graphs = False  # they would be captured anew for each set of layers
     try:
         for given in inputs:
-            stage.denoise_chunk(state, given.noise, text=scene.text, camera=given.camera, renoise=given.renoise)
-        yield (lambda: _forward(model, scene, inputs[-1], state).double()), state
+            session.chunk(given)
+        yield (lambda: _forward(session, inputs[-1]).double()), session.state
     finally:
-        model.cuda_graphs = graphs
-        state.dispose()
+        scene.model.cuda_graphs = graphs
+        session.state.dispose()
 
 
 def choose(report: dict[str, Any], recipe: Int8Recipe, layers: int, min_psnr: float) -> tuple[list[str], float]:
@@ -380,9 +361,9 @@ def bench_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     blank = dict.fromkeys(("p20_us", "p50_us", "p80_us", "ceiling_us", "ratio"))
     return [
         {
-            "bench": "quality", "op": op, "case": case, "backend": "lingbot_kernels", "peer": precision == "fp8",
+            "bench": "quality", "op": op, "case": case, "backend": OURS, "peer": precision == "fp8",
             "precision": precision, "dtype": settings["dtype"], "bytes": 0, **blank,
-            "gate": "green" if report["good"] or precision != "int8" else "red", "note": report["verdict"],
+            "gate": GREEN if report["good"] or precision != "int8" else RED, "note": report["verdict"],
             "psnr_db": [round(value, 2) for value in found["psnr_db"]], "error": float(f"{found['error']:.5g}"),
         }
         for op in ("teacher_forced", "free_rollout")

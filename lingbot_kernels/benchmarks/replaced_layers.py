@@ -37,20 +37,20 @@ def layer_names(num_layers: int, recipe: Int8Recipe | None = None, camera: bool 
 def replaced(model: nn.Module, names: Iterable[str], make: Callable[[Layer], nn.Module]) -> Iterator[None]:
     """Within the block, `make(layer)` stands in the place of each named layer; afterwards the layers are back."""
     own = {name: model.get_submodule(name) for name in names}
-
-    def put(name: str, layer: nn.Module) -> None:
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, layer)
-
     try:
         for name, layer in own.items():
             source = layer.layer if isinstance(layer, StandIn) else layer
             assert isinstance(source, nn.Linear | FusedLinear)
-            put(name, make(source))
+            _put(model, name, make(source))
         yield
     finally:
         for name, layer in own.items():
-            put(name, layer)
+            _put(model, name, layer)
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, layer)
 
 
 @contextlib.contextmanager
@@ -92,18 +92,8 @@ def values_without_bias(model: Any, recipe: Int8Recipe, state: RealtimeCausalDiT
 def _as_they_were(model: nn.Module) -> Iterator[None]:
     """Within the block every layer is the one that a stand-in stands in for."""
     stand_ins = {name: module for name, module in model.named_modules() if isinstance(module, StandIn)}
-
-    def put(name: str, layer: nn.Module) -> None:
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, layer)
-
-    for name, module in stand_ins.items():
-        put(name, module.layer)
-    try:
+    with replaced(model, stand_ins, lambda layer: layer):
         yield
-    finally:
-        for name, module in stand_ins.items():
-            put(name, module)
 
 
 class StandIn(nn.Module):

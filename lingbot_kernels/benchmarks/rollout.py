@@ -35,14 +35,12 @@ import torch
 from torch import Tensor
 
 from lingbot_kernels.benchmarks import backends, environment
-from lingbot_kernels.benchmarks.chunk_timer import ChunkTimer, ChunkTimes, steady
-from lingbot_kernels.benchmarks.scene import Scene, StageInputs
-from lingbot_kernels.benchmarks.timing import percentiles
+from lingbot_kernels.benchmarks.scene import Scene, SceneSession, StageInputs
+from lingbot_kernels.benchmarks.timing import ChunkTimer, ChunkTimes, percentiles, steady
 from lingbot_kernels.models.camera import PIXEL_FRAMES_PER_LATENT
 from lingbot_kernels.ops._dispatch import requested_backend
 from lingbot_kernels.realtime.causal_state import RealtimeCausalDiTState
-from lingbot_kernels.realtime.memory import session_memory, weights_memory
-from lingbot_kernels.stages.causal_denoising import CausalDenoisingStage
+from lingbot_kernels.realtime.memory import weights_memory
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,7 @@ def measure(
     scene.model.cuda_graphs = plan.cuda_graphs
     state = RealtimeCausalDiTState(camera_cache=plan.camera_cache)
     report: dict[str, Any] = {
-        "environment": environment.collect(),
-        "device": environment.device_name(scene.model.device),
+        **environment.report_head(scene.model.device),
         "model": scene.describe(),
         "settings": settings(scene, plan),
         "chunks": [],
@@ -95,25 +92,19 @@ def measure(
 
 def timed_chunks(scene: Scene, state: RealtimeCausalDiTState, count: int) -> Iterator[Chunk]:
     """Denoise `count` chunks, each followed by its context update; on CUDA the host waits once per chunk."""
-    model, text, inputs = scene.model, scene.text, scene.inputs()
-    timer = ChunkTimer(model.device)
+    device, inputs, timer = scene.model.device, scene.inputs(), ChunkTimer(scene.model.device)
     timer.watch(state)
-    stage = CausalDenoisingStage(model, schedule=scene.schedule, observe=timer.observe)
-    on_gpu = model.device.type == "cuda"
+    session, on_gpu = SceneSession(scene, state, timer), device.type == "cuda"
     for _ in range(count):
         before = state.stats()
         if on_gpu:
-            torch.cuda.reset_peak_memory_stats(model.device)
+            torch.cuda.reset_peak_memory_stats(device)
         timer.start()
         chunk = next(inputs)
         timer.inputs_ready()
-        latents = stage.denoise_chunk(
-            state, chunk.noise, text=text, camera=chunk.camera, renoise=chunk.renoise, update_context=False
-        )
-        timer.chunk_ready()
-        stage.update_context(state, latents, text=text, camera=chunk.camera)
+        latents = session.denoise(chunk)
         times = timer.stop()
-        peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else None
+        peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
         yield Chunk(chunk, latents, times, before, state.stats(), peak)
 
 
@@ -149,17 +140,6 @@ def cache_bytes(stats: dict[str, Any]) -> dict[str, int]:
     return {name: held["bytes"] for name, held in stats.items() if isinstance(held, dict) and "bytes" in held}
 
 
-def planned_memory(scene: Scene, plan: RolloutPlan) -> dict[str, int]:
-    """Bytes by part that weights and session need, on this rank."""
-    model = scene.model
-    session = session_memory(
-        model.config, scene.grid, model.dtype, ranks=model.shard_group.ranks, camera=scene.camera is not None,
-        camera_cache=plan.camera_cache, time_entries=len(scene.schedule.times) + 1,
-        cuda_graphs=plan.cuda_graphs and model.device.type == "cuda", recipe=model.recipe,
-    )  # fmt: skip
-    return {**weights_memory(model.config, model.dtype, model.recipe).parts(), **session.parts()}
-
-
 def summary(scene: Scene, plan: RolloutPlan, chunks: list[dict[str, Any]], stats: dict[str, Any]) -> dict[str, Any]:
     """The report's summary of its `chunks`, where the session's counters ended at `stats`."""
     model, weights_bytes = scene.model, scene.weights_bytes
@@ -184,7 +164,10 @@ def summary(scene: Scene, plan: RolloutPlan, chunks: list[dict[str, Any]], stats
         "cuda_graphs": stats["cuda_graphs"],
         "peak_memory_bytes": _process_peak() if weights_bytes is None else max(weights_bytes, *peaks),
         "memory": {
-            "planned": planned_memory(scene, plan),
+            "planned": {
+                **weights_memory(model.config, model.dtype, model.recipe).parts(),
+                **scene.planned_session(plan.camera_cache, plan.cuda_graphs).parts(),
+            },
             "weights_bytes": weights_bytes,
             "first_chunk_bytes": peaks[0],
             "steady_chunk_bytes": None if weights_bytes is None else max(peaks[i] for i in chosen),

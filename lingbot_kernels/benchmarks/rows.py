@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lingbot_kernels.benchmarks.environment import ROOT, Environment
+from lingbot_kernels.benchmarks.timing import percentiles
 from lingbot_kernels.files import append_text, check_output
 
+OURS = "lingbot_kernels"  # the backend of rows that are of no single op
 GREEN, RED, FAILED, ABSENT = "green", "red", "failed", "not installed"
 REQUIRED = (
     "bench", "case", "op", "backend", "gpu", "driver", "torch", "triton", "commit",
@@ -67,8 +69,18 @@ class Row:
     note: str = ""
     precision: str = "bfloat16"
 
-    def to_json(self, environment: Environment) -> dict[str, Any]:
-        row = {**dataclasses.asdict(self), **dataclasses.asdict(environment)}
+    def timed(self, times_ms: Sequence[float], ceiling_ms: float = 0.0, ceiling: str = "") -> Row:
+        """The row with the spread of these milliseconds, held against the ceiling's where that has any."""
+        if not times_ms:
+            return self
+        spread: dict[str, Any] = {f"{name}_us": 1e3 * value for name, value in percentiles(times_ms).items()}
+        if ceiling_ms:
+            spread |= {"ceiling": ceiling or self.ceiling, "ceiling_us": 1e3 * ceiling_ms}
+            spread["ratio"] = spread["p50_us"] / spread["ceiling_us"]
+        return dataclasses.replace(self, samples=len(times_ms), calls=1, **spread)
+
+    def to_json(self, environment: Environment | None = None) -> dict[str, Any]:
+        row = {**dataclasses.asdict(self), **({} if environment is None else dataclasses.asdict(environment))}
         return {key: _rounded(value) for key, value in row.items()}
 
 

@@ -23,10 +23,12 @@ from torch import Tensor
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.stages.schedule import Schedule
 
-_PACKAGE = "sglang.multimodal_gen"
-_DIT = f"{_PACKAGE}.runtime.models.dits.lingbot_world"
-_STAGE = f"{_PACKAGE}.runtime.pipelines_core.stages.model_specific_stages.lingbot_world.lingbot_world_causal_denoising"
-_MODULES = (_DIT, _STAGE)
+_DIT = "runtime.models.dits.lingbot_world"
+_STAGE = "runtime.pipelines_core.stages.model_specific_stages.lingbot_world.lingbot_world_causal_denoising"
+
+
+def _sglang(module: str) -> Any:
+    return importlib.import_module(f"sglang.multimodal_gen.{module}")
 
 
 def why_not() -> str | None:
@@ -34,8 +36,8 @@ def why_not() -> str | None:
     if importlib.util.find_spec("sglang") is None:
         return "sglang is not installed"
     try:
-        for name in _MODULES:
-            importlib.import_module(name)
+        for module in (_DIT, _STAGE):
+            _sglang(module)
     except Exception as error:  # a half installed engine fails in ways of its own
         return f"sglang {version()} is not importable ({type(error).__name__}: {error})"
     return None
@@ -81,8 +83,8 @@ class SglangPeer:
             raise ValueError(f"frames_per_chunk: got {config.frames_per_chunk}, must be 3")
         self.config, self.schedule, self.device, self.dtype = config, schedule, device, dtype
         self.latent_size = latent_size
-        configs = importlib.import_module(f"{_PACKAGE}.configs.models.dits")
-        arch = importlib.import_module(f"{_PACKAGE}.configs.models.dits.lingbot_world").LingBotWorldArchConfig(
+        configs = _sglang("configs.models.dits")
+        arch = _sglang("configs.models.dits.lingbot_world").LingBotWorldArchConfig(
             patch_size=config.patch_size, text_len=config.text_len, num_attention_heads=config.num_heads,
             attention_head_dim=config.head_dim, in_channels=config.in_channels, out_channels=config.out_channels,
             text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers,
@@ -90,7 +92,7 @@ class SglangPeer:
             sliding_window_num_frames=config.window_frames,
         )  # fmt: skip
         dit_config = configs.LingBotWorldVideoConfig(arch_config=arch)
-        pipelines = importlib.import_module(f"{_PACKAGE}.configs.pipeline_configs.lingbot_world")
+        pipelines = _sglang("configs.pipeline_configs.lingbot_world")
         self.pipeline_config = pipelines.LingBotWorldCausalDMDConfig(dit_config=dit_config)
         self.pipeline_config.text_encoder_configs[0].arch_config.text_len = config.text_len
         for name, value in interactive.items():
@@ -98,7 +100,7 @@ class SglangPeer:
                 raise ValueError(f"{name}: is no option of sglang's interactive window")
             setattr(self.pipeline_config, name, value)
         self.arguments = _arguments(self.pipeline_config)
-        importlib.import_module(f"{_PACKAGE}.runtime.server_args").set_global_server_args(self.arguments)
+        _sglang("runtime.server_args").set_global_server_args(self.arguments)
         _join_group_of_one()
         self.transformer = self._transformer(dit_config, arch.param_names_mapping, weights)
         self.stage = self._stage()
@@ -107,7 +109,7 @@ class SglangPeer:
 
     def _transformer(self, dit_config: Any, names: Mapping[str, str], weights: Mapping[str, Tensor]) -> Any:
         with _default_dtype(self.dtype), torch.device(self.device):
-            transformer = importlib.import_module(_DIT).CausalLingBotWorldTransformer3DModel(dit_config, hf_config={})
+            transformer = _sglang(_DIT).CausalLingBotWorldTransformer3DModel(dit_config, hf_config={})
         expected = transformer.state_dict()
         loaded = {}
         for name, weight in weights.items():
@@ -120,8 +122,8 @@ class SglangPeer:
         return transformer.eval()
 
     def _stage(self) -> Any:
-        stage_class = importlib.import_module(_STAGE).LingBotWorldCausalDMDDenoisingStage
-        backends = importlib.import_module(f"{_PACKAGE}.runtime.platforms").AttentionBackendEnum
+        stage_class = _sglang(_STAGE).LingBotWorldCausalDMDDenoisingStage
+        backends = _sglang("runtime.platforms").AttentionBackendEnum
         stage = stage_class.__new__(stage_class)
         stage.transformer, stage.local_attn_size = self.transformer, -1
         stage.num_transformer_blocks = self.config.num_layers
@@ -137,15 +139,13 @@ class SglangPeer:
         """A new session."""
         if self.session is not None:
             self.session.dispose()
-        self.session = importlib.import_module(f"{_PACKAGE}.runtime.realtime.session").RealtimeSession()
+        self.session = _sglang("runtime.realtime.session").RealtimeSession()
         self.chunks = 0
 
     @property
     def state(self) -> Any:
         """sglang's state of the session."""
-        return importlib.import_module(f"{_PACKAGE}.runtime.realtime.states").get_realtime_causal_dit_state(
-            self.session
-        )
+        return _sglang("runtime.realtime.states").get_realtime_causal_dit_state(self.session)
 
     @torch.no_grad()
     def chunk(
@@ -238,7 +238,7 @@ def _served(gate: Any) -> str:
 
 def _arguments(pipeline_config: Any) -> SimpleNamespace:
     """sglang's server arguments, as far as its transformer and stage read them."""
-    quantised = importlib.import_module(f"{_PACKAGE}.configs.quantization.qvg_kv").QVGKVQuantArgs()
+    quantised = _sglang("configs.quantization.qvg_kv").QVGKVQuantArgs()
     return SimpleNamespace(
         attention_backend=None, attention_backend_config=None, comfyui_mode=False, disable_autocast=False,
         enable_cfg_parallel=False, enable_breakable_cuda_graph=False, enable_layerwise_nvtx_marker=False,
@@ -248,7 +248,7 @@ def _arguments(pipeline_config: Any) -> SimpleNamespace:
 
 
 def _join_group_of_one() -> None:
-    groups = importlib.import_module(f"{_PACKAGE}.runtime.distributed.parallel_state")
+    groups = _sglang("runtime.distributed.parallel_state")
     if groups.model_parallel_is_initialized():
         return
     with tempfile.NamedTemporaryFile(prefix="lingbot-kernels-", delete=False) as file:

@@ -8,9 +8,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lingbot_kernels.realtime.memory import GIB
+
 MOST_ROWS = 40  # of chunks: a longer rollout shows its first and last ones; the JSON has all
 
+_MOST_BLOCKS = 5  # the loudest, on the screen; the JSON has all
+
 STORE_NAMES = {"rope": "rope", "time_embeddings": "time", "camera_modulation": "camera", "text": "text"}
+PRECISION_NAMES = {
+    "bfloat16": "bfloat16",
+    "int8": "int8",
+    "int8_plain": "int8, not rotated",
+    "fp8": "fp8, a scale a row",
+    "int8_qk": "int8, Q and K too",
+    "int8_fp8_attention": "int8, attention in fp8 (FA3)",
+}
 
 
 def bytes_text(count: float) -> str:
@@ -35,21 +47,26 @@ def _table(title: str, first: str, *columns: str) -> Table:
     return table
 
 
+def _facts(*facts: tuple[str, str]) -> Table:
+    """A name and what is to be said of it in a row."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for fact in facts:
+        table.add_row(*fact)
+    return table
+
+
 def chunk_table(report: dict[str, Any]) -> Table:
     """One row per chunk: time to chunk, each denoise step, the context update; cache hits by store."""
     chunks = report["chunks"]
     stores = list(chunks[0]["cache_hits"])
     steps = len(chunks[0]["denoise_ms"])
     table = _table(
-        "Milliseconds per chunk; cache hits in its forwards",
-        "chunk",
-        "to chunk",
-        *(f"step {i}" for i in range(steps)),
-        "context",
-        "total",
-        "visible",
+        "Milliseconds per chunk; cache hits in its forwards", "chunk", "to chunk",
+        *(f"step {i}" for i in range(steps)), "context", "total", "visible",
         *(f"{STORE_NAMES.get(store, store)} hits" for store in stores),
-    )
+    )  # fmt: skip
     half = MOST_ROWS // 2
     for chunk in chunks if len(chunks) <= MOST_ROWS else [*chunks[:half], None, *chunks[-half:]]:
         if chunk is None:
@@ -66,9 +83,7 @@ def print_rollout(console: Console, report: dict[str, Any]) -> None:
     model, settings, result = report["model"], report["settings"], report["summary"]
     console.print(chunk_table(report))
     console.print()
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_column(style="dim")
-    facts.add_column(overflow="fold")
+    facts = _facts()
     name = model["preset"] or model["checkpoint"]
     facts.add_row("model", f"{name}, {model['parameters']:,} parameters, {settings['dtype']}")
     facts.add_row("device", report["device"])
@@ -105,12 +120,7 @@ def print_rollout(console: Console, report: dict[str, Any]) -> None:
 
 def print_doctor(console: Console, report: dict[str, Any]) -> None:
     """The environment, then each device's backends and what keeps the others from serving."""
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_column(style="dim")
-    facts.add_column(overflow="fold")
-    for key, value in _environment_rows(report["environment"]):
-        facts.add_row(key, value)
-    console.print(facts, highlight=False)
+    console.print(_facts(*_environment_rows(report["environment"])), highlight=False)
     for device, rows in report["ops"].items():
         console.print()
         table = _table(f"{device} tensors, {report['dtype']}", "op", "served by", "could serve too")
@@ -172,17 +182,9 @@ def _environment_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 def print_caching(console: Console, report: dict[str, Any]) -> None:
     """A row for each switch: times without it, and what it saves."""
     table = _table(
-        "Milliseconds, medians over steady chunks",
-        "switched off",
-        "chunk",
-        "saved by it",
-        "denoise step",
-        "saved by it",
-        "context",
-        "saved by it",
-        "kept",
-        "same bits",
-    )
+        "Milliseconds, medians over steady chunks", "switched off", "chunk", "saved by it", "denoise step",
+        "saved by it", "context", "saved by it", "kept", "same bits",
+    )  # fmt: skip
     for row in report["rows"]:
         cells = []
         for name in ("total_ms", "denoise_step_ms", "context_ms"):
@@ -236,3 +238,35 @@ def print_profile(console: Console, report: dict[str, Any]) -> None:
         console.print(f"GPU idle: {report['gpu_idle_share']:.1%} of the recorded time, launching every kernel")
     if report["gpu_idle_share_graphs"] is not None:
         console.print(f"GPU idle: {report['gpu_idle_share_graphs']:.1%} replaying CUDA graphs")
+
+
+def print_quality(console: Console, report: dict[str, Any]) -> None:
+    """Precisions, what each product and the loudest blocks cost, memory and time, and the verdict."""
+    settings, model = report["settings"], report["model"]
+    name = model["preset"] or model["checkpoint"]
+    console.print(
+        f"{name}, {model['weights']} weights, {model['config']['num_layers']} blocks, {settings['chunks']} chunks of "
+        f"{settings['tokens_per_chunk']} tokens, {report['device']}",
+        highlight=False,
+    )
+    table = _table("PSNR against float32, dB", "precision", "worst", "median", "last", "error", "last, on its own")
+    for precision, found in report["teacher_forced"].items():
+        values = sorted(found["psnr_db"])
+        own = report["free_rollout"].get(precision)
+        table.add_row(
+            PRECISION_NAMES.get(precision, precision), f"{values[0]:.1f}", f"{values[len(values) // 2]:.1f}",
+            f"{found['psnr_db'][-1]:.1f}", f"{found['error']:.2%}", "" if own is None else f"{own['psnr_db'][-1]:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    loudest = sorted(report["by_block"].items(), key=lambda item: -item[1])[:_MOST_BLOCKS]
+    for title, rows in (("Error alone", report["by_product"].items()), ("Loudest blocks", loudest)):
+        console.print(f"{title}: " + ", ".join(f"{name} {error:.2%}" for name, error in rows), highlight=False)
+    memory = report["memory"]
+    each = (f"{name} {(x['weights'] + x['session']) / GIB:.2f}" for name, x in memory.items())
+    console.print("GiB of weights and session: " + ", ".join(each), highlight=False)
+    if report["step_ms"]:
+        step = dict(report["step_ms"])
+        plain = step.pop("bfloat16")
+        others = (f", {name} {ms:.1f} ms ({ms / plain:.2f} x)" for name, ms in step.items())
+        console.print(f"Denoise step: bfloat16 {plain:.1f} ms{''.join(others)}", highlight=False)
+    console.print(report["verdict"], style="bold", highlight=False)

@@ -15,7 +15,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lingbot_kernels.benchmarks.clocks import ClockSampler
+from lingbot_kernels.benchmarks.timing import settle
 
 ATTENTION, PRODUCTS, PASSES, OTHER = "attention", "products", "fused_passes", "other"
 SELF, CROSS = "self-attention", "cross-attention"
 KINDS = (ATTENTION, PRODUCTS, PASSES, OTHER)
+LAUNCH = "correlation"  # what a trace calls the link from a kernel to the call that launched it
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _AFTER_SELF = ("self_attn.o", "cross_attn.q")
 _AFTER_CROSS = ("cross_attn.o", "ffn.0", "ffn.2", "self_attn.qkv")
@@ -34,11 +37,14 @@ _AFTER_CROSS = ("cross_attn.o", "ffn.0", "ffn.2", "self_attn.qkv")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel, copy or fill on the GPU; microseconds of the trace's clock."""
+    """One kernel, copy or fill on the GPU; microseconds of the trace's clock. `launch`: what the trace says of the
+    call that launched it, None for nothing.
+    """
 
     name: str
     start: float
     end: float
+    launch: Any = field(default=None, compare=False)
 
     @property
     def kind(self) -> str:
@@ -103,9 +109,6 @@ class Timeline:
     launches_per_block: dict[str, float]
     lines: list[Line]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def kind(name: str) -> str:
     """What a kernel is for, by its name: attention, products, the library's own passes, or other."""
@@ -133,7 +136,7 @@ def short_name(name: str) -> str:
 def read_kernels(trace: Mapping[str, Any]) -> list[Kernel]:
     """Everything that a Chrome trace of torch.profiler says ran on the GPU, in the order it began."""
     found = [
-        Kernel(event["name"], float(event["ts"]), float(event["ts"]) + float(event["dur"]))
+        Kernel(event["name"], at := float(event["ts"]), at + float(event["dur"]), event.get("args", {}).get(LAUNCH))
         for event in trace["traceEvents"]
         if event.get("ph") == "X" and event.get("cat") in ON_GPU
     ]
@@ -273,17 +276,33 @@ def _product_label(index: int, count: int, names: Sequence[str], attention: str)
     return names[min(index, len(names) - 1)]
 
 
+def record_trace(
+    run: Callable[[], object],
+    device: torch.device,
+    activities: Sequence[ProfilerActivity],
+    keep: Callable[[Path], object] = lambda file: None,
+) -> dict[str, Any]:
+    """The Chrome trace of a run under torch.profiler; `keep` is shown its file, which is gone afterwards."""
+    settle(device)
+    with profile(activities=activities) as recorded:
+        run()
+        settle(device)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(file))
+        trace: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        keep(file)
+    return trace
+
+
 def record(call: Callable[[], Any], times: int) -> list[Kernel]:
     """Run `call` so many times under torch.profiler, without ranges, and read what ran on the GPU."""
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+
+    def run() -> None:
         for _ in range(times):
             call()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(path))
-        return read_kernels(json.loads(path.read_text(encoding="utf-8")))
+
+    return read_kernels(record_trace(run, torch.device("cuda"), [ProfilerActivity.CUDA]))
 
 
 def compare(
@@ -324,7 +343,7 @@ def compare(
         report["graphs"][name] = held
         try:
             timelines[name] = analyse(kernels, layers, replays)
-            held["timeline"] = timelines[name].to_json()
+            held["timeline"] = asdict(timelines[name])
         except ValueError as error:
             held["error"] = str(error)
         state = ", ".join(f"{value:.0f} {field}" for field, value in clocks.medians.items() if field != "samples")
@@ -379,7 +398,7 @@ def side_by_side(timelines: Mapping[str, Timeline]) -> str:
 
     lines.append("")
     for name in KINDS:
-        summary(f"all {name.replace('_', ' ')}", lambda t, name=name: _of_kind(t, name))  # type: ignore[misc]
+        summary(f"all {name.replace('_', ' ')}", partial(_of_kind, name))
     summary("all gaps", lambda t: sum(line.gap_us for line in t.lines))
     summary("a layer", lambda t: t.layer_us)
     summary("everything outside of the layers, a replay", lambda t: t.outside_us)
@@ -394,5 +413,5 @@ def side_by_side(timelines: Mapping[str, Timeline]) -> str:
     return "\n".join(lines)
 
 
-def _of_kind(timeline: Timeline, kind: str) -> float:
+def _of_kind(kind: str, timeline: Timeline) -> float:
     return sum(line.own_us for line in timeline.lines if line.kind == kind)

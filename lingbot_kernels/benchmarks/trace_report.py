@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lingbot_kernels.benchmarks.timeline import ATTENTION, ON_GPU, PRODUCTS, Kernel, kind, place, read_kernels
+from lingbot_kernels.benchmarks.timeline import ATTENTION, LAUNCH, PRODUCTS, Placed, place, read_kernels
 from lingbot_kernels.nvtx import DOMAIN
 
 _PREFIX = f"{DOMAIN}:"
+_PARTS = ("embeddings", "self_attn", "camera", "cross_attn", "ffn", "head")  # of a forward
 _LAUNCHING = ("cuda_runtime", "cuda_driver")
 
 
@@ -64,11 +65,14 @@ def read_ranges(trace: dict[str, Any]) -> list[Range]:
         ValueError: the trace holds none of them (ranges were off).
     """
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    launched = _by_launch(events)
+    launched: dict[Any, list[Placed]] = defaultdict(list)  # of a launch: one kernel, or all of a replayed graph
+    for item in place(read_kernels(trace)):
+        launched[item.kernel.launch].append(item)
+    launched.pop(None, None)
     threads: dict[Any, list[tuple[float, float, dict[str, Any]]]] = defaultdict(list)
     for event in events:
         own = event.get("cat") == "user_annotation" and event["name"].startswith(_PREFIX)
-        launch = event.get("cat") in _LAUNCHING and event.get("args", {}).get("correlation") in launched
+        launch = event.get("cat") in _LAUNCHING and event.get("args", {}).get(LAUNCH) in launched
         if own or launch:
             # An outer range that begins with an inner one comes first.
             threads[event["pid"], event["tid"]].append((float(event["ts"]), -float(event.get("dur", 0)), event))
@@ -80,11 +84,11 @@ def read_ranges(trace: dict[str, Any]) -> list[Range]:
                 opened.pop()
             if event.get("cat") in _LAUNCHING:
                 # The runtime's call may hold the driver's: both are in the trace, the outer one comes first.
-                kernels = launched.pop(event["args"]["correlation"], [])
+                kernels = launched.pop(event["args"][LAUNCH], [])
                 for _, enclosing in opened:
-                    enclosing.gpu_us += sum(us for _, us in kernels)
+                    enclosing.gpu_us += sum(item.own for item in kernels)
                     enclosing.launches += len(kernels)
-                    enclosing.outside += sum(kind(name) not in (PRODUCTS, ATTENTION) for name, _ in kernels)
+                    enclosing.outside += sum(item.kernel.kind not in (PRODUCTS, ATTENTION) for item in kernels)
                 continue
             path = (*(opened[-1][1].path if opened else ()), event["name"].removeprefix(_PREFIX))
             opened.append((start - minus_duration, Range(path, -minus_duration)))
@@ -92,21 +96,6 @@ def read_ranges(trace: dict[str, Any]) -> list[Range]:
     if not found:
         raise ValueError(f"trace: holds no range of {DOMAIN}; record it with LINGBOT_KERNELS_NVTX=1")
     return [item for _, item in sorted(found, key=lambda pair: pair[0])]
-
-
-def _by_launch(events: Iterable[dict[str, Any]]) -> dict[Any, list[tuple[str, float]]]:
-    """Correlation of a launch -> (name, own microseconds) of what it ran: one kernel, or all of a replayed graph."""
-    on_gpu = [
-        (Kernel(event["name"], float(event["ts"]), float(event["ts"]) + float(event["dur"])), event)
-        for event in events
-        if event.get("cat") in ON_GPU
-    ]
-    on_gpu.sort(key=lambda pair: (pair[0].start, pair[0].end))
-    launched: dict[Any, list[tuple[str, float]]] = defaultdict(list)
-    for item, (_, event) in zip(place(kernel for kernel, _ in on_gpu), on_gpu, strict=True):
-        if "correlation" in event.get("args", {}):
-            launched[event["args"]["correlation"]].append((item.kernel.name, item.own))
-    return launched
 
 
 def idle_share(trace: dict[str, Any]) -> float | None:
@@ -120,15 +109,10 @@ def idle_share(trace: dict[str, Any]) -> float | None:
 
 def phases(ranges: Sequence[Range]) -> dict[str, Sum]:
     """The forwards of a chunk ("step 0" .. "context"), then the parts of a forward over all of them."""
-    result: dict[str, Sum] = {}
-    forwards = dict.fromkeys(r.name for r in ranges if re.fullmatch(r"step \d+|context", r.name))
-    for name in forwards:
-        result[name] = Sum.of(r for r in ranges if r.name == name)
-    for name in ("embeddings", "self_attn", "camera", "cross_attn", "ffn", "head"):
-        chosen = [r for r in ranges if r.name == name]
-        if chosen:
-            result[name] = Sum.of(chosen)
-    return result
+    found = dict.fromkeys(r.name for r in ranges)
+    names = [name for name in found if re.fullmatch(r"step \d+|context", name)]
+    names += [name for name in _PARTS if name in found]
+    return {name: Sum.of(r for r in ranges if r.name == name) for name in names}
 
 
 def block_launches(ranges: Sequence[Range], ops: Iterable[str], libraries: Iterable[str]) -> dict[str, float] | None:
@@ -154,9 +138,9 @@ def block_launches(ranges: Sequence[Range], ops: Iterable[str], libraries: Itera
 
 def op_sums(ranges: Sequence[Range], ops: Iterable[str]) -> dict[tuple[str, str], Sum]:
     """(op, phase it ran in, "" outside of any) -> sum, in the order of first use."""
-    names, parts = set(ops), ("embeddings", "self_attn", "camera", "cross_attn", "ffn", "head")
+    names = set(ops)
     groups: dict[tuple[str, str], list[Range]] = defaultdict(list)
     for item in ranges:
         if item.name in names:
-            groups[item.name, next((p for p in reversed(item.path[:-1]) if p in parts), "")].append(item)
+            groups[item.name, next((p for p in reversed(item.path[:-1]) if p in _PARTS), "")].append(item)
     return {key: Sum.of(group) for key, group in groups.items()}

@@ -5,6 +5,7 @@ It is small, and the same for the same rows.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -99,21 +100,17 @@ def decide_attention(times: dict[tuple[int, int, int], dict[str, float]]) -> Att
 
 def render(winners: Winners, attention: AttentionWinners, source: str) -> str:
     """The tables' lines as they stand in the file, markers included."""
-    rules = "()"
-    if winners.rules:
-        lines = "".join(
-            f'        ("{op}", {tokens}, {dim}, "{backend}"),\n' for op, tokens, dim, backend in winners.rules
-        )
-        rules = f"(\n{lines}    )"
+
+    def rules(found: Iterable[tuple[Any, ...]]) -> str:
+        return "".join(f"        ({', '.join(json.dumps(value) for value in rule)}),\n" for rule in found)
+
     table = f'CUDA_WINNERS = Winners(default="{winners.default}", rules=())'
     if winners.rules:
-        table = f'CUDA_WINNERS = Winners(\n    default="{winners.default}",\n    rules={rules},\n)'
+        shapes = rules(winners.rules)
+        table = f'CUDA_WINNERS = Winners(\n    default="{winners.default}",\n    rules=(\n{shapes}    ),\n)'
     libraries = "ATTENTION_WINNERS = AttentionWinners()"
     if attention.rules:
-        of_attention = "".join(
-            f'        ({queries}, {keys}, {dim}, "{library}"),\n' for queries, keys, dim, library in attention.rules
-        )
-        libraries = f"ATTENTION_WINNERS = AttentionWinners(\n    rules=(\n{of_attention}    ),\n)"
+        libraries = f"ATTENTION_WINNERS = AttentionWinners(\n    rules=(\n{rules(attention.rules)}    ),\n)"
     return f"{BEGIN}\n# {source}\n{table}\n{libraries}\n{END}"
 
 

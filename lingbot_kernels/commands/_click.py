@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import click
 
-from lingbot_kernels.commands._outputs import OutputPath, check_distinct
+from lingbot_kernels.commands._outputs import check_distinct
 
 
 class UsageLine(click.UsageError):
@@ -38,12 +38,22 @@ def _in_one_line(command: str) -> Iterator[None]:
         raise UsageLine(error, command if error.ctx is None else error.ctx.command_path) from error
 
 
-def _path(name: str | None, parent: click.Context | None) -> str:
-    return " ".join(word for word in (parent and parent.command_path, name) if word)
+class OneLine(click.Command):
+    """A command whose usage errors, those of its subcommands too, are one line."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with _in_one_line(" ".join(word for word in (parent and parent.command_path, info_name) if word)):
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _in_one_line(ctx.command_path):
+            return super().invoke(ctx)
 
 
-class LazyGroup(click.Group):
-    """A group whose subcommands are imported when they are run, and whose usage errors, theirs too, are one line.
+class LazyGroup(OneLine, click.Group):
+    """A group whose subcommands are imported when they are run.
 
     Args:
         table: name -> (module whose `command` it is, one line for the list in `--help`).
@@ -52,16 +62,6 @@ class LazyGroup(click.Group):
     def __init__(self, *arguments: Any, table: Mapping[str, tuple[str, str]], **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.table = table
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        with _in_one_line(_path(info_name, parent)):
-            return super().make_context(info_name, args, parent, **extra)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with _in_one_line(ctx.command_path):
-            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*self.table, *super().list_commands(ctx)]
@@ -115,27 +115,23 @@ class ListOption(GroupedOption):
             raise click.BadParameter(f"{','.join(texts)}: {error.message}", ctx, self) from error
 
 
-class GroupedCommand(click.Command):
+class GroupedCommand(OneLine):
     """A command whose `--help` shows its options by group, in the order they were declared. Two options that
-    name one file are refused where either is an output. What can't fit in memory is said in a line, with exit code 1.
+    name one file are refused where either is an output, and so is `--plot` where nothing can be drawn. What can't fit
+    in memory is said in a line, with exit code 1.
     """
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        with _in_one_line(_path(info_name, parent)):
-            return super().make_context(info_name, args, parent, **extra)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
             check_distinct(ctx)
+            if ctx.params.get("plot_path") is not None:
+                _require_plots()
         return rest
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _in_one_line(ctx.command_path):
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except MemoryError as error:
             raise click.ClickException(str(error) or "out of memory") from error
 
@@ -159,30 +155,16 @@ class Passthrough(click.Command):
 
 
 def option_group(title: str) -> Callable[..., Callable[[Any], Any]]:
-    """`click.option` for one group."""
+    """`click.option` for one group; a `ListOption` where it is given the `item` of a list."""
 
     def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
-        return click.option(*names, cls=GroupedOption, group=title, **settings)
+        kind = ListOption if "item" in settings else GroupedOption
+        return click.option(*names, cls=kind, group=title, **settings)
 
     return option
 
 
-def list_option(title: str) -> Callable[..., Callable[[Any], Any]]:
-    """The same for a `ListOption`."""
-
-    def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
-        return click.option(*names, cls=ListOption, group=title, **settings)
-
-    return option
-
-
-def output_path(*suffixes: str, append: bool = False) -> OutputPath:
-    """A file to write, with one of `suffixes` where there are any; one that grows with `append`."""
-    return OutputPath(*suffixes, append=append)
-
-
-def require_plots() -> None:
-    """Refuse `--plot` where matplotlib isn't there, before anything is measured."""
+def _require_plots() -> None:
     from lingbot_kernels.benchmarks import plots
 
     try:

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from lingbot_kernels.files import check_output, replacing, write_text
-
-if TYPE_CHECKING:
-    from lingbot_kernels.benchmarks.rows import RowFile
 
 Write = Callable[[Path], object]
 
@@ -56,7 +54,9 @@ class Outputs:
         self.failures: list[str] = []
 
     def write(self, option: str, path: Path | None, write: Write) -> None:
-        """Have `write` make the file of an option, which takes its name only once it is whole. None: nothing to do."""
+        """Have `write` make the file of an option, which takes its name only once it is whole. None: nothing to do.
+        A ValueError of `write`, which finds nothing to make it of, is noted as well.
+        """
         if path is not None:
             with self.kept(option, path):
                 with replacing(path) as file:
@@ -75,29 +75,35 @@ class Outputs:
             yield
         except OSError as error:
             self.failed(option, path, error)
+        except ValueError as error:
+            self.failures.append(f"{option}: {error}")
 
     def failed(self, option: str, path: Path, error: OSError) -> None:
         """Note that an option's file can't be written."""
         self.failures.append(f"{option}: {path}: can't be written: {error.strerror or error}")
 
-    def append_rows(self, option: str, path: Path, rows: list[dict[str, Any]]) -> None:
-        """Append a bench's rows to a file, and say where they are."""
-        from lingbot_kernels.benchmarks.rows import append_rows
-
-        with self.kept(option, path):
-            append_rows(path, rows)
-            click.echo(f"{len(rows)} rows appended to {path}")
-
-    def rows(self, file: RowFile) -> None:
-        """End a bench's file of rows, the one of `--json` or the default."""
-        file.close()
-        if file.error is not None:
-            self.failed("--json", file.path, file.error)
-
-    def finish(self) -> None:
-        """Raise ClickException (exit code 1), in one line, where a file could not be written."""
+    def finish(self, good: bool = True) -> None:
+        """ClickException (exit code 1), in one line, where a file could not be written; exit with 1 where not good."""
         if self.failures:
             raise click.ClickException("; ".join(self.failures))
+        if not good:
+            raise click.exceptions.Exit(1)
+
+
+@contextlib.contextmanager
+def progress(title: str, chunks: int, quiet: bool, latest: bool = False) -> Iterator[Callable[[str], None]]:
+    """A function to call after each chunk, with a text of its own where there is a column for the `latest`; draws on
+    stderr where that is a terminal.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    told = [TextColumn("{task.fields[latest]}")] if latest else []
+    columns = (TextColumn("chunk"), MofNCompleteColumn(), BarColumn(), *told, TimeRemainingColumn())
+    disabled = quiet or not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=disabled) as shown:
+        task = shown.add_task(title, total=chunks, latest="")
+        yield lambda text: shown.update(task, advance=1, latest=text)
 
 
 def check_distinct(ctx: click.Context) -> None:

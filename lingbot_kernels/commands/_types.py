@@ -10,6 +10,7 @@ import click
 
 MAX_COUNT = 100_000
 MAX_PIXELS = 16_384
+MAX_SEED = 2**63 - 1  # torch takes it on every device
 
 
 class Count(click.IntRange):
@@ -18,19 +19,16 @@ class Count(click.IntRange):
     The bound is far above any use: a rollout's report has some kilobytes per chunk.
     """
 
-    name = "count"
-
-    def __init__(self, least: int = 1, most: int = MAX_COUNT) -> None:
+    def __init__(self, least: int = 1, most: int = MAX_COUNT, name: str = "count") -> None:
         super().__init__(least, most)
+        self.name = name
 
 
-class Pixels(click.IntRange):
+class Pixels(Count):
     """A height or width of the video that is a whole number of tokens: 16 pixels each."""
 
-    name = "pixels"
-
     def __init__(self) -> None:
-        super().__init__(16, MAX_PIXELS)
+        super().__init__(16, MAX_PIXELS, "pixels")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         pixels = int(super().convert(value, param, ctx))
@@ -39,52 +37,47 @@ class Pixels(click.IntRange):
         return pixels
 
 
-class Seed(click.IntRange):
-    """What torch takes for a seed on every device."""
+class Checked(click.ParamType):
+    """A text, as `check` makes a value of it, or refuses it with a ValueError."""
 
-    name = "integer"
+    def check(self, text: str) -> Any:
+        return text
 
-    def __init__(self) -> None:
-        super().__init__(0, 2**63 - 1)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.check(str(value))
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
 
 
-class Number(click.ParamType):
-    """A finite number above `above` and up to `most`, both with None for no bound."""
+class Number(Checked):
+    """A finite number above `above`, from `least` and up to `most`, each with None for no bound."""
 
     name = "number"
 
     def __init__(self, *, above: float | None = None, least: float | None = None, most: float | None = None) -> None:
         self.above, self.least, self.most = above, least, most
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def check(self, text: str) -> float:
         try:
-            number = float(value)
+            number = float(text)
         except ValueError:
             number = math.nan
         too_low = (self.above is not None and number <= self.above) or (self.least is not None and number < self.least)
         if not math.isfinite(number) or too_low or (self.most is not None and number > self.most):
-            self.fail(f"{value!r} must be {self.described()}.", param, ctx)
+            bounds = (("above", self.above), ("from", self.least), ("to", self.most))
+            told = [f"{word} {bound:g}" for word, bound in bounds if bound is not None]
+            raise ValueError(f"{text!r} must be {' '.join(['a number', *told])}")
         return number
 
-    def described(self) -> str:
-        bounds = [
-            f"{word} {bound:g}"
-            for word, bound in (("above", self.above), ("from", self.least), ("to", self.most))
-            if bound is not None
-        ]
-        return " ".join(["a number", *bounds])
 
-
-class Name(click.ParamType):
+class Name(Checked):
     """A name from a list that only the command knows, which checks it."""
 
     name = "names"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return str(value)
 
-
-class Device(click.ParamType):
+class Device(Checked):
     """A device's name; whether the machine has it is for torch to say.
 
     Args:
@@ -96,13 +89,13 @@ class Device(click.ParamType):
     def __init__(self, *kinds: str) -> None:
         self.kinds = kinds or ("auto", "cpu", "cuda", "cuda:N")
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value not in self.kinds and not ("cuda:N" in self.kinds and re.fullmatch(r"cuda:(0|[1-9]\d{0,2})", value)):
-            self.fail(f"{value!r} must be {', '.join(self.kinds[:-1])} or {self.kinds[-1]}.", param, ctx)
-        return str(value)
+    def check(self, text: str) -> str:
+        if text not in self.kinds and not ("cuda:N" in self.kinds and re.fullmatch(r"cuda:(0|[1-9]\d{0,2})", text)):
+            raise ValueError(f"{text!r} must be {', '.join(self.kinds[:-1])} or {self.kinds[-1]}")
+        return text
 
 
-class Text(click.ParamType):
+class Text(Checked):
     """Words that mean something: not empty, and of bounded length."""
 
     name = "text"
@@ -110,38 +103,33 @@ class Text(click.ParamType):
     def __init__(self, most: int = 100_000) -> None:
         self.most = most
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not value.strip() or len(value) > self.most:
-            self.fail(f"has {len(value)} characters, must say something in at most {self.most}.", param, ctx)
-        return str(value)
+    def check(self, text: str) -> str:
+        if not text.strip() or len(text) > self.most:
+            raise ValueError(f"has {len(text)} characters, must say something in at most {self.most}")
+        return text
 
 
-class Keys(click.ParamType):
+class Keys(Checked):
     """Keys held, as `parse_actions` reads them."""
 
     name = "keys"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def check(self, text: str) -> str:
         from lingbot_kernels.models.poses import parse_actions
 
-        try:
-            parse_actions(value, limit=0)
-        except ValueError as error:
-            self.fail(f"{error}.", param, ctx)
-        return str(value)
+        parse_actions(text, limit=0)
+        return text
 
 
-class CameraScale(click.ParamType):
+class CameraScale(Checked):
     """clip, running, or the length that translations are divided by."""
 
     name = "scale"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value not in ("clip", "running"):
-            try:
-                number = float(value)
-            except ValueError:
-                number = math.nan
-            if not (math.isfinite(number) and number > 0):
-                self.fail(f"{value!r} must be clip, running or a positive number.", param, ctx)
-        return str(value)
+    def check(self, text: str) -> str:
+        try:
+            if text not in ("clip", "running"):
+                Number(above=0).check(text)
+        except ValueError:
+            raise ValueError(f"{text!r} must be clip, running or a positive number") from None
+        return text

@@ -7,50 +7,31 @@ from typing import Any
 
 import click
 
-from lingbot_kernels.commands._click import GroupedCommand, option_group, output_path
-from lingbot_kernels.commands._options import SessionOptions, session_options
+from lingbot_kernels.commands import _options
+from lingbot_kernels.commands._click import GroupedCommand, option_group
+from lingbot_kernels.commands._options import SessionOptions, take
 from lingbot_kernels.commands._outputs import Outputs
 from lingbot_kernels.commands._types import Count
 
 _bench = option_group("Bench")
-_output = option_group("Output")
 
 
 @click.command("caching", cls=GroupedCommand)
 @_bench("--chunks", type=Count(2), default=12, show_default=True, help="Chunks of each rollout.")
 @_bench("--repeats", type=Count(most=1000), default=3, show_default=True, help="Rollouts of each variant.")
 @_bench(
-    "--interleave",
-    type=click.Choice(["auto", "chunk", "rollout"]),
-    default="auto",
-    show_default=True,
+    "--interleave", type=click.Choice(["auto", "chunk", "rollout"]), default="auto", show_default=True,
     help="What alternates between variants; auto: chunks, where all sessions fit in three quarters of the free memory.",
-)
+)  # fmt: skip
 @_bench(
-    "--cuda-graphs/--no-cuda-graphs",
-    default=True,
-    show_default=True,
+    "--cuda-graphs/--no-cuda-graphs", default=True, show_default=True,
     help="Replay graphs where a variant can: without some caches none can.",
-)
-@_bench("--layers", type=Count(most=1000), help="Blocks to really run; nothing is extrapolated. [default: all]")
-@session_options
-@_output("--json", "json_path", type=output_path(), help="Write the report.")
-@_output(
-    "--rows",
-    "rows_path",
-    type=output_path(".jsonl", append=True),
-    help="Append a row for each switch. [default: bench/results/caching-<gpu>.jsonl on a GPU, else none]",
-)
-def command(
-    chunks: int,
-    repeats: int,
-    interleave: str,
-    cuda_graphs: bool,
-    layers: int | None,
-    json_path: Path | None,
-    rows_path: Path | None,
-    **options: Any,
-) -> None:
+)  # fmt: skip
+@_options.layers("Blocks to really run; nothing is extrapolated. [default: all]")
+@_options.session
+@_options.report()
+@_options.more_rows("caching", "switch")
+def command(layers: int | None, json_path: Path | None, rows_path: Path | None, **options: Any) -> None:
     """Measure what each cache of a session is worth.
 
     \b
@@ -68,21 +49,16 @@ def command(
         raise click.UsageError("--layers and --checkpoint exclude each other: a checkpoint has its own layers.")
 
     from lingbot_kernels.benchmarks import caching, tables
-    from lingbot_kernels.benchmarks.environment import Environment
-    from lingbot_kernels.benchmarks.rows import default_path
-    from lingbot_kernels.commands.session import chosen_backend, make_scene
+    from lingbot_kernels.commands.session import append_rows, chosen_backend, make_scene
 
-    scene = make_scene(session, chunks, num_layers=layers)
+    plan = take(caching.CachingPlan, options)
+    scene = make_scene(session, plan.chunks, num_layers=layers)
     with chosen_backend(session.backend, scene.model):
-        report = caching.measure(scene, caching.CachingPlan(chunks, repeats, interleave, cuda_graphs))
+        report = caching.measure(scene, plan)
     tables.print_caching(tables.console(), report)
     outputs = Outputs()
     outputs.write_json("--json", json_path, report)
-    environment = Environment.collect(scene.model.device)
-    path = rows_path or (default_path(environment, "caching") if scene.model.device.type == "cuda" else None)
-    if path is not None:
-        fresh = [{**row.to_json(environment), **more} for row, more in caching.bench_rows(report)]
-        outputs.append_rows("--rows", path, fresh)
+    append_rows(outputs, "caching", rows_path, scene.model.device, caching.bench_rows(report))
     differing = [row["off"] for row in report["rows"] if not row["bit_identical"]]
     if differing:
         outputs.failures.insert(0, f"the latents differ without: {', '.join(map(str, differing))}")

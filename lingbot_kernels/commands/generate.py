@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lingbot_kernels.commands._click import GroupedCommand, blame, option_group, output_path
-from lingbot_kernels.commands._options import PRECISIONS
-from lingbot_kernels.commands._outputs import Outputs
-from lingbot_kernels.commands._types import MAX_PIXELS, Count, Device, Keys, Seed, Text
+from lingbot_kernels.commands import _options
+from lingbot_kernels.commands._click import GroupedCommand, blame, option_group
+from lingbot_kernels.commands._options import DTYPES, FILE, FOLDER, PRECISIONS
+from lingbot_kernels.commands._outputs import OutputPath, Outputs, progress
+from lingbot_kernels.commands._types import MAX_PIXELS, MAX_SEED, Count, Device, Text
 
 if TYPE_CHECKING:
     from lingbot_kernels.components.video import VideoWriter
     from lingbot_kernels.pipeline import LingBotWorldPipeline, WorldSession
 
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _world = option_group("World")
 _camera = option_group("Camera")
 _run = option_group("Where and how")
@@ -31,36 +28,35 @@ INTERRUPTED = 130  # exit code, as a shell reports Ctrl-C
 
 
 @click.command("generate", cls=GroupedCommand)
-@_world("--checkpoint", type=_FOLDER, required=True, help="Folder of a world model, official or diffusers layout.")
-@_world("--assets", type=_FOLDER, help="Another folder, for a text encoder, tokenizer or VAE that --checkpoint lacks.")
+@_world("--checkpoint", type=FOLDER, required=True, help="Folder of a world model, official or diffusers layout.")
+@_world(
+    "--assets",
+    type=FOLDER,
+    help="Another folder, for a text encoder, tokenizer or VAE that --checkpoint lacks.",
+)
 @_world("--prompt", type=Text(), required=True, help="What the world is.")
-@_world("--image", type=_FILE, help="Its first frame. [default: none]")
-@_world("--seed", type=Seed(), default=0, show_default=True, help="Of the noise.")
-@_camera("--actions", type=Keys(), help="Keys held, a latent frame each: 'w*6,w+l*3,.' (wasd move, jl turn, ik look).")
-@_camera("--poses", type=_FILE, help=".npy [N, 4, 4], camera to world, one a pixel frame.")
-@_camera("--intrinsics", type=_FILE, help=".npy [N, 4] or [4]: fx, fy, cx, cy for an 832x480 image.")
+@_world("--image", type=FILE, help="Its first frame. [default: none]")
+@_world("--seed", type=Count(0, MAX_SEED, "integer"), default=0, show_default=True, help="Of the noise.")
+@_options.camera(_camera)
 @_run("--chunks", type=Count(), help="Chunks to make. [default: as long as the camera moves, else 8]")
 @_run("--height", type=Count(most=MAX_PIXELS), help="Of the video. [default: about 480x832 in the image's aspect]")
 @_run("--width", type=Count(most=MAX_PIXELS))
 @_run("--device", type=Device(), help="cuda, cuda:N or cpu. [default: the first GPU, else the CPU]")
-@_run("--dtype", type=click.Choice(("bfloat16", "float16", "float32")), help="Of the transformer.")
-@_run("--precision", type=click.Choice(PRECISIONS), help="Of the transformer's products. [default: the checkpoint's]")
+@_run("--dtype", type=click.Choice(DTYPES[:-1]), help="Of the transformer.")
+@_run(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Of the transformer's products. [default: the checkpoint's]",
+)
 @_run("--text-device", type=Device(), help="Of the text encoder. [default: --device]")
-@_output("--out", type=output_path(".mp4"), required=True, help="The video, an .mp4 file.")
+@_output("--out", type=OutputPath(".mp4"), required=True, help="The video, an .mp4 file.")
 @_output("--fps", type=Count(most=1000), default=16, show_default=True, help="Frames a second.")
-@_output("--json", "json_path", type=output_path(), help="Write what was made, and the time each chunk took.")
-@_output("--quiet", is_flag=True, help="No progress bar.")
+@_options.report("Write what was made, and the time each chunk took.")
+@_options.quiet("No progress bar.")
 def command(
-    chunks: int | None,
-    out: Path,
-    fps: int,
-    json_path: Path | None,
-    quiet: bool,
-    prompt: str,
-    image: Path | None,
-    seed: int,
-    **options: Any,
-) -> None:
+    chunks: int | None, out: Path, fps: int, json_path: Path | None, quiet: bool, prompt: str, image: Path | None,
+    seed: int, **options: Any,
+) -> None:  # fmt: skip
     """Generate a video and write it while it is made: after each chunk its frames are in the file.
 
     \b
@@ -103,26 +99,21 @@ def command(
 
 
 def _write(
-    session: WorldSession,
-    steps: Callable[[int, int], dict[str, Any]],
-    frames: int,
-    total: int,
-    writer: VideoWriter,
-    milliseconds: list[float],
-    quiet: bool,
-) -> bool:
+    session: WorldSession, steps: Callable[[int, int], dict[str, Any]], frames: int, total: int, writer: VideoWriter,
+    milliseconds: list[float], quiet: bool,
+) -> bool:  # fmt: skip
     """Make the chunks, write each and append the time it took; whether Ctrl-C stopped them.
 
     Raises:
         click.ClickException: the file can't be written, or memory is out; the frames so far are in the file.
     """
     try:
-        with writer, session, _progress(total, quiet) as advance:
+        with writer, session, progress("generate", total, quiet) as advance:
             for chunk in range(total):
                 begin = time.perf_counter()
                 writer.write(session.step(**steps(chunk, frames)).cpu().numpy())
                 milliseconds.append(1e3 * (time.perf_counter() - begin))
-                advance()
+                advance("")
     except KeyboardInterrupt:
         return True
     except OSError as error:
@@ -187,17 +178,3 @@ def _pipeline(options: dict[str, Any]) -> LingBotWorldPipeline:
         )
     except (ValueError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
-
-
-@contextlib.contextmanager
-def _progress(chunks: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    """A function to call after each chunk; draws on stderr where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("chunk"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty()
-    ) as progress:
-        task = progress.add_task("generate", total=chunks)
-        yield lambda: progress.update(task, advance=1)

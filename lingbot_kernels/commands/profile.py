@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lingbot_kernels.commands._click import GroupedCommand, option_group, output_path, require_plots
-from lingbot_kernels.commands._options import SessionOptions, session_options
-from lingbot_kernels.commands._outputs import Outputs
+from lingbot_kernels.commands import _options
+from lingbot_kernels.commands._click import GroupedCommand, blame, option_group
+from lingbot_kernels.commands._options import SessionOptions
+from lingbot_kernels.commands._outputs import OutputPath, Outputs
 from lingbot_kernels.commands._types import Count, Name
 
 if TYPE_CHECKING:
@@ -29,37 +30,25 @@ _output = option_group("Output")
 @click.argument("what", type=click.Choice(["rollout", "op"]))
 @click.argument("name", required=False)
 @_profile(
-    "--case",
-    type=Name(),
-    metavar="NAME",
+    "--case", type=Name(), metavar="NAME",
     help="Of an op: a shape of `bench kernels`, such as s4524-d5120.  [default: the device's]",
-)
+)  # fmt: skip
 @_profile("--calls", type=Count(), default=20, show_default=True, help="Of an op.")
 @_profile("--chunks", type=Count(most=1000), default=1, show_default=True, help="Steady chunks of a rollout.")
 @_profile("--no-camera", is_flag=True, help="Of a rollout: without camera conditioning.")
 @_profile("--nsys/--no-nsys", default=None, help="Also run under Nsight Systems.  [default: on CUDA, where nsys is]")
 @_profile("--under-nsys", is_flag=True, hidden=True, help="The run that nsys records.")
-@session_options
+@_options.session
 @_output(
-    "--trace", "trace_path", type=output_path(".json"), default="profile-trace.json", show_default=True,
+    "--trace", "trace_path", type=OutputPath(".json"), default="profile-trace.json", show_default=True,
     help="Write the trace, for chrome://tracing or ui.perfetto.dev; nsys writes next to it.",
 )  # fmt: skip
-@_output("--json", "json_path", type=output_path(), help="Write the table's figures.")
-@_output("--plot", "plot_path", type=output_path(".png"), help="Draw them (needs matplotlib).")
+@_options.report("Write the table's figures.")
+@_options.plot("Draw them (needs matplotlib).")
 def command(
-    what: str,
-    name: str | None,
-    case: str | None,
-    calls: int,
-    chunks: int,
-    no_camera: bool,
-    nsys: bool | None,
-    under_nsys: bool,
-    trace_path: Path,
-    json_path: Path | None,
-    plot_path: Path | None,
-    **options: Any,
-) -> None:
+    what: str, name: str | None, case: str | None, calls: int, chunks: int, no_camera: bool, nsys: bool | None,
+    under_nsys: bool, trace_path: Path, json_path: Path | None, plot_path: Path | None, **options: Any,
+) -> None:  # fmt: skip
     """Where the time of a steady chunk, or of one op, goes: a trace and a table.
 
     \b
@@ -78,23 +67,18 @@ def command(
         raise click.UsageError("profile op needs the op's name, and profile rollout takes none.")
 
     from lingbot_kernels.benchmarks import plots, profiling, tables
-    from lingbot_kernels.commands._click import blame
     from lingbot_kernels.commands.session import CameraOptions, make_scene, pick_device
     from lingbot_kernels.ops import BackendUnavailable, use_backend
     from lingbot_kernels.ops._dispatch import requested_backend
 
-    if plot_path is not None:
-        require_plots()
     device = pick_device(session.device)
     nsys_program = _nsys_program(nsys, device) if not under_nsys else None
     with blame("LINGBOT_KERNELS_BACKEND"):
         backend = session.backend or requested_backend()
     with use_backend(backend), blame("--backend", BackendUnavailable):
         if name is None:
-            scene = make_scene(
-                session, lambda cfg: profiling.rollout_chunks(cfg, chunks), CameraOptions(no_camera=no_camera)
-            )
-            subject = profiling.rollout_subject(scene, chunks)
+            length = functools.partial(profiling.rollout_chunks, chunks=chunks)
+            subject = profiling.rollout_subject(make_scene(session, length, CameraOptions(no_camera=no_camera)), chunks)
         else:
             subject = _op(session, name, case, calls, device)
         subject.run()
@@ -128,7 +112,6 @@ def _op(session: SessionOptions, name: str, case: str | None, calls: int, device
 
     from lingbot_kernels.benchmarks.kernel_cases import KERNEL_CASES, default_kernel_cases
     from lingbot_kernels.benchmarks.profiling import op_subject
-    from lingbot_kernels.commands._click import blame
     from lingbot_kernels.ops._dispatch import OPS
 
     if name not in OPS:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lingbot_kernels.commands._click import GroupedCommand, blame, option_group, output_path, require_plots
-from lingbot_kernels.commands._options import SessionOptions, session_options
-from lingbot_kernels.commands._outputs import Outputs
-from lingbot_kernels.commands._types import CameraScale, Count, Keys
+from lingbot_kernels.commands import _options
+from lingbot_kernels.commands._click import GroupedCommand, blame, option_group
+from lingbot_kernels.commands._options import SessionOptions
+from lingbot_kernels.commands._outputs import OutputPath, Outputs, progress
+from lingbot_kernels.commands._types import CameraScale, Count
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from lingbot_kernels.benchmarks.scene import Scene
     from lingbot_kernels.commands.session import CameraOptions
 
-_INPUT = click.Path(exists=True, dir_okay=False, path_type=Path)
 _rollout = option_group("Rollout")
 _camera = option_group("Camera and prompt")
 _output = option_group("Output")
@@ -33,33 +32,22 @@ _output = option_group("Output")
 @_rollout("--chunks", type=Count(), default=8, show_default=True, help="Chunks to denoise.")
 @_rollout("--no-camera-cache", is_flag=True, help="Compute the camera modulation in every forward: slower, smaller.")
 @_rollout("--no-cuda-graphs", is_flag=True, help="Launch every kernel of a steady chunk, instead of replaying graphs.")
-@_camera("--poses", type=_INPUT, help=".npy [N, 4, 4], camera to world, one a pixel frame. [default: a made path]")
-@_camera("--intrinsics", type=_INPUT, help=".npy [N, 4] or [4]: fx, fy, cx, cy for an 832x480 image.")
-@_camera("--actions", type=Keys(), help="Keys held, a latent frame each: 'w*6,w+l*3,.' (wasd move, jl turn, ik look).")
+@_options.camera(_camera, " [default: a made path]")
 @_camera("--no-camera", is_flag=True, help="Run without camera conditioning.")
 @_camera(
-    "--camera-scale",
-    type=CameraScale(),
-    default="clip",
-    show_default=True,
+    "--camera-scale", type=CameraScale(), default="clip", show_default=True,
     help="What translations are divided by: clip (the path's largest), running (the largest so far) or a number.",
-)
-@_camera("--prompt-embeds", type=_INPUT, help=".safetensors or .npy [L, text_dim]. [default: seeded noise]")
-@session_options
-@_output("--json", "json_path", type=output_path(), help="Write the whole report.")
-@_output("--plot", "plot_path", type=output_path(".png"), help="Draw latency per chunk (needs matplotlib).")
-@_output("--save-latents", type=output_path(".safetensors", ".npy"), help="Write [1, C, frames, height, width].")
-@_output("--quiet", is_flag=True, help="No progress bar and no notes.")
+)  # fmt: skip
+@_options.prompt_embeds(_camera)
+@_options.session
+@_options.report("Write the whole report.")
+@_options.plot("Draw latency per chunk (needs matplotlib).")
+@_output("--save-latents", type=OutputPath(".safetensors", ".npy"), help="Write [1, C, frames, height, width].")
+@_options.quiet("No progress bar and no notes.")
 def command(
-    chunks: int,
-    no_camera_cache: bool,
-    no_cuda_graphs: bool,
-    json_path: Path | None,
-    plot_path: Path | None,
-    save_latents: Path | None,
-    quiet: bool,
-    **options: Any,
-) -> None:
+    chunks: int, no_camera_cache: bool, no_cuda_graphs: bool, json_path: Path | None, plot_path: Path | None,
+    save_latents: Path | None, quiet: bool, **options: Any,
+) -> None:  # fmt: skip
     """Denoise chunk after chunk in real time order and say where the time goes.
 
     \b
@@ -88,8 +76,6 @@ def command(
             f"{session.device!r} must be auto, cuda or cpu: torchrun says which GPU a rank takes.",
             param_hint="--device",
         )
-    if plot_path is not None:
-        require_plots()
     plan = RolloutPlan(chunks, camera_cache=not no_camera_cache, cuda_graphs=not no_cuda_graphs)
     outputs = Outputs()
     quiet = quiet or not launch.is_main()
@@ -112,15 +98,9 @@ def command(
 
 
 def _measure(
-    session: SessionOptions,
-    camera: CameraOptions,
-    prompt_embeds: Path | None,
-    plan: RolloutPlan,
-    group: dist.ProcessGroup | None,
-    save_latents: Path | None,
-    outputs: Outputs,
-    quiet: bool,
-) -> dict[str, Any]:
+    session: SessionOptions, camera: CameraOptions, prompt_embeds: Path | None, plan: RolloutPlan,
+    group: dist.ProcessGroup | None, save_latents: Path | None, outputs: Outputs, quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
     """The report of the rollout, over the ranks of `group`; the first of them writes the latents."""
     from rich.console import Console
 
@@ -144,14 +124,14 @@ def _measure(
             check_output(save_latents, nbytes=latents.nbytes)
     with (
         chosen_backend(session.backend, scene.model),
-        _progress(plan.chunks, quiet) as advance,
+        progress("rollout", plan.chunks, quiet, latest=True) as advance,
         latents or contextlib.nullcontext(),
     ):
 
         def each(chunk: Chunk, entry: dict[str, Any]) -> None:
             if latents is not None:
                 latents.write(chunk.latents)
-            advance(entry)
+            advance(f"{entry['total_ms']:.1f} ms")
 
         report = rollout.measure(scene, plan, each)
     if latents is not None and latents.error is not None:
@@ -167,17 +147,3 @@ def _notes(scene: Scene, frames: int) -> Iterator[str]:
     if scene.camera is not None and len(scene.camera.trajectory) < frames:
         length = len(scene.camera.trajectory)
         yield f"the camera path has {length} latent frames of {frames}: the camera then stands still"
-
-
-@contextlib.contextmanager
-def _progress(chunks: int, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function to call after each chunk, with its entry; draws on stderr where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("chunk"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[latest]}"))
-    disabled = quiet or not sys.stderr.isatty()
-    console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=disabled) as progress:
-        task = progress.add_task("rollout", total=chunks, latest="")
-        yield lambda entry: progress.update(task, advance=1, latest=f"{entry['total_ms']:.1f} ms")

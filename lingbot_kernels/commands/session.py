@@ -1,13 +1,17 @@
-"""From command-line options to a scene and a backend; a bad value is reported under its option."""
+"""From command-line options to a device, a scene, a backend and a bench's rows; a bad value is reported under its
+option."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -16,9 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lingbot_kernels.benchmarks import backends
+from lingbot_kernels.benchmarks.environment import Environment
+from lingbot_kernels.benchmarks.rows import Row, RowFile, default_path, format_forward
+from lingbot_kernels.benchmarks.rows import append_rows as append_to_file
 from lingbot_kernels.benchmarks.scene import CameraPath, Scene, allocated
 from lingbot_kernels.commands._click import blame
 from lingbot_kernels.commands._options import SessionOptions
+from lingbot_kernels.commands._outputs import Outputs
 from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.models.camera import CELL, CameraStream, CameraTrajectory, example_trajectory
 from lingbot_kernels.models.checkpoint import infer_config
@@ -26,6 +34,7 @@ from lingbot_kernels.models.lingbot_world import CausalLingBotTransformer
 from lingbot_kernels.models.poses import MAX_ARRAY_BYTES, load_array
 from lingbot_kernels.ops import BackendUnavailable, use_backend
 from lingbot_kernels.ops._dispatch import requested_backend
+from lingbot_kernels.parallel import launch
 from lingbot_kernels.quantization import recipe_of
 from lingbot_kernels.stages.schedule import Schedule
 
@@ -54,6 +63,77 @@ def bench_device(name: str) -> torch.device:
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     return device
+
+
+def rank_device(name: str) -> torch.device:
+    """That of a rank, whose GPU `launch.process_group` has made the current one."""
+    on_gpu = torch.cuda.is_available() and name != "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def start_ranks(gpus: int) -> None:
+    """For one GPU, and within a rank, nothing; else run this command on `gpus` ranks and exit with their code."""
+    if gpus > 1 and not launch.launched():
+        if torch.cuda.device_count() < gpus:
+            raise click.BadParameter(f"{gpus}, but torch sees {torch.cuda.device_count()}.", param_hint="--gpus")
+        program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+        raise click.exceptions.Exit(subprocess.call([*program, "-m", "lingbot_kernels", *sys.argv[1:]]))
+
+
+class BenchRun(Outputs):
+    """The outputs of a bench that reports rows. What runs it is said first; of several ranks the first one speaks.
+
+    Args:
+        path: of `--json`; the bench's default where None.
+        head: the line said first, with fields of `Environment` and of `more`.
+        line: a row as it is said.
+        more: fields of every row.
+    """
+
+    def __init__(
+        self, bench: str, device: torch.device, path: Path | None,
+        head: str = "{gpu} · torch {torch} · commit {commit}", line: Callable[[Row], str] = format_forward, **more: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._first, self._open = launch.is_main(), True
+        found = Environment.collect(device)
+        with blame("--json"):
+            self.file = RowFile(found, bench, path, self.say, line, **more)
+        self.say(head.format(**dataclasses.asdict(found), **more))
+
+    def say(self, text: str) -> None:
+        if self._first:
+            click.echo(text)
+
+    def report(self, row: Row) -> None:
+        if self._first:
+            self.file.report(row)
+
+    def close(self) -> None:
+        """Say where the rows are, and those that could not be written."""
+        if self._first and self._open:
+            self.file.close()
+            if self.file.error is not None:
+                self.failed("--json", self.file.path, self.file.error)
+        self._open = False
+
+    def finish(self, good: bool = True) -> None:
+        self.close()
+        if self._first:
+            super().finish(good)
+
+
+def append_rows(
+    outputs: Outputs, bench: str, path: Path | None, device: torch.device, rows: Iterable[dict[str, Any]]
+) -> None:
+    """Append rows, with the environment, to the file of `--rows`, on a GPU by default to the bench's own."""
+    environment = Environment.collect(device)
+    path = path or (default_path(environment, bench) if device.type == "cuda" else None)
+    if path is not None:
+        fresh = [{**row, **dataclasses.asdict(environment)} for row in rows]
+        with outputs.kept("--rows", path):
+            append_to_file(path, fresh)
+            click.echo(f"{len(fresh)} rows appended to {path}")
 
 
 @contextlib.contextmanager

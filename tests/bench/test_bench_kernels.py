@@ -253,16 +253,16 @@ def synthetic_rows() -> list[dict]:
 
 def test_plot_is_a_png_of_one_gpu(tmp_path):
     pytest.importorskip("matplotlib")
-    from lingbot_kernels.benchmarks import kernels_plot
+    from lingbot_kernels.benchmarks import plots
 
     path = tmp_path / "plots" / "out.png"
-    kernels_plot.plot(synthetic_rows(), path)
+    plots.kernels(synthetic_rows(), path)
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG") and len(data) > 20_000
     with pytest.raises(ValueError, match="several GPUs"):
-        kernels_plot.plot([*synthetic_rows(), {**synthetic_rows()[0], "gpu": "Another"}], path)
+        plots.kernels([*synthetic_rows(), {**synthetic_rows()[0], "gpu": "Another"}], path)
     with pytest.raises(ValueError, match="no green row"):
-        kernels_plot.plot([{**row, "gate": "red", "p50_us": None} for row in synthetic_rows()], path)
+        plots.kernels([{**row, "gate": "red", "p50_us": None} for row in synthetic_rows()], path)
 
 
 def test_from_plots_and_updates_without_measuring(tmp_path, monkeypatch):

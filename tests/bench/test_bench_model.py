@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from cuda_stand_ins import stand_in
 from torch.utils.flop_counter import FlopCounterMode
 
-from lingbot_kernels.benchmarks import model, model_compiled, model_plot, timeline
+from lingbot_kernels.benchmarks import model, model_compiled, plots, timeline
 from lingbot_kernels.benchmarks.rows import ABSENT, Row
 from lingbot_kernels.cli import main
 from lingbot_kernels.commands import bench_model
@@ -112,13 +112,10 @@ def test_a_floor_with_epilogues_runs_the_same_products(no_gpu: None) -> None:
     bench = model.ModelBench(small_plan(), torch.device("cpu"), lambda row: None)
     session = model.BenchSession(bench, model.CausalLingBotTransformer(bench.config, dtype=torch.bfloat16))
     session.fill()
-    assert session.state.kv_cache is not None and session.state.crossattn_cache is not None
-    caches = session.state.kv_cache.layers, session.state.crossattn_cache.layers
-    arguments = (session, *caches, bench.tokens, bench.config.num_heads)
     flops: dict[bool, int] = {}
     for epilogues in (False, True):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            bench.floor_graph(*arguments, epilogues=epilogues)
+            bench.floor(session, epilogues=epilogues)
         flops[epilogues] = counter.get_total_flops()
     assert flops[False] == flops[True] > 0
 
@@ -158,10 +155,10 @@ def test_a_picture_of_the_step_adds_up(tmp_path: Path) -> None:
          "gpu": "g", "date": "2026-01-01T00:00:00Z"}
         for op, ms in times.items()
     ]  # fmt: skip
-    model_plot.plot(rows, tmp_path / "p.png")
+    plots.model_step(rows, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no timed denoise step"):
-        model_plot.plot(rows[1:], tmp_path / "q.png")
+        plots.model_step(rows[1:], tmp_path / "q.png")
 
 
 def test_options_are_checked() -> None:

@@ -101,7 +101,7 @@ def test_each_variant_switches_off_what_it_says():
         handle = bench.scene.model.head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         session = bench.begin(variant)
         for inputs in bench.inputs():
-            session.denoise(inputs, bench.scene.text)
+            session.denoise(inputs)
         handle.remove()
         stats = session.state.stats()
         misses[variant.off] = {name: stats[name]["misses"] for name in stats if "misses" in str(stats[name])}
@@ -127,7 +127,7 @@ def test_a_wrong_bit_is_seen_and_fails(order, invoke, monkeypatch, tmp_path):
         session = begin(variant)
         if variant.off == "text K/V cache":
             denoise = session.denoise
-            session.denoise = lambda inputs, text: torch.nextafter(denoise(inputs, text), torch.tensor(9.0))
+            session.denoise = lambda inputs: torch.nextafter(denoise(inputs), torch.tensor(9.0))
         return session
 
     monkeypatch.setattr(bench, "begin", begin_wrongly)
@@ -153,7 +153,7 @@ def test_the_order_rotates_and_memory_decides():
 def test_a_session_s_bytes_are_the_plan_s():
     bench = small_bench()
     session = bench.begin(caching.VARIANTS[0])
-    session.denoise(next(bench.inputs()), bench.scene.text)
+    session.denoise(next(bench.inputs()))
     assert session.state.nbytes() < bench.session_bytes() < session.state.nbytes() + 2**27
 
 

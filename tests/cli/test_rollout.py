@@ -23,8 +23,7 @@ from lingbot_kernels import (
     ops,
 )
 from lingbot_kernels.benchmarks import backends, tables
-from lingbot_kernels.benchmarks.chunk_timer import ChunkTimer, steady
-from lingbot_kernels.benchmarks.timing import percentiles
+from lingbot_kernels.benchmarks.timing import ChunkTimer, percentiles, steady
 from lingbot_kernels.models.camera import CameraTrajectory, example_trajectory
 
 STORES = ("rope", "time_embeddings", "camera_modulation", "text")
@@ -209,8 +208,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "lingbot_kernels":
-            (backend,) = (x for x in args if isinstance(x, str))
-            self.seen.setdefault(func._schema.name.split("::")[1], set()).add(backend)
+            names = [argument.name for argument in func._schema.arguments]
+            chosen = args[names.index("library" if "library" in names else "backend")]
+            self.seen.setdefault(func._schema.name.split("::")[1], set()).add(chosen)
         return func(*args, **(kwargs or {}))
 
 
@@ -229,12 +229,12 @@ def test_the_backends_reported_are_those_that_ran(backend, dtype):
 
 
 def test_the_progress_bar_is_drawn_on_terminals_only(invoke, monkeypatch):
-    from lingbot_kernels.commands import rollout
+    from lingbot_kernels.commands import _outputs
 
     shown = []
     monkeypatch.setattr("rich.progress.Progress", progress_that_notes(shown))
     for quiet, terminal in ((False, True), (True, True), (False, False)):
-        monkeypatch.setattr(rollout, "sys", SimpleNamespace(stderr=Terminal(terminal)))
+        monkeypatch.setattr(_outputs, "sys", SimpleNamespace(stderr=Terminal(terminal)))
         invoke("rollout", *SMALL, "--chunks", 1, *(["--quiet"] if quiet else []))
     assert shown == [False, True, True]
 

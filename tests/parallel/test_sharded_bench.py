@@ -22,9 +22,9 @@ def run(precision: str) -> tuple[bool, list[Row]]:
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch)
         patch.setattr(CausalLingBotTransformer, "cuda_graphs", False, raising=False)
-        bench = ShardedModelBench(plan, torch.device("cpu"), rows.append)
         assert dist.group.WORLD is not None
-        return bench.run_sharded(dist.group.WORLD), rows
+        bench = ShardedModelBench(plan, torch.device("cpu"), rows.append, group=dist.group.WORLD)
+        return bench.run(), rows
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8_qk"])
