@@ -10,8 +10,6 @@ import runpy
 import stat
 import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -143,52 +141,3 @@ def test_links_no_cuda_library() -> None:
         pytest.skip("reads ELF files with ldd")
     linked = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True).stdout
     assert "libcuda" not in linked and "libcudart" not in linked and "torch" not in linked
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files git knows of, without what builds left behind."""
-    target = tmp_path_factory.mktemp("checkout")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    if listed.returncode != 0:
-        pytest.skip("not a git checkout")
-    for name in listed.stdout.splitlines():
-        source = ROOT / name
-        if source.is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).write_bytes(source.read_bytes())
-    return target
-
-
-@pytest.mark.slow
-def test_sdist_builds_into_a_wheel(checkout: Path, tmp_path: Path) -> None:
-    for module in ("setuptools", "pybind11"):
-        pytest.importorskip(module)
-    env = {**os.environ, "LINGBOT_KERNELS_CUDA": "0", "CMAKE_BUILD_PARALLEL_LEVEL": "2"}
-
-    def call(hook: str, folder: Path) -> Path:
-        code = f"from setuptools import build_meta; build_meta.{hook}({str(tmp_path)!r})"
-        done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return max(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime)
-
-    sdist = call("build_sdist", checkout)
-    with tarfile.open(sdist) as archive:
-        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-        archive.extractall(tmp_path / "source", filter="data")
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
-    assert names >= sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "lingbot_kernels/_C.pyi"}
-
-    wheel = call("build_wheel", tmp_path / "source" / f"lingbot_kernels-{VERSION}")
-    assert wheel.suffix == ".whl" and VERSION in wheel.name
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        archive.extractall(tmp_path / "installed")
-    assert names >= {"lingbot_kernels/py.typed", "lingbot_kernels/_C.pyi", "lingbot_kernels/_version.py"}
-    assert not any(name.startswith(("csrc", "tests", "bench")) for name in names)
-    code = "from lingbot_kernels import _C; print(_C.version, _C.compiled_with_cuda)"
-    env["PYTHONPATH"] = str(tmp_path / "installed")
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split() == [VERSION, "False"], done.stderr

@@ -1,4 +1,4 @@
-"""`pip wheel .` gives a wheel that works in an empty virtual environment, on the torch that is there."""
+"""The sdist of a checkout builds into a wheel that works in an empty environment, on the torch that is there."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+VERSION = (ROOT / "lingbot_kernels" / "_version.py").read_text().split('"')[-2]
 
 
 def check(command: list[str], cwd: Path, **env: str) -> str:
@@ -23,21 +25,35 @@ def check(command: list[str], cwd: Path, **env: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the files git knows of, by the build tools of this environment."""
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made of the files git knows of, without what builds left behind."""
     for module in ("setuptools", "pybind11"):
         pytest.importorskip(module)
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
     if listed.returncode != 0:
         pytest.skip("not a git checkout")
-    folder = tmp_path_factory.mktemp("wheel")
+    folder = tmp_path_factory.mktemp("sdist")
     for name in listed.stdout.splitlines():
         if (ROOT / name).is_file():
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+            (folder / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "checkout" / name).write_bytes((ROOT / name).read_bytes())
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    check([sys.executable, "-c", code], folder / "checkout", LINGBOT_KERNELS_CUDA="0")
+    (built,) = folder.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist, by the build tools of this environment."""
+    folder = tmp_path_factory.mktemp("wheel")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "source", filter="data")
     check(
         [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(folder)],
-        folder / "source", LINGBOT_KERNELS_CUDA="0", CMAKE_BUILD_PARALLEL_LEVEL="2",
+        folder / "source" / f"lingbot_kernels-{VERSION}", LINGBOT_KERNELS_CUDA="0", CMAKE_BUILD_PARALLEL_LEVEL="2",
         PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     )  # fmt: skip
     (built,) = folder.glob("*.whl")
@@ -55,7 +71,16 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+def test_the_sdist_has_every_source(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert names >= sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "lingbot_kernels/_C.pyi"}
+
+
+@pytest.mark.slow
 def test_the_wheel_says_what_it_needs(wheel):
+    assert VERSION in wheel.name
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (path,) = [name for name in names if name.endswith(".dist-info/METADATA")]
@@ -63,16 +88,19 @@ def test_the_wheel_says_what_it_needs(wheel):
     needs = [line.replace(" ", "") for line in metadata.get_all("Requires-Dist")]
     assert "torch>=2.9" in needs and any(line.startswith("triton>=3.4;") for line in needs)
     assert {"diffusers", "docs", "triton", "fa4", "plot"} <= set(metadata.get_all("Provides-Extra"))
-    assert {"lingbot_kernels/py.typed", "lingbot_kernels/_C.pyi"} <= set(names)
+    assert {f"lingbot_kernels/{name}" for name in ("py.typed", "_C.pyi", "_version.py")} <= set(names)
     assert any(name.startswith("lingbot_kernels/_C.") and name.endswith((".so", ".pyd")) for name in names)
     assert not any(name.split("/")[0] in ("tests", "docs", "examples", "bench", "csrc") for name in names)
 
 
 @pytest.mark.slow
 def test_without_torch_the_package_imports_and_its_core_loads(environment, tmp_path):
-    code = "import lingbot_kernels, sys; from lingbot_kernels import _C; print(lingbot_kernels.__file__, _C.cpu_isa)"
-    file, isa = check([str(environment), "-c", code], tmp_path, PYTHONPATH="").split()
-    assert Path(file).is_relative_to(environment.parents[1]) and isa
+    code = (
+        "import lingbot_kernels; from lingbot_kernels import _C; "
+        "print(lingbot_kernels.__file__, _C.cpu_isa, _C.version, _C.compiled_with_cuda)"
+    )
+    file, isa, version, with_cuda = check([str(environment), "-c", code], tmp_path, PYTHONPATH="").split()
+    assert Path(file).is_relative_to(environment.parents[1]) and isa and (version, with_cuda) == (VERSION, "False")
 
 
 @pytest.mark.slow
