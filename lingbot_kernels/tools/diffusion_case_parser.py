@@ -68,10 +68,7 @@ def resolve_case_config_path(repo_root: Path, run_suite_path: Path) -> Path:
     """
     run_suite_path = Path(run_suite_path)
     repo_root = Path(repo_root)
-    try:
-        tree, _ = results.read_tree(run_suite_path)
-    except results.SourceError as e:
-        raise SyntaxError(e.reason, (str(run_suite_path), e.line, e.column, e.source)) from None
+    tree, _ = results.read_tree(run_suite_path)
     found: dict[str, tuple[int, str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
@@ -111,10 +108,7 @@ def parse_testcase_configs(config_path: Path) -> dict[str, list[str]]:
 
 def parse_run_suite_standalone_data(run_suite_path: Path) -> tuple[dict[str, list[str]], dict[str, dict[str, float]]]:
     """Standalone files of a run-suite file, suite -> files, and their estimates, suite -> file -> seconds."""
-    try:
-        data = results.parse_standalone(Path(run_suite_path), results.Options())
-    except results.SourceError as e:
-        raise SyntaxError(e.reason, (str(run_suite_path), e.line, e.column, e.source)) from None
+    data = results.parse_standalone(Path(run_suite_path), results.Options())
     _warn(data.unresolved)
     return data.files, data.est_times
 

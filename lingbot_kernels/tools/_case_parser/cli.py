@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from .planning import DEFAULT_EST_TIME_SECONDS, BaselineError, Item, load_baselines, plan
 from .reports import STANDALONE_PREFIX, read_reports
-from .results import Options, ParsedConfig, SourceError, StandaloneData, parse_config, parse_standalone
+from .results import Options, ParsedConfig, StandaloneData, parse_config, parse_standalone
 
 EXIT_OK, EXIT_FAILED, EXIT_UNRESOLVED, EXIT_STOPPED, EXIT_USAGE, EXIT_NO_INPUT = 0, 1, 2, 3, 64, 66
 
@@ -80,33 +80,15 @@ def build_parser() -> argparse.ArgumentParser:
     common = _Parser(add_help=False)
     add = common.add_argument
     add("--run-suite", type=Path, metavar="FILE", help="run-suite file with STANDALONE_FILES and their estimates")
-    add(
-        "--baselines",
-        type=Path,
-        metavar="PATH",
-        help="performance baselines: a file, or a folder with one per platform",
-    )
+    add("--baselines", type=Path, metavar="PATH", help="performance baselines: a file, or a folder, one per platform")
     add("--json", action="store_true", help="print JSON")
     add("--strict", action="store_true", help="exit 2 when anything is unresolved")
-    add(
-        "--list",
-        dest="lists",
-        action="append",
-        type=_mapping,
-        metavar="NAME=SUITE",
-        help="in place of the built-in map",
-    )
+    lists: Any = {"dest": "lists", "action": "append", "type": _mapping, "metavar": "NAME=SUITE"}
+    add("--list", **lists, help="in place of the built-in map")
     add("--case-class", type=_identifier, default=Options.case_class, metavar="NAME")
     add("--id-param", type=_identifier, default=Options.id_param, metavar="NAME")
     add("--root", type=Path, metavar="DIR", help="folder in which absolute imports start")
-    add(
-        "--scope",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="folder to execute (default: the config's)",
-    )
+    add("--scope", type=Path, action="append", default=[], metavar="DIR", help="execute it, in place of the config's")
     add("--assume", type=_assumption, action="append", default=[], metavar="TEST=BOOL", help="such as 'is_hip()=False'")
     add("--static", action="store_true", help="read the syntax tree only; run nothing")
     add("--timeout", type=_positive, default=Options.timeout, metavar="S")
@@ -160,8 +142,8 @@ class _Run:
         if args.run_suite is not None:
             try:
                 self.standalone = parse_standalone(self.file(args.run_suite), self.options)
-            except SourceError as e:
-                raise UsageError(f"--run-suite {args.run_suite}:{e.line}:{e.column}: {e.reason}") from None
+            except SyntaxError as e:
+                raise UsageError(f"--run-suite {args.run_suite}:{e.lineno}:{e.offset}: {e.msg}") from None
 
     @staticmethod
     def file(path: Path) -> Path:

@@ -64,6 +64,10 @@ def partition_count(
     return min(max(1, count, math.ceil(total / max_time)), limit, items)
 
 
+def _by_kind(part: list[Item]) -> dict[str, list[str]]:
+    return {kind: [item.name for item in part if item.kind == kind] for kind in ("case", "standalone")}
+
+
 def plan(suite: str, items: list[Item], **bounds: Any) -> dict[str, Any]:
     """The plan of a suite as JSON data, with the job matrix: longest first, each to the job with the least so far."""
     count = partition_count(sum(i.est_time for i in items), len(items), **bounds)
@@ -76,11 +80,11 @@ def plan(suite: str, items: list[Item], **bounds: Any) -> dict[str, Any]:
     partitions = [
         {
             "part": i,
-            "case_ids": [item.name for item in part if item.kind == "case"],
-            "standalone_files": [item.name for item in part if item.kind == "standalone"],
-            "estimated_time": round(loads[i], 1),
+            "case_ids": names["case"],
+            "standalone_files": names["standalone"],
+            "estimated_time": round(load, 1),
         }
-        for i, part in enumerate(parts)
+        for i, (load, names) in enumerate(zip(loads, map(_by_kind, parts), strict=True))
     ]
     matrix = {"include": [{"part": i} for i in range(count)]}
     return {"suite": suite, "partition_count": count, "partitions": partitions, "matrix": matrix}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -15,24 +16,29 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .support import Cache, Importer, patch_library
-from .unknown import ParameterSet, Place, Run, StuckError, Unknown, is_case, plain, render
+from . import modules
+from .unknown import MARKED, SOMEWHERE, ParameterSet, Run, StuckError, Unknown, is_case, plain, render
 
 MEMORY_BYTES = 2 << 30
-_REFUSED_EVENTS = (
-    "os. subprocess. socket. ctypes. shutil. tempfile. fcntl. mmap. sqlite3. winreg. msvcrt. syslog. pty. "
-    "signal. ftplib. http. imaplib. poplib. smtplib. telnetlib. nntplib. urllib. webbrowser. resource. "
-    "_thread.start"
+_REFUSED = (
+    *("os.", "subprocess.", "socket.", "ctypes.", "shutil.", "tempfile.", "fcntl.", "mmap.", "sqlite3.", "winreg."),
+    *("msvcrt.", "syslog.", "pty.", "signal.", "ftplib.", "http.", "imaplib.", "poplib.", "smtplib.", "telnetlib."),
+    *("nntplib.", "urllib.", "webbrowser.", "resource.", "_thread.start"),
 )
-_REFUSED = tuple(_REFUSED_EVENTS.split())
 _HARMLESS = {"os.putenv", "os.unsetenv", "os.listdir", "os.scandir", "os.walk", "os.fwalk"}
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_POSIX = "mkfifo mknod _exit abort setuid setgid setsid setpgid nice setpriority unshare write writev"
 _UNAUDITED = {  # what Python's audit events leave out
     "_thread": "start_new_thread start_joinable_thread",
     "threading": "_start_new_thread _start_joinable_thread",
-    "posix": "mkfifo mknod _exit abort setuid setgid setsid setpgid nice setpriority unshare write writev",
+    "posix": _POSIX,
+    "os": _POSIX,
 }
-_UNAUDITED["os"] = _UNAUDITED["posix"]
 _exit, _write = os._exit, os.write
+ENDED: dict[str, Any] = {  # the answer of a process that gave none
+    **{"status": "limit", "lists": {}, "other": {}, "made": {}, "located": {}, "flipped": "", "prefix": 0},
+    **{name: [] for name in ("trace", "notes", "lost", "assumed", "files", "modules")},
+}
 
 
 class RefusedError(BaseException):
@@ -45,7 +51,7 @@ class _Guard:
     def __init__(self, run: Run, scope: list[str]) -> None:
         self.run, self.off = run, False
         library = (sys.prefix, sys.base_prefix, os.path.dirname(os.__file__), os.path.dirname(__file__))
-        self.readable = [*map(os.path.realpath, library), *scope]
+        self.readable = (*map(os.path.realpath, library), *scope)
         for module, names in ((sys.modules[m], names) for m, names in _UNAUDITED.items() if m in sys.modules):
             for name in filter(lambda n: hasattr(module, n), names.split()):
                 setattr(module, name, lambda *a, _n=f"{module.__name__}.{name}", **k: self.refuse(_n))
@@ -54,40 +60,50 @@ class _Guard:
         if self.off:
             return
         if event == "open":
-            path, _, flags = args
-            writes = isinstance(flags, int) and flags & (
-                os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-            )
-            if path != os.devnull and (writes or not self.may_read(path)):
-                self.refuse(f"{'writes' if writes else 'reads outside the scope'} {path!r}")
+            writes = isinstance(args[2], int) and args[2] & _WRITES
+            if args[0] != os.devnull and (writes or not self.may_read(args[0])):
+                self.refuse(f"{'writes' if writes else 'reads outside the scope'} {args[0]!r}")
         elif event in ("os.listdir", "os.scandir") and not self.may_read(args[0]):
             self.refuse(f"{event} {args[0]!r}")
         elif event.startswith(_REFUSED) and event not in _HARMLESS:
             self.refuse(event)
 
     def may_read(self, path: Any) -> bool:
-        if isinstance(path, int):
-            return True
-        found = os.path.realpath(os.fsdecode(path))
-        return any(found == r or found.startswith(r + os.sep) for r in self.readable)
+        return isinstance(path, int) or modules.within(os.fsdecode(path), self.readable)
 
     def refuse(self, what: str) -> None:
         self.run.refused.append((self.run.site(), f"refused: {what}"))
         raise RefusedError(what)
 
+    def branch(self, seconds: float) -> bool:
+        """Fork; True in the new process. The other one waits until that ends, then goes on."""
+        self.off = True  # not the config's own doing
+        try:
+            read, write = os.pipe()
+            pid = os.fork()
+            os.close(write if pid else read)
+            if pid == 0:
+                return True
+            if not select.select([read], [], [], seconds)[0]:  # readable at the branch's end
+                os.kill(pid, signal.SIGKILL)
+            os.close(read)
+            os.waitpid(pid, 0)
+            return False
+        finally:
+            self.off = False
 
-def run_config(request: dict[str, Any], cache: Cache) -> dict[str, Any]:
+
+def run_config(request: dict[str, Any]) -> dict[str, Any]:
     """Execute the config and read it; to be called in a process of its own."""
-    run = Run(request)
-    importer = Importer(run, request["scope"], request["roots"], cache)
-    patch_library()
-    known, config = set(sys.modules), request["config"]
-    module = sys.modules[request["name"]] = types.ModuleType(request["name"])
-    module.__package__ = request["name"].rpartition(".")[0]
+    run, config, name = Run(request), request["config"], request["name"]
+    importer = modules.Importer(run, request["scope"], request["roots"])
+    modules.patch_library()
+    known, module = set(sys.modules), types.ModuleType(name)
+    sys.modules[name], module.__package__ = module, name.rpartition(".")[0]
     hooks = _hooks(importer)
     sys.setrecursionlimit(2400)  # a rewritten call takes two frames
     guard = _Guard(run, request["scope"])
-    run.branch = lambda: _branch(guard, request["branch_seconds"])  # type: ignore[method-assign]
+    run.branch = lambda: guard.branch(request["branch_seconds"])
     sys.addaudithook(guard)
     status, error = "ok", None
     try:
@@ -97,35 +113,32 @@ def run_config(request: dict[str, Any], cache: Cache) -> dict[str, Any]:
         status = "stuck" if isinstance(e, StuckError) else "limit" if limit else "raise"
         error = (_where(run, e), _describe(e))
     guard.off = True
-    for what, before, now in zip(
-        ("installs an import hook", "changes built-in names"), hooks, _hooks(importer), strict=True
-    ):
-        if before != now:
-            run.refused.append(((config, 1, 1), f"refused: {what}"))
+    changed = [what for what, held in _hooks(importer).items() if held != hooks[what]]
+    run.refused += [((config, 1, 1), f"refused: {what}") for what in changed]
     out = _Reader(run, vars(module), request).read()
     if run.refused:
         status, error = "refused", run.refused[0]
-    library = [m for m in sys.modules if m not in known and m.partition(".")[0] in sys.stdlib_module_names]
     return out | {
         "status": status, "error": error, "trace": run.trace[run.prefix :], "prefix": run.prefix,
-        "flipped": run.flipped, "made": run.made, "assumed": sorted(run.assumed_met), "files": list(run.tries),
-        "modules": library, "located": cache.located,
+        "flipped": run.flipped, "made": run.made, "assumed": [k for k in map(plain, run.values) if k in run.assumed],
+        "files": list(run.executed), "located": modules.located,
+        "modules": [m for m in sys.modules if m not in known and m.partition(".")[0] in sys.stdlib_module_names],
     }  # fmt: skip
 
 
-def _hooks(importer: Importer) -> tuple[list[Any], list[Any]]:
+def _hooks(importer: modules.Importer) -> dict[str, Any]:
     """What a config must leave as it is, by identity."""
     names = [(k, id(v)) for held in (vars(builtins), importer.names) for k, v in held.items() if k != "_"]
-    return [list(map(id, sys.meta_path)), list(map(id, sys.path_hooks))], sorted(names)
+    imports = [list(map(id, sys.meta_path)), list(map(id, sys.path_hooks))]
+    return {"installs an import hook": imports, "changes built-in names": sorted(names)}
 
 
 def _where(run: Run, error: BaseException) -> Any:
-    if isinstance(error, SyntaxError) and error.filename in run.tries:
+    if isinstance(error, SyntaxError) and error.filename in run.executed:
         return error.filename, error.lineno or 1, error.offset or 1
-    place: Place = (None, 0, 1)
-    tb = error.__traceback__
+    place, tb = SOMEWHERE, error.__traceback__
     while tb is not None:
-        if tb.tb_frame.f_code.co_filename in run.tries:
+        if tb.tb_frame.f_code.co_filename in run.executed:
             place = (tb.tb_frame.f_code, tb.tb_lasti, tb.tb_lineno)
         tb = tb.tb_next
     return run.site(place)
@@ -133,7 +146,8 @@ def _where(run: Run, error: BaseException) -> Any:
 
 def _describe(error: BaseException) -> str:
     try:
-        text = plain(f"{error}")[:200]
+        text = MARKED.sub(r"\1", plain(f"{error}"))[:200]
+        text = text.partition(" while ")[0] if isinstance(error, RecursionError) else text
     except Exception:
         text = ""
     return f"{type(error).__name__}({text!r})" if text else f"{type(error).__name__}()"
@@ -144,53 +158,47 @@ class _Reader:
 
     def __init__(self, run: Run, names: dict[str, Any], request: dict[str, Any]) -> None:
         self.run, self.names, self.wanted, self.standalone = run, names, request["lists"], request["standalone"]
-        self.targets: dict[int, tuple[str, str]] = {}  # lists and cases of interest, and what could happen to them
+        self.targets: dict[int, str] = {}  # lists and cases of interest, and what could happen to them
         self.lost: list[tuple[str, str]] = []
 
     def read(self) -> dict[str, Any]:
-        lists, other = {}, {}
         read = self.files if self.standalone else self.entries
-        for name in filter(self.names.__contains__, self.wanted):
-            lists[name] = list(read(name, self.names[name]))
-        notes = dict(self.run.notes)
-        for name, value in [] if self.standalone else list(self.names.items()):
+        lists = {name: list(read(name, self.names[name])) for name in self.wanted if name in self.names}
+        notes, other = dict(self.run.notes), {}
+        for name, value in () if self.standalone else list(self.names.items()):
             pairs = value.items() if isinstance(value, dict) else ()
             for shown, held in [(name, value), *((f"{name}[{render(k)}]", v) for k, v in pairs)]:
                 if name not in self.wanted and isinstance(held, (list, tuple)) and any(map(is_case, held)):
                     other[shown] = [e[0] for e in self.entries(shown, held)]
-        self.run.notes = notes
-        self.escapes()
+        self.run.notes = notes  # those of the other lists hide no case
+        for place, how, values in self.run.escapes:
+            hit = self.touched(values, set(), 0)
+            if hit and not any(site == self.run.site(place) for site, _ in notes):
+                self.run.note(f"{hit}: {how}, which isn't known", place)
         unresolved = [[*site, reason] for site, reason in self.run.notes]
         return {"lists": lists, "other": other, "notes": unresolved, "lost": self.lost}
 
     def entries(self, name: str, value: Any) -> Iterator[list[Any]]:
         """Id, line and number of the cases of a list."""
-        note, held = self.run.note, value
+        run, held = self.run, value
         if type(value) is Unknown:
-            note(f"{name} isn't resolved: {_why(value)}", value._place)
-            self.lost.append((name, f"unresolved `{plain(value._text())}` keeps it"))
-            held = [c for h in value._held for c in (h if isinstance(h, (list, tuple)) else [h]) if is_case(c)]
+            run.note(f"{name} isn't resolved: {_why(value)}", value._place)
+            self.lost.append((name, f"unresolved `{plain(value._key)}` keeps it"))
+            held = _kept(value)
         elif not isinstance(value, (list, tuple)):
-            note(f"{name} is a {type(value).__name__}, not a list of cases", (None, 0, 0))
-            held = filter(is_case, value) if isinstance(value, (dict, set, frozenset)) else ()
+            run.note(f"{name} is a {type(value).__name__}, not a list of cases", SOMEWHERE)
+            held = value if isinstance(value, (dict, set, frozenset)) else ()
         if name in self.wanted:
-            self.targets[id(value)] = (name, f"{name} may hold other cases")
+            self.targets[id(value)] = f"{name} may hold other cases"
         for item in held:
+            inner = list(item) if isinstance(item, ParameterSet) else [item]
             if type(item) is Unknown:
-                what = f"{name} may hold other cases" if item._element else f"an element of {name} isn't resolved"
-                note(f"{what}: {_why(item)}", item._place)
-                inner = [c for h in item._held for c in (h if isinstance(h, (list, tuple)) else [h])]
-            elif isinstance(item, ParameterSet):
-                inner = list(item)
-                if item.renamed is not None:
-                    note(f"pytest.param gives a case of {name} the name {render(item.renamed)}", (None, 0, 0))
-            elif is_case(item):
-                inner = [item]
-            else:
-                inner = (
-                    note(f"an element of {name} is a {type(item).__name__}, not a {self.run.case_class}", (None, 0, 0))
-                    or []
-                )
+                element = item._key.endswith("[...]")
+                what = f"{name} may hold other cases" if element else f"an element of {name} isn't resolved"
+                run.note(f"{what}: {_why(item)}", item._place)
+                inner = _kept(item)
+            elif not any(map(is_case, inner)):
+                run.note(f"an element of {name} is a {type(item).__name__}, not a {run.case_class}", SOMEWHERE)
             for case in filter(is_case, inner):
                 yield from self.case(name, case)
 
@@ -199,77 +207,52 @@ class _Reader:
         known = run.lines.get(id(case), (None, run.made.get(case_id, 1) if isinstance(case_id, str) else 1))
         line = known[1] or 1
         if not getattr(getattr(case, "__dataclass_params__", None), "frozen", False) and name in self.wanted:
-            self.targets.setdefault(id(case), (name, f"a case of {name} may have another id"))
+            self.targets.setdefault(id(case), f"a case of {name} may have another id")
         if type(case_id) is Unknown:
             run.note(f"the id of a case of {name} isn't resolved: {_why(case_id)}", case_id._place)
-        elif isinstance(case_id, str) and "\ue000" in case_id:
-            run.notes[(run.config, line, 0), f"the id of a case of {name} isn't resolved: {_why(case_id)}"] = None
-        else:
-            if not isinstance(case_id, str):
-                what = f"is a {type(case_id).__name__}, not a string"
-                run.notes[(run.config, line, 0), f"the id ({run.id_param}) of a case of {name} {what}"] = None
-            if isinstance(case_id, (str, int, float)):
-                shown = str.__str__(case_id) if isinstance(case_id, str) else str(case_id)
-                yield [shown, line, id(case)]
+            return
+        if not isinstance(case_id, str):
+            what = f"is a {type(case_id).__name__}, not a string"
+            run.notes[(run.config, line, 0), f"the id ({run.id_param}) of a case of {name} {what}"] = None
+        if isinstance(case_id, (str, int, float)):
+            yield [str.__str__(case_id) if isinstance(case_id, str) else str(case_id), line, id(case)]
 
     def files(self, name: str, value: Any) -> Iterator[list[Any]]:
         """Suites, files and estimates of a run-suite file, each as JSON in the place of an id."""
-        pairs = value.items() if isinstance(value, dict) else [(name, value)]
-        for suite, held in pairs:
-            inner = (
-                held.items()
-                if isinstance(held, dict)
-                else [(f, None) for f in held]
-                if isinstance(held, (list, tuple))
-                else None
-            )
-            bad = [f for f, s in inner or () if type(f) is not str or not isinstance(s, (int, float, type(None)))]
-            if inner is None or bad or not isinstance(value, dict):
-                self.run.note(f"{name} isn't resolved: {plain(render(bad or held))}", (None, 0, 0))
+        for suite, held in value.items() if isinstance(value, dict) else [(name, None)]:
+            inner = held if isinstance(held, dict) else dict.fromkeys(held) if isinstance(held, (list, tuple)) else None
+            bad = [
+                f for f, s in (inner or {}).items() if type(f) is not str or not isinstance(s, (int, float, type(None)))
+            ]
+            if inner is None or bad:
+                self.run.note(f"{name} isn't resolved: {plain(render(bad or held))}", SOMEWHERE)
             else:
-                yield from ([json.dumps(e), 0, 0] for e in ([suite], *([suite, f, s] for f, s in inner)))
+                yield from ([json.dumps(e), 0, 0] for e in ([suite], *([suite, f, s] for f, s in inner.items())))
 
-    def escapes(self) -> None:
-        """Report the lists and cases that unknown code was given, directly or by a function that reaches them."""
-        for place, how, values in self.run.escapes:
-            hit = self.touches(values, set(), 0)
-            site = hit and self.run.site(place)
-            if hit and not any(n[0] == site for n in self.run.notes):
-                self.run.note(f"{hit}: {how}, which isn't known", place)
-
-    def touches(self, value: Any, seen: set[int], depth: int) -> str:
+    def touched(self, value: Any, seen: set[int], depth: int) -> str:
+        """What could happen to a list or case that `value` reaches."""
         if id(value) in self.targets:
-            return self.targets[id(value)][1]
-        if id(value) in seen or depth > 6 or isinstance(value, (Unknown, type, types.ModuleType)):
+            return self.targets[id(value)]
+        if id(value) in seen or depth > 6 or isinstance(value, (Unknown, type, types.ModuleType, str)):
             return ""
         seen.add(id(value))
-        inner = list(getattr(value, "__dict__", {}).values())
-        if isinstance(value, (list, tuple, set, frozenset)):
-            inner = list(value)
-        elif isinstance(value, dict):
-            inner = [*value, *value.values()]
-        elif isinstance(value, (types.MethodType, types.BuiltinMethodType)):
-            inner = [value.__self__, getattr(value, "__func__", None)]
-        elif isinstance(value, types.FunctionType):
-            for cell in value.__closure__ or ():
-                with contextlib.suppress(ValueError):
-                    inner.append(cell.cell_contents)
+        inner = gc.get_referents(value)
+        if isinstance(value, types.FunctionType):
             codes = [value.__code__]
             for code in codes:
                 codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-                named = [n for n in code.co_names if n in self.wanted and value.__globals__ is self.names]
-                if named:
-                    return f"{named[0]} may hold other cases"
-                inner += [
-                    v for v in map(value.__globals__.get, code.co_names) if isinstance(v, (list, types.FunctionType))
-                ]
-        return next(filter(None, (self.touches(v, seen, depth + 1) for v in inner)), "")
+            used = [value.__globals__.get(n) for code in codes for n in code.co_names]
+            inner = [*(value.__closure__ or ()), *(v for v in used if isinstance(v, (list, types.FunctionType)))]
+        return next(filter(None, (self.touched(v, seen, depth + 1) for v in inner)), "")
 
 
-def _why(value: Any) -> str:
-    if isinstance(value, str):
-        return value.replace("\ue000", "{").replace("\ue001", "}")
-    return f"`{plain(value._text())}` isn't known ({value._origin})"
+def _kept(value: Unknown) -> list[Any]:
+    """The cases that an unknown value may have taken over."""
+    return [c for h in value._held for c in (h if isinstance(h, (list, tuple)) else [h])]
+
+
+def _why(value: Unknown) -> str:
+    return f"`{plain(value._key)}` isn't known ({value._origin})"
 
 
 def forked(work: Callable[[], dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
@@ -304,31 +287,8 @@ def forked(work: Callable[[], dict[str, Any]], seconds: float) -> list[dict[str,
     if not answers or answers[-1]["flipped"]:
         late = chunk or (os.WIFSIGNALED(end) and os.WTERMSIG(end) == signal.SIGXCPU)
         ended = f"ends by signal {os.WTERMSIG(end)}" if os.WIFSIGNALED(end) else "ends the interpreter"
-        failed: dict[str, Any] = {
-            "status": "limit",
-            "error": (None, f"doesn't end within {seconds:.1f} s" if late else ended),
-        }
-        failed |= {name: [] for name in ("trace", "notes", "lost", "assumed", "files", "modules")}
-        answers.append(failed | {"lists": {}, "other": {}, "made": {}, "located": {}, "flipped": "", "prefix": 0})
+        answers.append({**ENDED, "error": (None, f"doesn't end within {seconds:.1f} s" if late else ended)})
     return answers
-
-
-def _branch(guard: _Guard, seconds: float) -> bool:
-    """Fork; True in the new process. The other one waits until that ends, then goes on."""
-    guard.off = True  # not the config's own doing
-    try:
-        read, write = os.pipe()
-        pid = os.fork()
-        os.close(write if pid else read)
-        if pid == 0:
-            return True
-        if not select.select([read], [], [], seconds)[0]:  # readable at the branch's end
-            os.kill(pid, signal.SIGKILL)
-        os.close(read)
-        os.waitpid(pid, 0)
-        return False
-    finally:
-        guard.off = False
 
 
 def _limit(seconds: float) -> None:
@@ -336,7 +296,6 @@ def _limit(seconds: float) -> None:
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         os.dup2(null, fd)
         setattr(sys, name, open(fd, "w" if fd else "r", encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115
-    limits = {"CORE": 0, "FSIZE": 0, "CPU": int(seconds) + 2, "AS": MEMORY_BYTES}
-    for kind, value in limits.items():
+    for kind, value in {"CORE": 0, "FSIZE": 0, "CPU": int(seconds) + 2, "AS": MEMORY_BYTES}.items():
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (value, value))

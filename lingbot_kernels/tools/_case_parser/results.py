@@ -18,14 +18,6 @@ MAX_SOURCE_BYTES = 4_000_000
 PYTHON = f"Python {sys.version_info.major}.{sys.version_info.minor}"
 
 
-class SourceError(Exception):
-    """A file that can't be read as Python: `line` and `column` (1-based) are where known, else 1."""
-
-    def __init__(self, reason: str, line: int = 1, column: int = 1, source: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.line, self.column, self.source = reason, line, column, source
-
-
 @dataclass(frozen=True)
 class Unresolved:
     """Something that could hide a case: where it is (line and column from 1), its source line, and why."""
@@ -97,17 +89,18 @@ class Options:
 
 
 def read_tree(path: Path) -> tuple[ast.Module, str]:
-    """Tree and text of a file. Raises `SourceError` for what isn't Python, `OSError` for a missing file."""
+    """Tree and text of a file. Raises `SyntaxError` for what isn't Python, `OSError` for a missing file."""
     data = path.read_bytes()
-    if len(data) > MAX_SOURCE_BYTES:
-        raise SourceError(f"larger than {MAX_SOURCE_BYTES:,} bytes")
+    reason, place = f"larger than {MAX_SOURCE_BYTES:,} bytes", (1, 1, "")
     try:
-        return ast.parse(data, str(path)), data.decode("utf-8-sig", "replace")
+        if len(data) <= MAX_SOURCE_BYTES:
+            return ast.parse(data, str(path)), data.decode("utf-8-sig", "replace")
     except SyntaxError as e:
         reason = f"syntax error: {e.msg} ({PYTHON})"
-        raise SourceError(reason, e.lineno or 1, max(1, e.offset or 1), (e.text or "").strip()[:200]) from None
+        place = (e.lineno or 1, max(1, e.offset or 1), (e.text or "").strip()[:200])
     except (ValueError, RecursionError, MemoryError) as e:
-        raise SourceError(f"can't be read: {e or 'nested too deeply'} ({PYTHON})") from None
+        reason = f"can't be read: {e or 'nested too deeply'} ({PYTHON})"
+    raise SyntaxError(reason, (str(path), *place))
 
 
 def located(path: Path, entries: Sequence[Sequence[Any]]) -> list[Unresolved]:
@@ -123,7 +116,7 @@ def located(path: Path, entries: Sequence[Sequence[Any]]) -> list[Unresolved]:
         column = column or len(source) - len(source.lstrip()) + 1  # not known before Python 3.11: the statement's
         shown = str(path) if file == os.path.realpath(path) else file
         out[Unresolved(shown, line, column, source.strip()[:200], reason)] = None
-    return sorted(out, key=lambda u: (u.file, u.line, u.column, u.reason))
+    return sorted(out, key=lambda u: (u.file, u.line, u.column))
 
 
 def request_for(path: Path, lists: Mapping[str, str], options: Options, *, standalone: bool = False) -> dict[str, Any]:
@@ -166,14 +159,9 @@ def run_child(request: dict[str, Any]) -> dict[str, Any]:
         finally:
             with contextlib.suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)
-    empty = {"suites": {s: [] for s in request["lists"].values()}, "lists": {}, "other": {}, "tests": 0, "runs": 0}
-    return empty | {
-        "duplicates": [],
-        "unresolved": [],
-        "made": [],
-        "assumed": [],
-        "stopped": [[request["config"], 1, 1, failed]],
-    }
+    empty: dict[str, Any] = {name: [] for name in ("duplicates", "unresolved", "made", "assumed")}
+    empty |= {"suites": {s: [] for s in request["lists"].values()}, "lists": {}, "other": {}, "tests": 0, "worlds": 0}
+    return {**empty, "stopped": [[request["config"], 1, 1, failed]]}
 
 
 def parse_config(
@@ -187,8 +175,8 @@ def parse_config(
 
     try:
         tree, text = read_tree(path)
-    except SourceError as e:
-        reason = Unresolved(str(path), e.line, e.column, e.source, e.reason)
+    except SyntaxError as e:
+        reason = Unresolved(str(path), e.lineno or 1, e.offset or 1, e.text or "", e.msg)
         return ParsedConfig(suites={s: [] for s in list_to_suite.values()}, unresolved=[reason], readable=False)
     names: Any = {"case_class": options.case_class, "id_param": options.id_param}
     visitor = DiffusionTestCaseVisitor(path, list_to_suite=list_to_suite, source=text, **names)
@@ -213,7 +201,7 @@ def parse_config(
         duplicates=[Duplicate(*d) for d in data["duplicates"]],
         stopped=located(path, data["stopped"]),
         tests=data["tests"],
-        worlds=data["runs"],
+        worlds=data["worlds"],
         assumed=data["assumed"],
     )
 
@@ -221,7 +209,7 @@ def parse_config(
 def parse_standalone(path: Path, options: Options) -> StandaloneData:
     """``STANDALONE_FILES`` and ``STANDALONE_FILE_EST_TIMES`` of a run-suite file; only literals where `options.static`.
 
-    Raises `OSError` for a missing file, `SourceError` for one that isn't Python.
+    Raises `OSError` for a missing file, `SyntaxError` for one that isn't Python.
     """
     tree, _ = read_tree(path)
     names = ("STANDALONE_FILES", "STANDALONE_FILE_EST_TIMES")

@@ -1,171 +1,230 @@
-"""Makes visible what Python gives no hook for: ``is``, ``in``, ``not``, f-strings, calls of built-in functions.
+"""Makes visible what Python gives no hook for: ``is``, ``in``, f-strings, calls of built-in functions, ``try``.
 
-Places stay; each rewritten expression calls a helper of `support`, the plain operation unless a value isn't known.
+Places stay; each rewritten expression calls a helper, which is the plain operation unless a value isn't known.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
+import sys
 import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from .unknown import MARKED, Unknown, arguments, case_class, current, operation, plain, render
+
+MACHINE = "depends on the machine"
+# Library modules and built-in names that handle an unknown value as any other; all others give an unknown result.
+_STRUCTURE = {
+    *("dataclasses", "functools", "itertools", "copy", "enum", "typing", "contextlib", "operator", "collections"),
+    *("types", "abc", "weakref", "warnings", "importlib", "_functools", "_operator", "_collections", "_abc"),
+}
+_REAL = {
+    *("all", "any", "bool", "classmethod", "delattr", "dict", "enumerate", "filter", "frozenset", "getattr", "id"),
+    *("iter", "list", "map", "max", "min", "next", "object", "print", "property", "reversed", "set", "setattr"),
+    *("slice", "sorted", "staticmethod", "sum", "super", "tuple", "vars", "zip"),
+}
+_ORDERED = {list, tuple, enumerate, zip, map, filter}
 _OWN_FRAME = {"super", "locals", "globals", "vars", "dir", "eval", "exec", "__import__"}  # they look at their caller
-_HELPERS = {ast.Is: "is", ast.IsNot: "is", ast.In: "in", ast.NotIn: "in"}
-Try = tuple[int, int, list["types.CodeType | None"]]  # first line, last line, what is caught (None: everything)
 
 
-def _call(name: str, at: Any, *args: Any, keywords: Any = ()) -> Any:
+def unknown_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Unknown:
+    owner, name = getattr(f, "__self__", None), getattr(f, "__name__", None) or render(f)
+    if owner is not None and not isinstance(owner, types.ModuleType):
+        name = f"{render(owner)}.{name}"
+    key = f"{name}({arguments(args, kwargs)})"
+    current().may_raise(key)
+    return Unknown(key, next((v._origin for v in (*args, *kwargs.values()) if type(v) is Unknown), MACHINE))
+
+
+def _call(f: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """``f(*args, **kwargs)``; an unknown value where a function of the library would need one that is known."""
+    if type(f) is Unknown:
+        return f(*args, **kwargs)
+    owner, name = getattr(f, "__self__", None), getattr(f, "__name__", "")
+    if name == "join" and type(owner) is str and type(args[0]) is not Unknown:
+        args = ([str(v) if type(v) is Unknown else v for v in args[0]],)
+    elif (isinstance(f, type) and f in _ORDERED) or (name == "extend" and type(owner) is list):
+        args = tuple(map(_each, args))
+    if not any(type(v) is Unknown for v in (*args, *kwargs.values())):
+        return _text(f(*args, **kwargs))
+    if isinstance(owner, dict) and name in ("get", "pop", "setdefault"):
+        return f(next((k for k in owner if args[0] == k), args[0]), *args[1:])
+    module = (getattr(f, "__module__", None) or type(owner).__module__ or "").partition(".")[0]
+    real = module in _STRUCTURE or module not in sys.stdlib_module_names or isinstance(f, functools.partial)
+    if module == "builtins":
+        container = owner is not None and not isinstance(owner, (str, bytes, int, float, types.ModuleType, type))
+        real = name in _REAL or container or len(args) == 3 or (isinstance(f, type) and issubclass(f, BaseException))
+    return f(*args, **kwargs) if real else unknown_call(f, args, kwargs)
+
+
+def _get(container: Any, index: Any) -> Any:
+    if type(index) is Unknown and isinstance(container, (str, bytes)):
+        return operation("{}[{}]", container, index)
+    if type(index) is Unknown and isinstance(container, (list, tuple, dict)):
+        keys = container if isinstance(container, dict) else range(min(len(container), 64))
+        found = [k for k in keys if index == k][:1]
+        if not found:
+            raise LookupError("an unknown index is taken to be none of its own")
+        index = found[0]
+    return container[index]
+
+
+def _text(value: Any) -> Any:
+    """A text that holds one of an unknown value isn't known either."""
+    found = MARKED.search(value) if type(value) is str else None
+    return value if found is None else Unknown('f"' + MARKED.sub(r"{\1}", value) + '"', found[2])
+
+
+def _same(left: Any, right: Any) -> Any:
+    unknown = left is not right and Unknown in (type(left), type(right))
+    return operation("{} is {}", left, right) if unknown else left is right
+
+
+def _contains(item: Any, container: Any) -> Any:
+    unknown = Unknown in (type(item), type(container))
+    return operation("{} in {}", item, container) if unknown else item in container
+
+
+def _each(values: Any) -> Any:
+    """What a loop goes over; the order of a set is a decision, so that a list that takes it over is reported."""
+    if type(values) not in (set, frozenset) or len(values) < 2 or all(isinstance(v, int) for v in values):
+        return values
+    file, line, column = current().site()
+    where = f"order of the set at {Path(file).name}:{line}:{column}"
+    return sorted(values, key=render, reverse=current().decide(where, kind="order"))
+
+
+class Handled:
+    """While it is entered, `caught` gives what a ``try`` around catches."""
+
+    def __init__(self, caught: Callable[[], Any]) -> None:
+        self.caught = caught
+
+    def __enter__(self) -> None:
+        current().handlers.append(self.caught)
+
+    def __exit__(self, *_: Any) -> None:
+        current().handlers.remove(self.caught)
+
+
+@contextlib.contextmanager
+def suppress(*kinds: Any) -> Iterator[None]:
+    with contextlib.suppress(*kinds), Handled(lambda: kinds):
+        yield
+
+
+def _catch(kinds: Any) -> Any:
+    """What an ``except`` catches; whether an unknown class catches the error is a decision."""
+    if isinstance(kinds, tuple):
+        return tuple(k for kind in kinds for k in (_catch(kind) if type(kind) is Unknown else (kind,)))
+    if type(kinds) is not Unknown:
+        return kinds
+    return (Exception,) if current().decide(f"`{render(kinds)}` catches {type(sys.exc_info()[1]).__name__}") else ()
+
+
+def _subject(value: Any) -> Any:
+    if type(value) is Unknown:
+        current().note(f"whether `{plain(render(value))}` has the form of a `case` isn't known")
+    return value
+
+
+_HELPERS = {
+    "call": _call, "get": _get, "text": _text, "is": _same, "in": _contains, "each": _each,
+    "handled": Handled, "catch": _catch, "subject": _subject, "case": case_class,
+}  # fmt: skip
+HELPERS = {f"__lk_{name}__": helper for name, helper in _HELPERS.items()}
+
+
+def _helper(name: str, at: ast.AST, *args: Any, keywords: Any = ()) -> Any:
     helper = ast.copy_location(ast.Name(f"__lk_{name}__", ast.Load()), at)
     return ast.copy_location(ast.Call(helper, list(args), list(keywords)), at)
 
 
-def _plain(node: ast.AST | None) -> bool:
-    """Whether a subscript can't be unknown, or can't stand alone."""
-    if isinstance(node, ast.Slice):
-        return all(map(_plain, (node.lower, node.upper, node.step)))
-    if isinstance(node, ast.Tuple):
-        return any(isinstance(e, ast.Slice) for e in node.elts)
-    return node is None or isinstance(node.operand if isinstance(node, ast.UnaryOp) else node, ast.Constant)
-
-
-def _index(node: Any) -> Any:
-    if not isinstance(node, ast.Slice):
-        return node
-    return _call("slice", node, *(p or _constant(None, node) for p in (node.lower, node.upper, node.step)))
-
-
-def _constant(value: Any, at: ast.AST) -> Any:
-    return ast.copy_location(ast.Constant(value), at)
-
-
 class _Rewriter(ast.NodeTransformer):
-    """Rewrites a module's tree, annotations excepted, and collects its ``try`` bodies."""
+    """Rewrites a module's tree, annotations excepted."""
 
-    def __init__(self, case_class: str, path: str) -> None:
-        self.case_class, self.path = case_class, path
-        self.tries: list[Try] = []
+    def __init__(self, case_class: str) -> None:
+        self.case_class = case_class
 
-    def visit_arg(self, node: ast.arg) -> Any:
+    def generic_visit(self, node: ast.AST) -> Any:
+        kept = {n: v for n in ("annotation", "returns") if (v := getattr(node, n, None)) is not None}
+        for name in kept:
+            setattr(node, name, None)
+        super().generic_visit(node)
+        vars(node).update(kept)
         return node
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
-        node.value = node.value and self.visit(node.value)
-        return node
-
-    def _function(self, node: Any) -> Any:
-        returns, node.returns = node.returns, None
-        self.generic_visit(node)
-        node.returns = returns
-        return node
-
-    visit_FunctionDef = visit_AsyncFunctionDef = _function
 
     def visit_ClassDef(self, node: ast.ClassDef) -> Any:
         self.generic_visit(node)
         if node.name == self.case_class:
-            node.decorator_list.insert(0, _call("case", node).func)
+            node.decorator_list.insert(0, _helper("case", node).func)
         return node
 
     def visit_Call(self, node: ast.Call) -> Any:
+        self.generic_visit(node)
         own = isinstance(node.func, ast.Name) and node.func.id in _OWN_FRAME
-        self.generic_visit(node)
-        for k in node.keywords:
-            if k.arg is None:
-                k.value = _call("mapping", k.value, k.value)
-        return node if own else _call("call", node, node.func, *node.args, keywords=node.keywords)
-
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> Any:
-        self.generic_visit(node)
-        return _call("not", node, node.operand) if isinstance(node.op, ast.Not) else node
+        return node if own else _helper("call", node, node.func, *node.args, keywords=node.keywords)
 
     def visit_Compare(self, node: ast.Compare) -> Any:
         self.generic_visit(node)
-        op = type(node.ops[0])
-        if len(node.ops) > 1 or op not in _HELPERS:
+        name = {ast.Is: "is", ast.IsNot: "is", ast.In: "in", ast.NotIn: "in"}.get(type(node.ops[0]))
+        if len(node.ops) > 1 or name is None:
             return node
-        out = _call(_HELPERS[op], node, node.left, node.comparators[0])
-        return _call("not", node, out) if op in (ast.IsNot, ast.NotIn) else out
+        out = _helper(name, node, node.left, node.comparators[0])
+        inverted = isinstance(node.ops[0], (ast.IsNot, ast.NotIn))
+        return ast.copy_location(ast.UnaryOp(ast.Not(), out), node) if inverted else out
 
     def visit_BinOp(self, node: ast.BinOp) -> Any:
         self.generic_visit(node)
-        return _call("mod", node, node.left, node.right) if isinstance(node.op, ast.Mod) else node
+        return _helper("text", node, node) if isinstance(node.op, ast.Mod) else node
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> Any:
-        parts = []
-        for v in node.values:
-            part = v
-            if isinstance(v, ast.FormattedValue):
-                spec = self.visit(v.format_spec) if v.format_spec else _constant("", v)
-                part = ast.Tuple([self.visit(v.value), _constant(v.conversion, v), spec], ast.Load())
-            parts.append(ast.copy_location(part, node))
-        return _call("text", node, *parts)
+        for part in node.values:
+            if isinstance(part, ast.FormattedValue):
+                part.value = self.visit(part.value)
+        return _helper("text", node, node)
 
     def visit_Subscript(self, node: ast.Subscript) -> Any:
         self.generic_visit(node)
-        rewritten = isinstance(node.ctx, ast.Load) and not _plain(node.slice)
-        return _call("get", node, node.value, _index(node.slice)) if rewritten else node
-
-    def _store(self, node: Any) -> Any:
-        self.generic_visit(node)
-        target = node.targets[0]
-        if len(node.targets) > 1 or not isinstance(target, ast.Subscript) or _plain(target.slice):
-            return node
-        value = [node.value] if isinstance(node, ast.Assign) else []
-        return ast.copy_location(ast.Expr(_call("store", node, target.value, _index(target.slice), *value)), node)
-
-    visit_Assign = visit_Delete = _store
+        known = isinstance(node.slice, (ast.Constant, ast.Slice, ast.Tuple, ast.UnaryOp))
+        return node if known or not isinstance(node.ctx, ast.Load) else _helper("get", node, node.value, node.slice)
 
     def _each(self, node: Any) -> Any:
         self.generic_visit(node)
         name = "value" if isinstance(node, ast.Starred) else "iter"
-        if not isinstance(node, ast.Starred) or isinstance(node.ctx, ast.Load):
-            setattr(node, name, _call("each", getattr(node, name), getattr(node, name)))
+        if name == "iter" or isinstance(node.ctx, ast.Load):
+            setattr(node, name, _helper("each", getattr(node, name), getattr(node, name)))
         return node
 
     visit_For = visit_comprehension = visit_Starred = _each
 
-    def visit_Assert(self, node: ast.Assert) -> Any:
+    def visit_Try(self, node: ast.Try) -> Any:
         self.generic_visit(node)
-        error = _call("call", node, _call("case", node).func, *filter(None, [node.msg]))
-        error.args[0].id = "AssertionError"
-        failed = ast.copy_location(ast.Raise(error, None), node)
-        return ast.copy_location(ast.If(_call("not", node, node.test), [failed], []), node)
-
-    def visit_Raise(self, node: ast.Raise) -> Any:
-        self.generic_visit(node)
-        node.exc = node.exc and _call("raise", node.exc, node.exc)
+        if node.handlers:
+            first = node.body[0]
+            kinds = [h.type or ast.copy_location(ast.Name("Exception", ast.Load()), h) for h in node.handlers]
+            nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
+            caught = ast.Lambda(nothing, ast.Tuple(kinds, ast.Load()))
+            guard = ast.withitem(_helper("handled", first, ast.copy_location(caught, first)))
+            node.body = [ast.copy_location(ast.With([guard], node.body), first)]
+        for handler in node.handlers:
+            handler.type = handler.type and _helper("catch", handler.type, handler.type)
         return node
-
-    def visit_Try(self, node: Any) -> Any:
-        self._caught(node, [h.type for h in node.handlers])
-        self.generic_visit(node)
-        for h in node.handlers:
-            h.type = h.type and _call("catch", h.type, h.type)
-        return node
-
-    def visit_With(self, node: ast.With) -> Any:
-        for call in (i.context_expr for i in node.items):
-            if isinstance(call, ast.Call) and getattr(call.func, "attr", getattr(call.func, "id", "")) == "suppress":
-                self._caught(node, call.args)
-        return self.generic_visit(node)
-
-    def _caught(self, node: Any, types_: Any) -> None:
-        codes = [t and compile(ast.Expression(t), self.path, "eval") for t in types_]
-        self.tries.insert(0, (node.body[0].lineno, node.body[-1].end_lineno, codes))
 
     def visit_Match(self, node: Any) -> Any:
-        node.subject = self.visit(node.subject)
-        for case in node.cases:
-            case.guard = case.guard and self.visit(case.guard)
-            case.body = [self.visit(s) for s in case.body]
-        patterns = (type(p).__name__ for case in node.cases for p in ast.walk(case.pattern))
-        if {"MatchClass", "MatchSequence", "MatchMapping"} & set(patterns):
-            node.subject = _call("subject", node.subject, node.subject)
+        self.generic_visit(node)
+        patterns = {type(p).__name__ for case in node.cases for p in ast.walk(case.pattern)}
+        if patterns & {"MatchClass", "MatchSequence", "MatchMapping"}:
+            node.subject = _helper("subject", node.subject, node.subject)
         return node
 
 
-def compile_file(source: bytes, path: str, case_class: str) -> tuple[types.CodeType, list[Try]]:
-    """The code of a file, rewritten, and its ``try`` bodies. Raises `SyntaxError`."""
-    rewriter = _Rewriter(case_class, path)
-    tree = rewriter.visit(ast.parse(source, path))
-    return compile(tree, path, "exec", dont_inherit=True), rewriter.tries
+@functools.cache
+def compiled(path: str, case_class: str) -> types.CodeType:
+    """The code of a file, rewritten. Raises `SyntaxError`."""
+    tree = _Rewriter(case_class).visit(ast.parse(Path(path).read_bytes(), path))
+    return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)

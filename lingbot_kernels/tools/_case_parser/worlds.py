@@ -1,27 +1,31 @@
-"""Which outcomes of the unknown tests decide which cases: flips each decision, and combines those that belong together.
+"""Which outcomes of the unknown tests decide which cases.
 
-Runs in the child interpreter; each run of the config is a forked process (`reading`). The answer is JSON data.
+Each decision is flipped alone. A list's case depends on no decision until a world shows that it does; then a search
+finds the decision, and the case's condition is read off all outcomes of those that it depends on. Runs in the child
+interpreter; each run of the config is a forked process (`reading`). The answer is JSON data.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import random
 import sys
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .conditions import Cube, describe
+from .modules import located
 from .reading import forked, run_config
-from .support import Cache
+from .rewrite import compiled
 from .unknown import plain
 
-MAX_RUNS = 6000
-_EXHAUSTIVE = 6  # that few decisions are tried in all combinations
+MAX_RUNS, MAX_LEAVES = 6000, 1000  # worlds of a config, of a case's condition
+_FEW, _EXHAUSTIVE = 12, 100  # of that few decisions, so many worlds are all tried
 _SAMPLES = 48  # random worlds against which the result is checked
 _REPAIRS = 12  # guards of one flip that are decided the other way
 _MANY = 4  # so many decisions of one place are first flipped together
@@ -38,49 +42,13 @@ class World:
     """One run: its data, and the decisions that it met, with their values and places."""
 
     def __init__(self, data: dict[str, Any], suites: dict[str, str]) -> None:
-        self.data, self.status, self.lists = data, data["status"], data["lists"]
+        self.data, self.status, self.lists, self.error = data, data["status"], data["lists"], data["error"]
         self.values: Values = {}
         self.places: dict[str, str] = {}
-        items: dict[Item, list[str]] = {}
+        self.items: dict[Item, tuple[str, ...]] = {}  # with the lists that have it
         for name, suite in suites.items():
-            for entry in self.lists.get(name, []):
-                items.setdefault((suite, entry[0]), []).append(name)
-        self.items = {k: tuple(v) for k, v in items.items()}
-
-
-@dataclass
-class Group:
-    """Decisions that belong together, by the first of them: what follows from each of its outcomes."""
-
-    key: str
-    sides: dict[bool, Node]
-    items: set[Item]
-    keys: set[str]
-
-
-@dataclass
-class Node:
-    """What holds in a context: a world, and the independent groups that change it."""
-
-    world: World
-    groups: list[Group] = field(default_factory=list)
-
-    def predict(self, values: Values) -> dict[Item, tuple[str, ...]]:
-        out = dict(self.world.items)
-        for g in self.groups:
-            found = g.sides[values.get(g.key, self.world.values[g.key])].predict(values)
-            out = {k: v for k, v in out.items() if k not in g.items} | {k: v for k, v in found.items() if k in g.items}
-        return out
-
-    def cubes(self, item: Item) -> set[Cube]:
-        """Under which outcomes `item` is there."""
-        for g in self.groups:
-            if item in g.items:
-                parts = {v: side.cubes(item) for v, side in g.sides.items()}
-                if parts[False] == parts[True]:
-                    return parts[True]
-                return {c | {(g.key, v)} for v, cubes in parts.items() for c in cubes}
-        return {frozenset()} if item in self.world.items else set()
+            for case_id, *_ in self.lists.get(name, []):
+                self.items[suite, case_id] = (*self.items.get((suite, case_id), ()), name)
 
 
 class Explorer:
@@ -89,17 +57,18 @@ class Explorer:
     def __init__(self, request: dict[str, Any]) -> None:
         self.request, self.suites = request, request["lists"]
         self.deadline = time.monotonic() + request["seconds"]
-        self.slow = request["seconds"]
-        self.cache = Cache()
+        self.slow = request["seconds"]  # the most that one run takes
         self.runs: dict[Cube, World] = {}
+        self.unchecked: list[Cube] = []
         self.defaults: Values = {}  # also the order in which decisions were met
         self.places: Values = {}
         self.kinds: dict[str, tuple[str, Any]] = {}
-        self.merges: list[set[str]] = []
-        self.guards: set[str] = set()  # those of which one outcome only ends in a world
+        self.visited: set[str] = set()
+        self.guards: dict[str, str] = {}  # of which one outcome only ends in a world, with their places
+        self.needs: defaultdict[Item, set[str]] = defaultdict(set)  # the decisions on which a case depends
+        self.blockers: defaultdict[str, set[str]] = defaultdict(set)  # those on which it depends whether one is met
         self.unresolved: dict[tuple[Any, ...], None] = {}
         self.stopped: dict[tuple[Any, ...], None] = {}
-        self.deltas: dict[tuple[int, int], set[Item]] = {}
 
     def report(self, into: dict[tuple[Any, ...], None], site: Any, reason: str) -> None:
         into[tuple([*(site or (self.request["config"], 1, 1)), reason])] = None
@@ -117,22 +86,13 @@ class Explorer:
 
     def execute(self, values: Values, sweep: list[str]) -> None:
         """Run once; each of `sweep` is flipped by a fork where it is decided: nothing before runs again."""
-        left = self.deadline - time.monotonic()
+        left, first, began = self.deadline - time.monotonic(), not self.runs, time.monotonic()
         if left <= 0.02 or len(self.runs) >= MAX_RUNS:
             raise ExhaustedError
-        forced = {
-            "forced": {**self.defaults, **values},
-            "places": self.places,
-            "sweep": sweep,
-            "branch_seconds": self.slow,
-        }
-        if not self.runs:  # compiled once, here
-            with contextlib.suppress(Exception):
-                self.cache.compiled(self.request["config"], self.request["case_class"])
-        began, first = time.monotonic(), not self.runs
-        for data in forked(
-            lambda: run_config({**self.request, **forced}, self.cache), left if sweep else min(left, self.slow)
-        ):
+        request = {**self.request, "forced": {**self.defaults, **values}, "places": self.places, "sweep": sweep}
+        request["branch_seconds"] = self.slow
+        self.compile([self.request["config"]])
+        for data in forked(lambda: run_config(request), left if sweep else min(left, self.slow)):
             world = World(data, self.suites)
             if first:
                 self.warm(data)
@@ -146,19 +106,24 @@ class Explorer:
                 world.values[key], world.places[key] = value, where
             flipped = data["flipped"]
             context = {**values, flipped: world.values[flipped]} if flipped else values
-            if self.runs.setdefault(self.named(context), world) is world and world.status in ("refused", "limit"):
-                self.report(self.stopped, *data["error"])
+            if self.runs.setdefault(self.named(context), world) is world:
+                self.unchecked.append(self.named(context))
+                if world.status in ("refused", "limit"):
+                    self.report(self.stopped, *world.error)
+
+    def compile(self, files: Iterable[str]) -> None:
+        for path in files:
+            with contextlib.suppress(Exception):  # which the run meets as well, and reports
+                compiled(path, self.request["case_class"])
 
     def warm(self, data: dict[str, Any]) -> None:
         """Load once what each run would load again."""
-        self.cache.located = data["located"]
+        located.update(data["located"])
+        self.compile(data["files"])
         for name in data["modules"]:
             if name.partition(".")[0] not in ("antigravity", "this", "idlelib", "turtledemo", "lib2to3"):
                 with contextlib.suppress(Exception):
                     __import__(name)
-        for path in data["files"]:
-            with contextlib.suppress(Exception):
-                self.cache.compiled(path, self.request["case_class"])
 
     def complete(self, values: Values, after: str, tries: int) -> tuple[World, Values] | None:
         """A world with `values`, guards that raise decided the other way, the last one first; None: there is none.
@@ -170,19 +135,16 @@ class Explorer:
         while True:
             world = self.run(given)
             if world.status == "ok":
-                self.loop(failed, world)
+                self.report_loop(failed, world)
                 return world, given
             if world.status in ("refused", "limit") or tries <= 0:
                 return None
-            site, reason = world.data["error"]
+            site, reason = world.error
             needs = "Unknown" in reason and reason.startswith(("TypeError", "AttributeError"))
             counts = reason.startswith(("IndexError", "KeyError", "StopIteration"))
             if needs or (counts and any(self.kinds.get(k, ("",))[0] == "iter" for k in world.values)):
-                self.report(
-                    self.unresolved, site, f"needs a value that isn't known: {reason}"
-                )  # not the config's fault
-            same = failed is not None and failed.data["error"] == world.data["error"]
-            if failed is not None and (same or len(world.values) <= len(failed.values)):
+                self.report(self.unresolved, site, f"needs a value that isn't known: {reason}")
+            if failed is not None and (failed.error == world.error or len(world.values) <= len(failed.values)):
                 del given[changed]  # that wasn't it
                 world = failed
             else:
@@ -199,152 +161,155 @@ class Explorer:
             tried.add(changed)
             given[changed] = not world.values[changed]
 
-    def loop(self, failed: World | None, world: World) -> None:
+    def report_loop(self, failed: World | None, world: World) -> None:
         if failed is None or failed.status != "stuck":
             return
         if any(len(found) > len(world.lists.get(name, [])) for name, found in failed.lists.items()):
-            site, reason = failed.data["error"]
+            site, reason = failed.error
             self.report(self.unresolved, site, f"a list may hold other cases: a loop whose end isn't known: {reason}")
 
-    # -- the tree of decisions -------------------------------------------------------------------------------------
+    # -- what decides a case ---------------------------------------------------------------------------------------
 
-    def delta(self, a: World, b: World) -> set[Item]:
-        if (id(a), id(b)) not in self.deltas:
-            self.deltas[id(a), id(b)] = {k for k, _ in a.items.items() ^ b.items.items()}
-        return self.deltas[id(a), id(b)]
-
-    def solve(self, context: Values, excluded: frozenset[str], world: World) -> Node:
-        """The independent groups of decisions that a context leaves open."""
-        free = [k for k in world.values if k not in excluded]
-        flips: dict[str, tuple[World, Values]] = {}
-        linked = {k for m in self.merges for k in m}
-        idle = self.idle(context, excluded, world, [k for k in free if k not in linked])
-        active = [k for k in free if k not in idle]
-        sweep = [k for k in active if self.named({**context, k: not world.values[k]}) not in self.runs]
-        if len(sweep) > 2:
-            self.execute(context, sweep)
-        for k in active:
-            found = self.complete({**context, k: not world.values[k]}, k, _REPAIRS)
-            if found is not None:
-                flips[k] = found
-            else:
-                self.guards.add(k)
-                self.loop(self.run({**context, k: not world.values[k]}), world)
-        links, first, useful = (
-            [m & set(free) for m in self.merges],
-            dict[Any, str](),
-            [k for k in active if k in linked],
-        )
-        for k, (other, _) in flips.items():
-            changed = self.delta(world, other)
-            gained = [x for x in other.values if x not in world.values and x not in excluded]
-            lost = {x for x in world.values.keys() - other.values.keys() if x in flips}
-            if changed or gained or lost:
-                useful += [k] if k not in linked else []
-                links += [{k} | lost, *({k, first.setdefault(mark, k)} for mark in (*changed, *gained))]
-        while True:
-            parts = [g for g in _components(useful, links) if flips.keys() & g]
-            groups = [g for g in (self.group(context, excluded, world, free, part, flips) for part in parts) if g.items]
-            seen: dict[Any, Group] = {}
-            pairs = [{g.key, seen.setdefault(mark, g).key} for g in groups for mark in (*g.items, *g.keys)]
-            if all(len(p) == 1 for p in pairs):
-                return Node(world, groups)
-            links += pairs
-
-    def idle(self, context: Values, excluded: frozenset[str], world: World, free: list[str]) -> set[str]:
-        """Decisions of one place that change no list when all of them are flipped; the samples check each of them."""
-        places: dict[str, list[str]] = {}
-        for k in free:
-            places.setdefault(world.places[k], []).append(k)
-        out: set[str] = set()
-        for keys in (ks for place, ks in places.items() if place and len(ks) >= _MANY):
-            found = self.complete({**context, **{k: not world.values[k] for k in keys}}, keys[0], _REPAIRS)
-            if found is None or self.delta(world, found[0]):
-                continue
-            if not self.solve(found[1], excluded | world.values.keys(), found[0]).groups:
-                out |= set(keys)
-        return out
-
-    def group(self, context: Values, excluded: frozenset[str], world: World, free: list[str], members: set[str],
-              flips: dict[str, tuple[World, Values]]) -> Group:  # fmt: skip
-        key = next(k for k in free if k in members and k in flips)
-        inner = excluded | (set(free) - members) | {key}
-        value, (other, given) = world.values[key], flips[key]
-        sides = {value: self.solve({**context, key: value}, inner, world), not value: self.solve(given, inner, other)}
-        below = [g for side in sides.values() for g in side.groups]
-        items = self.delta(world, other).union(*(g.items for g in below))
-        return Group(key, sides, items, {key, *members}.union(*(g.keys for g in below)))
-
-    def explore(self) -> Node | None:
-        """The tree of decisions, checked on random worlds; None where no world exists."""
+    def explore(self) -> bool:
+        """Find what each case depends on, and check it on random worlds; False where no world exists."""
         started = self.complete({}, "", 4000)
         if started is None:
-            return None
-        world, context = started
-        if len(world.values) <= _EXHAUSTIVE:
-            self.merges.append(set(world.values))
-        root = self.solve(context, frozenset(), world)
-        places = {world.places[k]: k for k in world.values if k in self.guards}
-        for guard in list(places.values())[:12]:  # does it only raise beside one outcome of another?
-            for pair in ({guard, g.key} for g in root.groups[:8]):
-                both = {k: not world.values[k] for k in pair}
-                if pair not in self.merges and self.run({**context, **both}).status == "ok":
-                    self.merges.append(pair)
-        root = self.solve(context, frozenset(), world) if places else root
-        rng = random.Random(0)
+            return False
+        world, guards = started
+        self.defaults.update(guards)  # the first world is that of the defaults
+        self.runs, self.unchecked = {frozenset(): world}, []
+        todo: list[tuple[Values, World]] = [({}, world)]
+        for context, met in todo:
+            todo += self.visit(context, met)
+        self.check()
         late = self.deadline - self.request["seconds"] / 2
+        for i, flips in enumerate(self.trials()):
+            if i < _SAMPLES // 6 or time.monotonic() < late:
+                self.run(flips)
+        self.check()
+        return True
+
+    def visit(self, context: Values, world: World) -> Iterator[tuple[Values, World]]:
+        """Flip each decision that is first met in a world; gives the worlds that meet others."""
+        fresh = [k for k in world.values if k not in self.visited]
+        self.visited.update(fresh)
+        self.blockers.update((k, set(context)) for k in fresh)
+        idle = self.idle(context, world, fresh)
+        flips = {k: {**context, k: not world.values[k]} for k in fresh if k not in idle}
+        if sum(self.named(values) not in self.runs for values in flips.values()) > 2:
+            self.execute(context, list(flips))
+        for k, values in flips.items():
+            found = self.complete(values, k, _REPAIRS)
+            if found is None:
+                self.guards[k] = world.places[k]
+                self.report_loop(self.run(values), world)
+                continue
+            for lost in world.values.keys() - found[0].values.keys() - idle:
+                self.blockers[lost].add(k)
+            yield found[1], found[0]
+
+    def idle(self, context: Values, world: World, keys: Iterable[str]) -> set[str]:
+        """Decisions of one place that change no list when all of them are flipped; the trials check each of them."""
+        places: defaultdict[str, list[str]] = defaultdict(list)
+        for k in keys:
+            places[world.places[k]].append(k)
+        out: set[str] = set()
+        for same in [ks for place, ks in places.items() if place and len(ks) >= _MANY][::-1]:
+            found = self.complete({**context, **{k: not world.values[k] for k in same}}, same[0], _REPAIRS)
+            if found is None or found[0].items != world.items or world.values.keys() - found[0].values.keys() - out:
+                continue
+            gained = found[0].values.keys() - world.values.keys()
+            if self.idle(found[1], found[0], [k for k in found[0].values if k in gained]) == gained:
+                out |= {*same, *gained}
+                self.visited |= gained
+        return out
+
+    def trials(self) -> Iterator[Values]:
+        """Worlds on which the result is checked: all of them where they are few, and random ones."""
+        todo: list[tuple[Values, set[str]]] = [({}, set())] if len(self.defaults) <= _FEW else []
+        for flips, decided in todo:
+            yield flips
+            for k, value in self.run(flips).values.items():
+                if k not in decided and len(todo) < _EXHAUSTIVE:
+                    decided = decided | {k}
+                    todo.append(({**flips, k: not value}, decided))
+        deciding = [k for k in self.defaults if any(k in needs for needs in self.needs.values())]
+        for guard in list({place: k for k, place in self.guards.items()}.values())[:12]:
+            for k in deciding[:8]:  # does it only raise beside one outcome of another?
+                yield {guard: not self.defaults[guard], k: not self.defaults[k]}
+        rng = random.Random(0)
         for i in range(_SAMPLES):
-            share = (1.0, 0.5, 0.5, 0.85, 0.5, 0.15)[i % 6] if i < 6 else rng.random()
-            if i >= _SAMPLES // 6 and time.monotonic() > late:
-                break
-            guards = self.guards if i % 2 else ()  # most of them raise: few at a time
-            shares = {k: min(share, 2 / len(guards)) if k in guards else share for k in self.defaults}
-            flips = {k: not context.get(k, self.defaults[k]) for k, p in shares.items() if rng.random() < p}
-            flips = {k: v for k, v in flips.items() if k in guards or k not in self.guards}
-            while len(shares) > 1 and self.differs(root, context, flips):
-                blamed = self.blame(root, context, flips)
-                if blamed in self.merges:
-                    names = ", ".join(sorted(map(plain, blamed)))
-                    self.report(self.unresolved, None, f"conditions act together in a way that isn't known: {names}")
-                    return root
-                self.merges.append(blamed)
-                root = self.solve(context, frozenset(), world)
-        return root
+            share = (1.0, 0.5, 0.5, 0.85, 0.5, 0.15)[i] if i < 6 else rng.random()
+            rare = min(share, 2 / max(len(self.guards), 1)) if i % 2 else 0  # most guards raise: few at a time
+            yield {k: not v for k, v in self.defaults.items() if rng.random() < (rare if k in self.guards else share)}
 
-    def differs(self, root: Node, context: Values, flips: Values) -> bool:
-        world = self.run({**context, **flips})
-        return world.status == "ok" and world.items != root.predict({**context, **flips})
+    def check(self) -> None:
+        """Have each case depend on what it takes to foretell it in every world."""
+        while self.unchecked:
+            self.unchecked.sort(key=len, reverse=True)  # those with few flips first
+            flips = dict(self.unchecked.pop())
+            world, base = self.run(flips), self.run({})
+            flips = {k: v for k, v in flips.items() if k in world.values}  # the others say nothing
+            self.runs.setdefault(self.named(flips), world)
+            changed = {item for item, _ in world.items.items() ^ base.items.items()}
+            concerned = {item for item, needs in self.needs.items() if needs & flips.keys()}
+            for item in sorted(changed | concerned) if world.status == "ok" else ():
+                while self.at(item, self.known(item, flips)) != world.items.get(item):
+                    self.needs[item] |= self.cause(item, flips)
 
-    def blame(self, root: Node, context: Values, flips: Values) -> set[str]:
-        """A smallest part of `flips` under which the tree is wrong."""
-        left, size = list(flips), max(1, len(flips) // 2)
-        while size:
-            at = 0
-            while at < len(left):
-                fewer = left[:at] + left[at + size :]
-                if fewer and self.differs(root, context, {k: flips[k] for k in fewer}):
-                    left = fewer
-                else:
-                    at += size
-            size //= 2
-        return set(left)
+    def cause(self, item: Item, flips: Values) -> set[str]:
+        """A decision that makes a difference between what is foretold and what is."""
+        low = self.known(item, flips)
+        path = [k for k in self.defaults if k in flips and k not in low]
+        start, first, last = self.at(item, low), 0, len(path)
+        while last - first > 1:
+            middle = (first + last) // 2
+            same = self.at(item, {**low, **{k: flips[k] for k in path[:middle]}}) == start
+            first, last = (middle, last) if same else (first, middle)
+        return {path[first]} | self.blockers[path[first]]
 
+    def known(self, item: Item, flips: Values) -> Values:
+        return {k: v for k, v in flips.items() if k in self.needs.get(item, ())}
 
-def _components(keys: list[str], links: list[set[str]]) -> list[set[str]]:
-    parent = {k: k for k in keys}
+    def at(self, item: Item, values: Values) -> Any:
+        """The lists that have a case in a world; None: none of them, False: it is no world."""
+        world = self.run(values)
+        return world.items.get(item) if world.status == "ok" else False
 
-    def top(k: str) -> str:
-        while parent[k] != k:
-            parent[k] = k = parent[parent[k]]
-        return k
+    def cubes(self, item: Item, flips: Values, decided: set[str], leaves: Iterator[int]) -> set[Cube] | None:
+        """Under which outcomes a case is there; None where there is no world."""
+        world, needs = self.run(flips), self.needs.get(item, set())
+        key = next((k for k in world.values if k in needs and k not in decided), None)
+        if key is None:
+            if next(leaves) > MAX_LEAVES:
+                raise ExhaustedError
+            return None if world.status != "ok" else {frozenset()} if item in world.items else set()
+        value = world.values[key]
+        same = self.cubes(item, flips, decided | {key}, leaves)
+        other = self.cubes(item, {**flips, key: not value}, decided | {key}, leaves)
+        if same is None or other is None or same == other:
+            return other if same is None else same
+        return {c | {(key, v)} for v, cubes in ((value, same), (not value, other)) for c in cubes}
 
-    for inside in ([k for k in link if k in parent] for link in links):
-        for k in inside:
-            parent[top(k)] = top(inside[0])
-    out: dict[str, set[str]] = {}
-    for k in keys:
-        out.setdefault(top(k), set()).add(k)
-    return list(out.values())
+    def condition(self, item: Item, texts: dict[str, str], worlds: list[World]) -> str | None:
+        """The text of a case's condition; None where it is always there."""
+        needs = [k for k in texts if k in self.needs.get(item, ())]
+        try:
+            cubes = self.cubes(item, {}, set(), itertools.count())
+            text = describe(cubes or set(), texts, {k: i for i, k in enumerate(texts)})
+            if text is not None or all(item in w.items for w in worlds):
+                return text
+        except (ExhaustedError, RecursionError):
+            self.exhausted()
+        return f"a combination of {len(needs or texts)} conditions, the first: {texts[[*needs, *texts][0]]}"
+
+    def exhausted(self) -> None:
+        """Report it before what the last runs ran into, which follows from it."""
+        earlier, self.stopped = self.stopped, {}
+        if not any("combinations" in reason for *_, reason in earlier):
+            reason = f"more combinations of conditions than could be tried: stopped after {len(self.runs)} worlds"
+            self.report(self.stopped, None, reason)
+        self.stopped |= earlier
 
 
 # -- the answer ----------------------------------------------------------------------------------------------------
@@ -370,22 +335,21 @@ def merged(sequences: list[list[Any]]) -> list[Any]:
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Everything about one config: suites, lists, duplicates, what is unresolved, and whether it stopped early."""
-    explorer, root = Explorer(request), None
+    explorer = Explorer(request)
     try:
-        root = explorer.explore()
+        explorer.explore()
     except (ExhaustedError, RecursionError):
-        reason = f"more combinations of conditions than could be tried: stopped after {len(explorer.runs)} worlds"
-        explorer.report(explorer.stopped, None, reason)
+        explorer.exhausted()
     runs = list(explorer.runs.values())
     worlds = [w for w in runs if w.status == "ok"]
     if not worlds and runs:
-        worlds = [max(runs, key=lambda w: (w.data["error"][0] or [0, 0])[1])]
-        site, reason = worlds[0].data["error"]
+        worlds = [max(runs, key=lambda w: (w.error[0] or [0, 0])[1])]
+        site, reason = worlds[0].error
         raised = f"raises {reason} while it is imported" if worlds[0].status == "raise" else reason
         if worlds[0].status in ("raise", "stuck"):
             explorer.report(explorer.stopped, site, f"{raised}; what follows isn't reached")
-    suites, lists = _suites(explorer, root, worlds)
-    _notes(explorer, root, worlds)
+    suites, lists = _suites(explorer, worlds)
+    _notes(explorer, worlds)
     other: dict[str, dict[str, None]] = {}
     for name, ids in (pair for w in worlds for pair in w.data["other"].items()):
         other.setdefault(name, {}).update(dict.fromkeys(ids))
@@ -393,27 +357,23 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "suites": suites, "lists": lists, "other": {n: list(ids) for n, ids in other.items()},
         "duplicates": _duplicates(explorer, suites, worlds),
         "unresolved": list(explorer.unresolved), "stopped": list(explorer.stopped),
-        "made": sorted({i for w in runs for i in w.data["made"]}), "tests": len(explorer.defaults), "runs": len(runs),
+        "made": sorted({i for w in runs for i in w.data["made"]}), "tests": len(explorer.defaults), "worlds": len(runs),
         "assumed": sorted({i for w in runs for i in w.data["assumed"]}),
     }  # fmt: skip
 
 
-def _suites(explorer: Explorer, root: Node | None, worlds: list[World]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    order = {k: i for i, k in enumerate(explorer.defaults)}
-    texts = {k: plain(k) for k in order}
+def _suites(explorer: Explorer, worlds: list[World]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    texts = {k: plain(k) for k in explorer.defaults}
     if len(set(texts.values())) < len(texts):
-        texts = {k: plain(k, full=True) for k in order}
+        texts = {k: plain(k, full=True) for k in texts}
     lost = {n: how for w in worlds for n, how in w.data["lost"]}
-    everything = f"a combination of {len(order)} conditions, the first: {next(iter(texts.values()), '')}"
     lists: dict[str, list[str]] = {}
     suites: dict[str, dict[str, list[Any]]] = {s: {} for s in explorer.suites.values()}
     for name, suite in explorer.suites.items():
         found = [w.lists[name] for w in worlds if name in w.lists]
         distinct = list({json.dumps([e[:2] for e in f]): f for f in found}.values())
         for case_id, *_ in merged(distinct) if distinct else ():
-            text = describe(root.cubes((suite, case_id)), texts, order) if root is not None else None
-            if root is None and not all((suite, case_id) in w.items for w in worlds):
-                text = everything
+            text = explorer.condition((suite, case_id), texts, worlds) if worlds[0].status == "ok" else None
             line = min(e[1] for f in distinct for e in f if e[0] == case_id) if len(distinct) > 1 else _[0]
             suites[suite].setdefault(case_id, [case_id, name, line, text or lost.get(name)])
             lists.setdefault(name, []).append(case_id)
@@ -439,20 +399,17 @@ def _duplicates(explorer: Explorer, suites: dict[str, list[Any]], worlds: list[W
     return [*out.values(), *([i, *map(list, zip(*found, strict=True))] for i, found in where.items() if len(found) > 1)]
 
 
-def _notes(explorer: Explorer, root: Node | None, worlds: list[World]) -> None:
+def _notes(explorer: Explorer, worlds: list[World]) -> None:
     for note in (n for w in worlds for n in w.data["notes"]):
         explorer.report(explorer.unresolved, note[:3], note[3])
-    if root is None:
-        return
-    base = root.world
+    base = explorer.runs.get(frozenset(), worlds[0])
     for key, (kind, site) in explorer.kinds.items():
-        flipped = explorer.runs.get(explorer.named({key: not base.values.get(key, explorer.defaults[key])}))
-        ids = [[(n, [e[0] for e in w.lists.get(n, [])]) for n in explorer.suites] for w in (base, flipped or base)]
+        flipped = explorer.runs.get(frozenset({(key, not explorer.defaults[key])}), base)
+        ids = [[(n, [e[0] for e in w.lists.get(n, [])]) for n in explorer.suites] for w in (base, flipped)]
         names = [a for (a, x), (_, y) in zip(*ids, strict=True) if x != y]
-        deciding = any(key in g.keys for g in root.groups)
         if kind == "order" and names:
             explorer.report(explorer.unresolved, site, f"the {plain(key)}, which isn't fixed, is the order of a list")
-        if kind == "iter" and (deciding or names):
+        if kind == "iter" and (names or any(key in needs for needs in explorer.needs.values())):
             what = f"changed in a loop over {plain(key).removesuffix(' has elements')}, which isn't known"
             explorer.report(explorer.unresolved, site, f"{', '.join(names) or 'a list'} may hold other cases: {what}")
 
