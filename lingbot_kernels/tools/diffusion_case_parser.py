@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,11 +29,6 @@ else:  # run or loaded by path: the package of its parts lies beside this file
     finally:
         sys.path.pop(0)
     sys.modules.setdefault(__name__, sys.modules["_case_parser"])  # dataclasses look their module up by name
-
-CASE_CLASS = results.Options.case_class
-ID_PARAM = results.Options.id_param
-BASELINE_REL_PATH = "python/sglang/multimodal_gen/test/server/perf_baselines.json"
-RUN_SUITE_REL_PATH = "python/sglang/multimodal_gen/test/run_suite.py"
 
 
 class UnresolvedCaseWarning(UserWarning):
@@ -66,31 +61,21 @@ def resolve_case_config_path(repo_root: Path, run_suite_path: Path) -> Path:
     Raises `RuntimeError` when both aren't imported or come from two modules; `FileNotFoundError` when the module isn't
     there.
     """
-    run_suite_path = Path(run_suite_path)
-    repo_root = Path(repo_root)
-    tree, _ = results.read_tree(run_suite_path)
-    found: dict[str, tuple[int, str]] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                if alias.name in ("ONE_GPU_CASES", "TWO_GPU_CASES"):
-                    found[alias.name] = (node.level, node.module or "")
+    repo_root, run_suite_path = Path(repo_root), Path(run_suite_path)
+    imports = [n for n in ast.walk(results.read_tree(run_suite_path)[0]) if isinstance(n, ast.ImportFrom)]
+    wanted = ("ONE_GPU_CASES", "TWO_GPU_CASES")
+    found = {a.name: (n.level, n.module or "") for n in imports for a in n.names if a.name in wanted}
     names = ", ".join(f"{name} from {'.' * level}{module}" for name, (level, module) in sorted(found.items()))
     if len(found) < 2:
-        raise RuntimeError(
-            f"{run_suite_path} must import both ONE_GPU_CASES and TWO_GPU_CASES, imports {names or None}"
-        )
+        raise RuntimeError(f"{run_suite_path} must import both {' and '.join(wanted)}, imports {names or None}")
     if len(set(found.values())) > 1:
         raise RuntimeError(f"{run_suite_path} must import both lists from one module, imports {names}")
     level, module = found["ONE_GPU_CASES"]
     relative = Path(*module.split(".")) if module else Path("__init__")
+    bases = [repo_root, repo_root / "python", repo_root / "src", run_suite_path.parent]
     if level:
         bases = [run_suite_path.resolve().parents[level - 1]]
-    else:
-        bases = [repo_root, repo_root / "python", repo_root / "src", run_suite_path.parent]
-    tried = [
-        p for base in bases for p in (base / relative.parent / f"{relative.name}.py", base / relative / "__init__.py")
-    ]
+    tried = [b / p for b in bases for p in (relative.with_suffix(".py"), relative / "__init__.py")]
     for path in tried:
         if path.is_file():
             return path
@@ -113,11 +98,6 @@ def parse_run_suite_standalone_data(run_suite_path: Path) -> tuple[dict[str, lis
     return data.files, data.est_times
 
 
-def get_case_est_time(case_id: str, baselines: Mapping[str, float]) -> float:
-    """Estimated seconds of a case: its baseline, else the default."""
-    return baselines.get(case_id, DEFAULT_EST_TIME_SECONDS)
-
-
 def collect_diffusion_suites(
     case_config_path: Path, run_suite_path: Path, baseline_path: Path
 ) -> dict[str, DiffusionSuiteInfo]:
@@ -130,7 +110,7 @@ def collect_diffusion_suites(
         times = est_times.get(suite, {})
         suites[suite] = DiffusionSuiteInfo(
             suite=suite,
-            cases=[DiffusionCaseInfo(c.id, suite, get_case_est_time(c.id, baselines)) for c in cases],
+            cases=[DiffusionCaseInfo(c.id, suite, baselines.get(c.id, DEFAULT_EST_TIME_SECONDS)) for c in cases],
             standalone_files=list(files.get(suite, [])),
             standalone_est_times=dict(times),
             missing_standalone_estimates=[f for f in files.get(suite, []) if f not in times],
