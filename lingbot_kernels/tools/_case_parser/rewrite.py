@@ -150,13 +150,15 @@ class _Rewriter(ast.NodeTransformer):
     def __init__(self, case_class: str) -> None:
         self.case_class = case_class
 
-    def generic_visit(self, node: ast.AST) -> Any:
+    def _annotated(self, node: ast.AST) -> Any:
         kept = {n: v for n in ("annotation", "returns") if (v := getattr(node, n, None)) is not None}
         for name in kept:
             setattr(node, name, None)
-        super().generic_visit(node)
+        self.generic_visit(node)
         vars(node).update(kept)
         return node
+
+    visit_arg = visit_AnnAssign = visit_FunctionDef = visit_AsyncFunctionDef = _annotated
 
     def visit_ClassDef(self, node: ast.ClassDef) -> Any:
         self.generic_visit(node)
@@ -208,7 +210,7 @@ class _Rewriter(ast.NodeTransformer):
             first = node.body[0]
             kinds = [h.type or ast.copy_location(ast.Name("Exception", ast.Load()), h) for h in node.handlers]
             nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
-            caught = ast.Lambda(nothing, ast.Tuple(kinds, ast.Load()))
+            caught = ast.Lambda(nothing, ast.copy_location(ast.Tuple(kinds, ast.Load()), first))
             guard = ast.withitem(_helper("handled", first, ast.copy_location(caught, first)))
             node.body = [ast.copy_location(ast.With([guard], node.body), first)]
         for handler in node.handlers:
@@ -227,4 +229,4 @@ class _Rewriter(ast.NodeTransformer):
 def compiled(path: str, case_class: str) -> types.CodeType:
     """The code of a file, rewritten. Raises `SyntaxError`."""
     tree = _Rewriter(case_class).visit(ast.parse(Path(path).read_bytes(), path))
-    return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+    return compile(tree, path, "exec", dont_inherit=True)
