@@ -11,6 +11,7 @@ from lingbot_kernels.commands._click import LazyGroup
 # name -> (module whose `command` it is, its line in the list)
 COMMANDS = {
     "generate": ("lingbot_kernels.commands.generate", "A prompt, an image and keys to an .mp4, chunk after chunk."),
+    "play": ("lingbot_kernels.commands.play", "A world in the browser: hold keys, see it move."),
     "rollout": ("lingbot_kernels.commands.rollout", "Denoise chunk after chunk along a camera path, with timings."),
     "doctor": ("lingbot_kernels.commands.doctor", "What this machine has, which backend serves each op, and why."),
     "quality": (

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models", "decoding", "components"),
     ("stages",),
     ("integrations", "pipeline"),
-    ("benchmarks",),
+    ("benchmarks", "play"),
     ("commands",),
     ("cli", "demo"),
     ("__init__", "__main__"),

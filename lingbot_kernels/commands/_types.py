@@ -95,6 +95,17 @@ class Device(Checked):
         return text
 
 
+class Host(Checked):
+    """A name or address to listen on; whether the machine has it is for the system to say."""
+
+    name = "host"
+
+    def check(self, text: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9._:-]{1,253}", text):
+            raise ValueError(f"{text!r} must be a host name or an address")
+        return text
+
+
 class Text(Checked):
     """Words that mean something: not empty, and of bounded length."""
 

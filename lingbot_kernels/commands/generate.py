@@ -14,10 +14,11 @@ from lingbot_kernels.commands._click import GroupedCommand, blame, option_group
 from lingbot_kernels.commands._options import DTYPES, FILE, FOLDER, PRECISIONS
 from lingbot_kernels.commands._outputs import OutputPath, Outputs, progress
 from lingbot_kernels.commands._types import MAX_PIXELS, MAX_SEED, Count, Device, Text
+from lingbot_kernels.commands._world import read_pipeline
 
 if TYPE_CHECKING:
     from lingbot_kernels.components.video import VideoWriter
-    from lingbot_kernels.pipeline import LingBotWorldPipeline, WorldSession
+    from lingbot_kernels.pipeline import WorldSession
 
 _world = option_group("World")
 _camera = option_group("Camera")
@@ -69,7 +70,7 @@ def command(
     from lingbot_kernels.components.video import VideoWriter
 
     steps, length = _steps(options)
-    pipeline = _pipeline(options)
+    pipeline = read_pipeline(options)
     frames = pipeline.transformer.config.frames_per_chunk
     total = chunks or (DEFAULT_CHUNKS if length is None else -(-length // frames))
     if length is not None and options["poses"] is not None and total * frames > length:
@@ -152,29 +153,3 @@ def _intrinsics(options: dict[str, Any]) -> Any:
     with blame("--intrinsics"):
         array = load_array(options["intrinsics"])
         return array[0] if array.ndim == 2 else array
-
-
-def _pipeline(options: dict[str, Any]) -> LingBotWorldPipeline:
-    """The checkpoint's pipeline.
-
-    Raises:
-        click.ClickException (exit code 1): parts are missing or can't be read, with everything that is wrong.
-    """
-    import torch
-
-    from lingbot_kernels.commands.session import pick_device
-    from lingbot_kernels.pipeline import LingBotWorldPipeline
-
-    device = pick_device(options["device"] or "auto")
-    text_device = pick_device(options["text_device"]) if options["text_device"] else None
-    try:
-        return LingBotWorldPipeline.from_pretrained(
-            options["checkpoint"],
-            assets=options["assets"],
-            device=device,
-            text_device=text_device,
-            dtype=getattr(torch, options["dtype"]) if options["dtype"] else None,
-            precision=options["precision"],
-        )
-    except (ValueError, OSError, ImportError) as error:
-        raise click.ClickException(str(error)) from error

@@ -54,6 +54,7 @@ def wrong(kind: click.ParamType) -> list[str]:
         _types.Keys: ["q", "", "w*0", "w*-1", "w*x", "w+", "w*" + "9" * 40][:5],
         _types.CameraScale: ["far", "", "0", "-1", "nan", "inf"],
         _types.Text: ["", "  "],
+        _types.Host: ["", "a b", "http://here/", "é", "a" * 254],
         _types.Name: ["nothing"],
     }[type(kind)]
 
