@@ -53,7 +53,7 @@ def test_each_entry_of_a_table_is_a_command_with_help(group, table, invoke):
         assert name in listed and line[:40] in listed
         if name != "cases":
             text = invoke(*prefix, name, "--help").output
-            assert "Examples:" in text and "--json" in text
+            assert "Examples:" in text and ("--json" in text or name == "play")  # which ends with no result
 
 
 def test_help_groups_options_and_examples_are_valid(invoke):
