@@ -54,8 +54,10 @@ struct GroupedCodesNormRopeParams : QuantizedNormRopeParams {
 
 enum class NormRopeTo { kRows, kGroups, kCodes, kGroupedCodes };
 
-constexpr bool in_codes(NormRopeTo to) { return to == NormRopeTo::kCodes || to == NormRopeTo::kGroupedCodes; }
-constexpr bool in_groups(NormRopeTo to) { return to == NormRopeTo::kGroups || to == NormRopeTo::kGroupedCodes; }
+template <NormRopeTo kTo>
+inline constexpr bool kInCodes = kTo == NormRopeTo::kCodes || kTo == NormRopeTo::kGroupedCodes;
+template <NormRopeTo kTo>
+inline constexpr bool kInGroups = kTo == NormRopeTo::kGroups || kTo == NormRopeTo::kGroupedCodes;
 
 template <NormRopeTo kTo>
 using NormRopeParamsOf =
@@ -73,20 +75,20 @@ __device__ __forceinline__ int64_t out_offset(const NormRopeParams& p, const Nor
 // Element e of a row of a part, counted from the row's start in the output.
 template <NormRopeTo kTo>
 __device__ __forceinline__ int64_t group_offset(const NormRopeParamsOf<kTo>& p, uint32_t part, int e) {
-  if constexpr (in_groups(kTo)) return e + p.jump[part][static_cast<uint32_t>(e) / p.group_width];
+  if constexpr (kInGroups<kTo>) return e + p.jump[part][static_cast<uint32_t>(e) / p.group_width];
   return e;
 }
 
 // What is added to where the codes, and the scales, of a row begin: of the head with element e.
 template <NormRopeTo kTo>
 __device__ __forceinline__ int64_t codes_jump(const NormRopeParamsOf<kTo>& p, uint32_t part, uint32_t e) {
-  if constexpr (in_groups(kTo)) return p.jump[part][e / p.group_width];
+  if constexpr (kInGroups<kTo>) return p.jump[part][e / p.group_width];
   return 0;
 }
 
 template <NormRopeTo kTo>
 __device__ __forceinline__ int64_t scales_jump(const NormRopeParamsOf<kTo>& p, uint32_t part, uint32_t e) {
-  if constexpr (in_groups(kTo)) return p.scale_jump[part][e / p.group_width];
+  if constexpr (kInGroups<kTo>) return p.scale_jump[part][e / p.group_width];
   return 0;
 }
 
@@ -214,7 +216,7 @@ __global__ void __launch_bounds__(kThreads == 0 ? max_row_threads(kVecs) : kThre
   for (int i = 1; i < kVecs; ++i) sum[0] += sum_of_squares(x[i]);
   row_sum(sum, shared);
   const float inv_rms = rsqrtf(sum[0] * p.inv_dim + p.eps);
-  if constexpr (in_codes(kTo)) {
+  if constexpr (kInCodes<kTo>) {
     int8_t* codes = static_cast<int8_t*>(part.out) + out_offset(p, part, batch, token);
     float* scale = head_scales(p, which, batch, token);
 #pragma unroll
@@ -272,7 +274,7 @@ __global__ void __launch_bounds__(256) norm_rope_any(const __grid_constant__ Nor
     rotate(a, b, cos_sin[pair], cos_sin[p.head_dim / 2 + pair]);
     return make_float2(a, b);
   };
-  if constexpr (in_codes(kTo)) {  // warps take the heads in turn
+  if constexpr (kInCodes<kTo>) {  // warps take the heads in turn
     int8_t* row = static_cast<int8_t*>(part.out) + out_offset(p, part, batch, token);
     float* scale = head_scales(p, which, batch, token);
     const uint32_t lane = threadIdx.x & 31, heads = p.dim / p.head_dim;
@@ -314,15 +316,15 @@ int norm_rope_width(const NormRopeParamsOf<kTo>& p, int size) {
   const int width = 16 / size;
   bool ok = p.dim % width == 0 && p.head_dim % width == 0 && aligned(p.cos_sin, 16);
   for (uint32_t n = 0; n < p.parts; ++n) {
-    const bool codes = in_codes(kTo) && p.part[n].weight;
+    const bool codes = kInCodes<kTo> && p.part[n].weight;
     ok = ok && rows_aligned(p.part[n].in, p.part[n].in_batch, p.part[n].in_token, size, 16) &&
          rows_aligned(p.part[n].out, p.part[n].out_batch, p.part[n].out_token, codes ? 1 : size, codes ? width : 16) &&
          aligned(p.part[n].weight, 16);
   }
-  if constexpr (in_codes(kTo)) {  // a head lies in neighbouring threads of one warp
+  if constexpr (kInCodes<kTo>) {  // a head lies in neighbouring threads of one warp
     ok = ok && (p.head_dim & (p.head_dim - 1)) == 0 && p.head_dim / width <= 32;
   }
-  if constexpr (in_groups(kTo)) {
+  if constexpr (kInGroups<kTo>) {
     ok = ok && p.group_width % width == 0;
     for (uint32_t n = 0; n < p.parts; ++n) {
       for (uint32_t g = 0; g < p.groups; ++g) ok = ok && p.jump[n][g] % width == 0;
@@ -355,7 +357,7 @@ Status launch_norm_rope(const NormRopeParamsOf<kTo>& p, int64_t batch, Dtype dty
       if constexpr (Shape::V == 1) {
         return launch(norm_rope_any<T, kTo>, grid, block, 0, stream, overlap, p);
       } else {
-        constexpr int kMinBlocks = Shape::kThreads == 160 ? (in_codes(kTo) ? 6 : 8) : 1;
+        constexpr int kMinBlocks = Shape::kThreads == 160 ? (kInCodes<kTo> ? 6 : 8) : 1;
         // Streamed: attention reads the outputs once, together with far more than the L2 holds.
         return launch(norm_rope_rows<T, Shape::V, Shape::kVecs, Shape::kThreads, kMinBlocks, kTo, LoadHint::kNoAllocate,
                                      StoreHint::kStream>,
