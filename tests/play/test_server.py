@@ -305,7 +305,7 @@ def test_a_long_message_ends_the_connection(pipeline):
                 await viewer.read_until(lambda: viewer.frames)
                 await viewer.socket.send_str('{"keys": "' + "w+" * 1000 + '", "sequence": 1}')
                 await viewer.read_to_the_end()
-                assert viewer.code == 1009
+                assert viewer.code in (1009, 1006)  # 1006 where what the viewer had sent is unread: TCP then resets
             await eventually(lambda: not server.worker.sessions())
 
     run(test)
