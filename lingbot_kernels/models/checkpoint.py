@@ -8,10 +8,9 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,150 +19,39 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lingbot_kernels.config import PLUECKER_CHANNELS, LingBotConfig
+from lingbot_kernels.config import LingBotConfig
 from lingbot_kernels.files import read_json
 from lingbot_kernels.models._inputs import Dtype, as_dtype
 from lingbot_kernels.models.checkpoint_files import RECIPE, STEMS, CheckpointError, Entry, Headers, read_headers
+from lingbot_kernels.models.checkpoint_names import (
+    BLOCK_INDEX,
+    CAMERA_KEY,
+    NAMINGS,
+    detect_naming,
+    official_name,
+    parameter_shapes,
+    rename,
+    stored_as,
+    unwrapped,
+)
 from lingbot_kernels.models.quantize import ValueFold, int8_slots, quantize, value_folds
 from lingbot_kernels.quantization import Int8Linear, Int8Recipe
 
-NAMINGS = ("official", "fastvideo", "diffusers")
-
-_WEIGHT_BIAS, _WEIGHT, _PARAMETER = (".weight", ".bias"), (".weight",), ("",)
-
-_Row = tuple[str, str, str | None, tuple[str, ...]]
-_TEXT, _TIME = "condition_embedder.text_embedder.", "condition_embedder.time_embedder."
-
-# (official, FastVideo / sglang, diffusers Wan, suffixes). None: the naming has no such key.
-_TOP_LEVEL: tuple[_Row, ...] = (
-    ("patch_embedding", "patch_embedding.proj", "patch_embedding", _WEIGHT_BIAS),
-    ("patch_embedding_wancamctrl", "patch_embedding_wancamctrl.proj", None, _WEIGHT_BIAS),
-    ("c2ws_hidden_states_layer1", "c2ws_mlp.fc_in", None, _WEIGHT_BIAS),
-    ("c2ws_hidden_states_layer2", "c2ws_mlp.fc_out", None, _WEIGHT_BIAS),
-    ("text_embedding.0", _TEXT + "fc_in", _TEXT + "linear_1", _WEIGHT_BIAS),
-    ("text_embedding.2", _TEXT + "fc_out", _TEXT + "linear_2", _WEIGHT_BIAS),
-    ("time_embedding.0", _TIME + "mlp.fc_in", _TIME + "linear_1", _WEIGHT_BIAS),
-    ("time_embedding.2", _TIME + "mlp.fc_out", _TIME + "linear_2", _WEIGHT_BIAS),
-    ("time_projection.1", "condition_embedder.time_modulation.linear", "condition_embedder.time_proj", _WEIGHT_BIAS),
-    ("head.head", "proj_out", "proj_out", _WEIGHT_BIAS),
-    ("head.modulation", "scale_shift_table", "scale_shift_table", _PARAMETER),
-)
-_BLOCK: tuple[_Row, ...] = (
-    ("modulation", "scale_shift_table", "scale_shift_table", _PARAMETER),
-    ("self_attn.q", "to_q", "attn1.to_q", _WEIGHT_BIAS),
-    ("self_attn.k", "to_k", "attn1.to_k", _WEIGHT_BIAS),
-    ("self_attn.v", "to_v", "attn1.to_v", _WEIGHT_BIAS),
-    ("self_attn.o", "to_out", "attn1.to_out.0", _WEIGHT_BIAS),
-    ("self_attn.norm_q", "norm_q", "attn1.norm_q", _WEIGHT),
-    ("self_attn.norm_k", "norm_k", "attn1.norm_k", _WEIGHT),
-    ("norm3", "self_attn_residual_norm.norm", "norm2", _WEIGHT_BIAS),
-    ("cross_attn.q", "attn2.to_q", "attn2.to_q", _WEIGHT_BIAS),
-    ("cross_attn.k", "attn2.to_k", "attn2.to_k", _WEIGHT_BIAS),
-    ("cross_attn.v", "attn2.to_v", "attn2.to_v", _WEIGHT_BIAS),
-    ("cross_attn.o", "attn2.to_out", "attn2.to_out.0", _WEIGHT_BIAS),
-    ("cross_attn.norm_q", "attn2.norm_q", "attn2.norm_q", _WEIGHT),
-    ("cross_attn.norm_k", "attn2.norm_k", "attn2.norm_k", _WEIGHT),
-    ("ffn.0", "ffn.fc_in", "ffn.net.0.proj", _WEIGHT_BIAS),
-    ("ffn.2", "ffn.fc_out", "ffn.net.2", _WEIGHT_BIAS),
-    ("cam_injector_layer1", "cam_conditioner.cam_injector.fc_in", None, _WEIGHT_BIAS),
-    ("cam_injector_layer2", "cam_conditioner.cam_injector.fc_out", None, _WEIGHT_BIAS),
-    ("cam_scale_layer", "cam_conditioner.cam_scale_layer", None, _WEIGHT_BIAS),
-    ("cam_shift_layer", "cam_conditioner.cam_shift_layer", None, _WEIGHT_BIAS),
-)
-_CAMERA_KEY = re.compile(r"(blocks\.\d+\.cam_|c2ws_hidden_states_layer|patch_embedding_wancamctrl)")
-_BLOCK_INDEX = re.compile(r"^blocks\.(0|[1-9]\d*)\.")
-
-# torch.compile and FSDP put these between a module and its parts.
-_INNER_WRAPPER = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-_SCALE = "_scale"  # <layer>.weight_scale
+__all__ = [
+    "NAMINGS",
+    "CheckpointError",
+    "detect_naming",
+    "infer_config",
+    "load_checkpoint",
+    "official_name",
+    "parameter_shapes",
+    "rename",
+    "save_checkpoint",
+    "stored_recipe",
+]
 
 # A shard is mapped anew after this many bytes, so that pages already copied do not count as memory in use.
 _MAPPED_BYTES = 64 * 2**20
-
-
-def _name_tables() -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
-    """(to official, from official), each by naming; a block's index is replaced by "*" in the keys."""
-    to_official: dict[str, dict[str, str]] = {naming: {} for naming in NAMINGS}
-    from_official: dict[str, dict[str, str]] = {naming: {} for naming in NAMINGS}
-    for prefix, rows in (("", _TOP_LEVEL), ("blocks.*.", _BLOCK)):
-        for official, fastvideo, diffusers, suffixes in rows:
-            for naming, name in zip(NAMINGS, (official, fastvideo, diffusers), strict=True):
-                if name is None:
-                    continue
-                for suffix in suffixes:
-                    to_official[naming][prefix + name + suffix] = prefix + official + suffix
-                    from_official[naming][prefix + official + suffix] = prefix + name + suffix
-    return to_official, from_official
-
-
-_TO_OFFICIAL, _FROM_OFFICIAL = _name_tables()
-
-
-def _look_up(table: dict[str, str], key: str) -> str | None:
-    if key.endswith(_SCALE):  # of int8 weights, beside them
-        weight = _look_up(table, key.removesuffix(_SCALE))
-        return None if weight is None else weight + _SCALE
-    block = _BLOCK_INDEX.match(key)
-    if block is None:
-        return table.get(key) if "*" not in key else None
-    found = table.get("blocks.*." + key[block.end() :])
-    return None if found is None else found.replace("*", block[1], 1)
-
-
-def official_name(key: str, naming: str | None = None) -> str | None:
-    """The official name of a checkpoint key, or None where the naming has no such key.
-
-    Args:
-        key: without a wrapper's prefix.
-        naming: one of NAMINGS; None tries all three, which never disagree.
-    """
-    for candidate in NAMINGS if naming is None else (naming,):
-        name = _look_up(_TO_OFFICIAL[candidate], key)
-        if name is not None:
-            return name
-    return None
-
-
-def rename(key: str, naming: str) -> str:
-    """The key under which `naming` stores the parameter with the official name `key`. KeyError where it stores none."""
-    name = _look_up(_FROM_OFFICIAL[naming], key)
-    if name is None:
-        raise KeyError(f"{naming} naming has no key for {key!r}")
-    return name
-
-
-def detect_naming(keys: Iterable[str]) -> str:
-    """The naming that knows most of the keys; the official one where none knows more."""
-    keys = list(keys)
-    return max(NAMINGS, key=lambda naming: sum(official_name(key, naming) is not None for key in keys))
-
-
-def parameter_shapes(config: LingBotConfig) -> dict[str, tuple[int, ...]]:
-    """Official name -> shape of every parameter of the network, in the order of the official state dict."""
-    d, f = config.dim, config.ffn_dim
-    widths = {
-        "text_embedding.0": (d, config.text_dim),
-        "time_embedding.0": (d, config.freq_dim),
-        "time_projection.1": (6 * d, d),
-        "patch_embedding": (d, config.in_channels, *config.patch_size),
-        "patch_embedding_wancamctrl": (d, PLUECKER_CHANNELS * config.patch_volume),
-        "head.head": (config.out_channels * config.patch_volume, d),
-        "ffn.0": (f, d),
-        "ffn.2": (d, f),
-    }
-    blocks = [f"blocks.{index}." for index in range(config.num_layers)]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for prefix, rows in [("", _TOP_LEVEL), *((block, _BLOCK) for block in blocks)]:
-        for name, _, _, suffixes in rows:
-            if _CAMERA_KEY.match(prefix + name) and not config.camera:
-                continue
-            weight = (d,) if ".norm_" in name or name == "norm3" else widths.get(name, (d, d))
-            for suffix in suffixes:
-                shapes[prefix + name + suffix] = {".weight": weight, ".bias": weight[:1]}.get(
-                    suffix, (1, 2 if prefix == "" else 6, d)
-                )
-    return shapes
 
 
 def load_checkpoint(
@@ -203,7 +91,7 @@ def load_checkpoint(
     matches, unfit = _match(headers, slots)
     if problems := headers.problems + (problems or unfit):
         raise CheckpointError(path, problems)
-    _, prefix = _unwrapped(headers.entries)
+    _, prefix = unwrapped(headers.entries)
     if prefix:
         warnings.warn(f"{path}: every key starts with {prefix!r}; read without it", stacklevel=2)
     if recipe is not None and stored is None:
@@ -333,7 +221,7 @@ def infer_config(folder: str | os.PathLike[str]) -> LingBotConfig:
     if headers.problems:
         raise CheckpointError(path, headers.problems)
     shapes = {name: entry.shape for name, entry in _translate(headers)[0].items()}
-    camera = any(_CAMERA_KEY.match(name) for name in shapes)
+    camera = any(CAMERA_KEY.match(name) for name in shapes)
     description = (path if path.is_dir() else path.parent) / "config.json"
     if description.is_file():
         config = LingBotConfig.from_json(description)
@@ -353,7 +241,7 @@ def infer_config(folder: str | os.PathLike[str]) -> LingBotConfig:
         return LingBotConfig(
             dim=dim,
             num_heads=dim // 128,
-            num_layers=1 + max(int(block[1]) for name in shapes if (block := _BLOCK_INDEX.match(name))),
+            num_layers=1 + max(int(block[1]) for name in shapes if (block := BLOCK_INDEX.match(name))),
             ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
             in_channels=patch[1] if len(patch) == 5 else patch[1] // patch_volume,
             out_channels=shapes["head.head.weight"][0] // patch_volume,
@@ -411,27 +299,9 @@ def _other_recipe(stored: Int8Recipe, wanted: Int8Recipe | None) -> list[str]:
     ]
 
 
-def _unwrapped(keys: Iterable[str]) -> tuple[dict[str, str], str]:
-    """Stored key -> key of the network itself, and the prefix that all of them share.
-
-    Trainers save a wrapper around the network (`module.`, `model.diffusion_model.`, ...): of what all keys start with,
-    as much is taken off as makes most of them known.
-    """
-    inner = {key: _INNER_WRAPPER.sub("", key) for key in keys}
-    columns = zip(*(key.split(".") for key in inner.values()), strict=False)
-    shared = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)]
-    prefixes = ["".join(f"{part}." for part in shared[:n]) for n in range(len(shared) + 1)]
-
-    def known(prefix: str) -> int:
-        return sum(official_name(key.removeprefix(prefix)) is not None for key in inner.values())
-
-    prefix = max(prefixes, key=known)  # of equals the first, which is the shortest
-    return {key: name.removeprefix(prefix) for key, name in inner.items()}, prefix
-
-
 def _translate(headers: Headers) -> tuple[dict[str, Entry], set[str], list[str], str]:
     """(entries by official name, official names of unreadable keys, problems, naming)."""
-    names, _ = _unwrapped([*headers.entries, *headers.unreadable])
+    names, _ = unwrapped([*headers.entries, *headers.unreadable])
     naming = detect_naming(names.values())
     found: dict[str, Entry] = {}
     problems = []
@@ -455,7 +325,7 @@ def _match(
     missing = [name for name in slots if name not in found and name not in unreadable]
     if not headers.complete:
         missing = []
-    problems += [f"{name}: missing ({naming} key {_stored_as(name, naming)})" for name in missing]
+    problems += [f"{name}: missing ({naming} key {stored_as(name, naming)})" for name in missing]
     unexpected = [name for name in found if name not in slots]
     problems += [f"{found[name].key}: unexpected, in {found[name].file.name}" for name in unexpected]
     for name, entry in found.items():
@@ -466,15 +336,11 @@ def _match(
             problems.append(f"{entry.key}: shape {list(entry.shape)} in {entry.file.name}, must be {list(shape)}")
         elif (entry.dtype == "I8") != (dtype == torch.int8):
             problems.append(f"{entry.key}: stored as {entry.dtype} in {entry.file.name}, must be {dtype}")
-    if found and not any(map(_CAMERA_KEY.match, found)) and any(_CAMERA_KEY.match(name) for name in missing):
+    if found and not any(map(CAMERA_KEY.match, found)) and any(CAMERA_KEY.match(name) for name in missing):
         problems.append("the checkpoint has no camera keys: it needs a model with camera=False")
-    if any(_CAMERA_KEY.match(name) for name in unexpected) and not any(_CAMERA_KEY.match(name) for name in slots):
+    if any(CAMERA_KEY.match(name) for name in unexpected) and not any(CAMERA_KEY.match(name) for name in slots):
         problems.append("the checkpoint has camera keys: it needs a model with camera=True")
     return {name: entry for name, entry in found.items() if name in slots}, problems
-
-
-def _stored_as(name: str, naming: str) -> str:
-    return _look_up(_FROM_OFFICIAL[naming], name) or "none: this naming has no such parameter"
 
 
 def _same_values(name: str, stored: tuple[int, ...], slot: tuple[int, ...]) -> bool:
